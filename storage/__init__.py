@@ -1,0 +1,1 @@
+"""Bytes on disk: keys, the artefact store, shards, tokens, queries, checkpoints. No neural network."""

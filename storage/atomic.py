@@ -1,0 +1,59 @@
+"""A file or folder is either not there or whole: it is written beside its place and renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_SUFFIX = ".writing"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a free path beside `path` to write a file or folder to; on success that takes `path`'s place, else it goes.
+
+    A file is replaced in one rename. A folder that is already there is removed first.
+    """
+    temporary = path.with_name(f".{path.name}{_SUFFIX}")
+    delete(temporary)
+    try:
+        yield temporary
+        if temporary.is_dir():
+            delete(path)
+        else:
+            fsync(temporary)
+        os.replace(temporary, path)
+    finally:
+        delete(temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole UTF-8 file, or nothing."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def clean(folder: Path) -> None:
+    """Remove what killed writers left behind in `folder`, at any depth."""
+    for leftover in sorted(folder.rglob(f".*{_SUFFIX}")):
+        delete(leftover)
+
+
+def delete(path: Path) -> None:
+    """Remove a file or a whole folder; nothing happens when there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def fsync(path: Path) -> None:
+    """Have the system put a file's or folder's content on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

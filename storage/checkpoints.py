@@ -1,0 +1,105 @@
+"""Checkpoints without pickle: tensors as safetensors, everything else as JSON.
+
+A training state is one file, so that a kill between two writes cannot mix two states.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from storage.atomic import replacing, write_text
+
+WEIGHTS = "weights.safetensors"
+META = "meta.json"
+STATE = "training.safetensors"
+
+
+def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
+    """Write weights.safetensors and meta.json (JSON values) into `folder`, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dict(meta), indent=1, allow_nan=False) + "\n"
+    _save(folder / WEIGHTS, tensors)
+    write_text(folder / META, text)
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors, on the CPU, and the meta data. Raises ValueError, naming the folder, when either is damaged."""
+    try:
+        return load_file(folder / WEIGHTS), json.loads((folder / META).read_bytes())
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"checkpoint {folder} is missing or damaged ({reason}); rebuild it with `zs-seg run`"
+        ) from error
+
+
+def save_training_state(folder: Path, state: Mapping[Any, Any]) -> None:
+    """Write a nested state (model, optimiser, step, random generators) as one file, whole or not at all.
+
+    Dicts keep their order and their string or integer keys; lists, tuples, tensors, str, int of any size, float, bool
+    and None come back as they were, tensors on the CPU. Raises TypeError for anything else.
+    """
+    tensors: list[torch.Tensor] = []
+    structure = json.dumps(_flatten(state, tensors))
+    _save(folder / STATE, {f"{i:06d}": tensor for i, tensor in enumerate(tensors)}, {"structure": structure})
+
+
+def load_training_state(folder: Path) -> Any | None:
+    """The last saved state, tensors on the CPU; None when there is none. Raises ValueError when it is damaged."""
+    path = folder / STATE
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            structure = json.loads(file.metadata()["structure"])
+            return _unflatten(structure, [file.get_tensor(name) for name in sorted(file.keys())])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"training state {path} is damaged; delete it to train from the start") from error
+
+
+def remove_training_state(folder: Path) -> None:
+    """Training is over: the state does not become part of the artefact."""
+    (folder / STATE).unlink(missing_ok=True)
+
+
+def _save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    # clones, because safetensors refuses tensors that share memory; at most one metadata entry, because it writes
+    # several in random order
+    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(owned, temporary, metadata=metadata)
+
+
+def _flatten(value: Any, tensors: list[torch.Tensor]) -> Any:
+    """JSON for `value`: containers and tensors become one-entry objects, plain values stay."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return {"tensor": len(tensors) - 1}
+    if isinstance(value, Mapping):
+        if not all(type(key) in (int, str) for key in value):
+            raise TypeError(f"a training state's keys are strings or integers, not {list(value)[:3]}")
+        return {"dict": [[key, _flatten(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return {"tuple" if isinstance(value, tuple) else "list": [_flatten(item, tensors) for item in value]}
+    raise TypeError(f"a training state cannot hold a {type(value).__name__}")
+
+
+def _unflatten(node: Any, tensors: list[torch.Tensor]) -> Any:
+    if not isinstance(node, dict):
+        return node
+    ((kind, content),) = node.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _unflatten(item, tensors) for key, item in content}
+    items = [_unflatten(item, tensors) for item in content]
+    return tuple(items) if kind == "tuple" else items

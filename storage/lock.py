@@ -1,0 +1,81 @@
+"""One writer at a time: a file lock that the system drops when its owner dies, so none is ever stale."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Self
+
+log = logging.getLogger(__name__)
+
+
+class Lock:
+    """An exclusive lock on the file `path`, as a context manager; `what` names it in the log.
+
+    The file holds its owner as JSON, for people to read; what counts is the system's lock on it (flock).
+    """
+
+    def __init__(self, path: Path, *, what: str) -> None:
+        self.path, self.what = path, what
+        self._descriptor = -1
+
+    def held(self) -> bool:
+        """Does somebody hold it now?"""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    def __enter__(self) -> Self:
+        """Take the lock, waiting for it if needed."""
+        told = False
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if not told:
+                        log.info("waiting for %s, which is being built by %s", self.what, self._owner())
+                        told = True
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if self._is_current(descriptor):
+                    owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%FT%T%z")}
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+                    self._descriptor = descriptor
+                    return self
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # its owner removed the file while we waited: begin again with the new one
+
+    def __exit__(self, *_: object) -> None:
+        self.path.unlink(missing_ok=True)
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # closing is not enough while a forked worker still has it open
+        os.close(self._descriptor)
+
+    def _is_current(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _owner(self) -> str:
+        try:
+            owner = json.loads(self.path.read_text(encoding="utf-8"))
+            return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+        except (OSError, ValueError, KeyError):
+            return "another process"  # it has just begun, or just finished

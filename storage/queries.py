@@ -1,0 +1,84 @@
+"""Queries: what the frozen segmenter says about the training images; all that stages 2 and 3 ever read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from storage.groups import read_group, write_group
+
+_DTYPES = {"feature": np.float16, "segment": np.int32, "category": np.int32, "image_id": np.int64, "view": np.int8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryBank:
+    """Query features of n views of images, Q queries each.
+
+    `feature` (n, Q, C) float16; `segment` (n, Q) int32, index of the query's segment among the image's, -1 = none;
+    `category` (n, Q) int32, class index in the text bank, -1 = none; `image_id` (n,) int64; `view` (n,) int8, 0 = the
+    plain image, others augmented (D9).
+    """
+
+    feature: np.ndarray
+    segment: np.ndarray
+    category: np.ndarray
+    image_id: np.ndarray
+    view: np.ndarray
+
+    def __post_init__(self) -> None:
+        n, queries = self.feature.shape[:2] if self.feature.ndim == 3 else (-1, -1)
+        expected = {"segment": (n, queries), "category": (n, queries), "image_id": (n,), "view": (n,)}
+        shapes = {field.name: getattr(self, field.name).shape for field in fields(self)}
+        if any(shapes[name] != shape for name, shape in expected.items()):
+            raise ValueError(f"query arrays do not fit together: {shapes}")
+        if (self.segment < -1).any() or (self.category < -1).any():
+            raise ValueError("segment and category must be -1 or an index")
+
+
+def write_queries(
+    path: Path,
+    *,
+    feature: np.ndarray,
+    segment: np.ndarray,
+    category: np.ndarray,
+    image_id: np.ndarray,
+    view: np.ndarray,
+) -> None:
+    """Write one tar's queries, shapes as in `QueryBank`; the group appears whole or not at all.
+
+    Raises ValueError when the arrays do not fit together.
+    """
+    arrays = {"feature": feature, "segment": segment, "category": category, "image_id": image_id, "view": view}
+    arrays = {name: array.astype(_DTYPES[name]) for name, array in arrays.items()}
+    QueryBank(**arrays)
+    write_group(path, arrays)
+
+
+def read_queries(folder: Path) -> QueryBank:
+    """All groups of a queries artefact one after the other, in name order.
+
+    Raises ValueError when there is none, or one is damaged or does not fit the others.
+    """
+    paths = sorted(folder.glob("*.zarr"))
+    if not paths:
+        raise ValueError(f"{folder} holds no queries; rebuild it with `zs-seg run --force queries`")
+    small = {name: dtype for name, dtype in _DTYPES.items() if name != "feature"}
+    labels = [read_group(path, small) for path in paths]
+    feature: np.ndarray | None = None  # gigabytes: allocated once and filled, never held twice
+    row = 0
+    for path, arrays in zip(paths, labels, strict=True):
+        part = read_group(path, {"feature": _DTYPES["feature"]})["feature"]
+        try:
+            QueryBank(feature=part, **arrays)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; rebuild it with `zs-seg run --force queries`") from error
+        if feature is None:
+            feature = np.empty((sum(len(label["image_id"]) for label in labels), *part.shape[1:]), part.dtype)
+        if part.shape[1:] != feature.shape[1:]:
+            raise ValueError(f"{path} and {paths[0]} differ in shape; rebuild with `zs-seg run --force queries`")
+        feature[row : row + len(part)] = part
+        row += len(part)
+    assert feature is not None and row == len(feature)
+    return QueryBank(feature=feature, **{name: np.concatenate([arrays[name] for arrays in labels]) for name in small})

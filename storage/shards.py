@@ -1,0 +1,179 @@
+"""Shards: webdataset tars of undecoded samples, `{image_id:012d}.jpg/.json/.png` each.
+
+The same samples always give the same bytes (mtime 0, one owner, members in order). A tar is read front to back.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from webdataset.tariterators import group_by_keys, tar_file_iterator
+from webdataset.writer import TarWriter
+
+from storage.atomic import replacing, write_text
+
+INDEX = "index.json"
+MAX_SEGMENT_ID = 256**3 - 1
+_MEMBER = re.compile(r"\d{12}\.(jpg|json|png)")
+_BLOCK = tarfile.BLOCKSIZE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """One segment of an image: `id` as in the id map, `category_id` as in the annotations, `area` in pixels."""
+
+    id: int
+    category_id: int
+    area: int
+    iscrowd: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One image, undecoded: JPEG and PNG files as they were, size in pixels, segments in the annotations' order."""
+
+    image_id: int
+    jpeg: bytes
+    png: bytes
+    height: int
+    width: int
+    segments: tuple[Segment, ...]
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> None:
+    """Write a tar of the samples in the order given; it appears whole or not at all."""
+    with (
+        replacing(path) as temporary,
+        temporary.open("wb") as file,
+        TarWriter(file, user="zs-seg", group="zs-seg", mtime=0, encoder=False) as tar,
+    ):
+        for sample in samples:
+            about = {
+                "image_id": sample.image_id,
+                "height": sample.height,
+                "width": sample.width,
+                "segments": [asdict(segment) for segment in sample.segments],
+            }
+            tar.write(
+                {
+                    "__key__": f"{sample.image_id:012d}",
+                    "jpg": sample.jpeg,
+                    "json": json.dumps(about, separators=(",", ":")).encode(),
+                    "png": sample.png,
+                }
+            )
+
+
+def read_shard(path: Path) -> Iterator[Sample]:
+    """The samples of a tar, in its order.
+
+    Raises ValueError, naming the tar, when it is missing, cut off or damaged, or holds anything but samples; a tar cut
+    between two samples shows only after the last of them.
+    """
+    cure = "find the damage with `zs-seg verify` and rebuild it with `zs-seg run --force shard`"
+    try:
+        for files in group_by_keys(_members(path)):
+            if not {"jpg", "json", "png"} <= files.keys():
+                raise ValueError(f"sample {files['__key__']} lacks its jpg, json or png")
+            yield _sample(files)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing; {cure}") from error
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}; {cure}") from error
+
+
+def _members(path: Path) -> Iterator[dict[str, Any]]:
+    """The tar's files for webdataset's `group_by_keys`. Raises ValueError for a foreign name or a missing end."""
+    size = 0
+    with path.open("rb") as stream:
+        for member in tar_file_iterator(stream, skip_meta=None):  # pyright: ignore[reportArgumentType]
+            if not _MEMBER.fullmatch(member["fname"]):
+                raise ValueError(f"member {member['fname']!r} is no {{image id}}.jpg, .json or .png")
+            size += _BLOCK + -(-len(member["data"]) // _BLOCK) * _BLOCK
+            yield {**member, "__url__": str(path)}
+    # tarfile takes a cut or damaged header for the end of the archive; the end is two blocks of zeros, nothing behind
+    with path.open("rb") as stream:
+        stream.seek(size)
+        end = stream.read()
+    if len(end) < 2 * _BLOCK or any(end):
+        raise ValueError("the archive is cut off or a header is broken")
+
+
+def _sample(files: dict[str, Any]) -> Sample:
+    try:
+        about = json.loads(files["json"])
+        return Sample(
+            image_id=about["image_id"],
+            jpeg=files["jpg"],
+            png=files["png"],
+            height=about["height"],
+            width=about["width"],
+            segments=tuple(Segment(**segment) for segment in about["segments"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"sample {files['__key__']} has a broken json") from error
+
+
+def decode_image(sample: Sample) -> np.ndarray:
+    """The image, (H, W, 3) uint8 RGB. Raises OSError, SyntaxError or ValueError when the JPEG is damaged."""
+    return np.array(open_image(sample.jpeg, "JPEG").convert("RGB"))
+
+
+def decode_ids(sample: Sample) -> np.ndarray:
+    """The segment id of each pixel, (H, W) int32: R + 256 G + 65536 B, 0 = void. Raises as `decode_image`."""
+    rgb = np.asarray(open_image(sample.png, "PNG").convert("RGB")).astype(np.int32)
+    return rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+
+
+def open_image(data: bytes, kind: str) -> Image.Image:
+    """A "JPEG" or "PNG" whose header is read and whose pixels are not; a file of another kind is refused."""
+    return Image.open(io.BytesIO(data), formats=[kind])
+
+
+def encode_ids(ids: np.ndarray) -> bytes:
+    """The inverse of `decode_ids`: (H, W) integers from 0 to 2^24 - 1 -> PNG."""
+    assert ids.ndim == 2 and ids.min() >= 0 and ids.max() <= MAX_SEGMENT_ID, (ids.shape, ids.min(), ids.max())
+    rgb = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(rgb).save(file, format="PNG")
+    return file.getvalue()
+
+
+def write_index(folder: Path, index: dict[str, list[dict[str, Any]]]) -> None:
+    """Write index.json: split -> [{"tar": file name, "samples": n, "segments": n}, ...] in order."""
+    write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
+
+
+class Shards:
+    """A shards artefact opened for reading: which tars each split ("train", "val") has, and what they hold.
+
+    Raises ValueError when the folder has no readable index.json.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self._index: dict[str, list[dict[str, Any]]] = json.loads((folder / INDEX).read_bytes())
+            self._tars = {split: [folder / tar["tar"] for tar in tars] for split, tars in self._index.items()}
+            self._counts = {split: [int(tar["samples"]) for tar in tars] for split, tars in self._index.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{folder / INDEX} is missing or damaged; rebuild with `zs-seg run --force shard`"
+            ) from error
+
+    def tars(self, split: str) -> list[Path]:
+        """The split's tars, in image-id order."""
+        return self._tars[split]
+
+    def counts(self, split: str) -> list[int]:
+        """Samples in each of the split's tars."""
+        return self._counts[split]

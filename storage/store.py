@@ -1,0 +1,291 @@
+"""The artefact store: `<root>/<kind>/<key>/`, complete exactly when its `manifest.json` is there.
+
+Work happens in `<root>/<kind>/.<key>.partial/`, under a lock that dies with its owner; the manifest is written last,
+then one rename makes the artefact appear. A killed build finds its partial folder again and goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from storage.atomic import clean, delete, fsync, write_text
+from storage.keys import KEY_LENGTH, Recipe, Ref, canonical, recipe_key, sha256_file
+from storage.lock import Lock
+from storage.provenance import provenance
+
+log = logging.getLogger(__name__)
+
+State = Literal["fresh", "partial", "missing", "locked"]
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a complete artefact says about itself.
+
+    `config` and `inputs` (name -> "kind/key") are those of its recipe; `counts` is what the stage counted (samples,
+    segments, skipped ones with reasons); `files` gives each file's path below the artefact -> {"bytes", "sha256"};
+    `provenance` (git commit, versions, seconds) is outside the key.
+    """
+
+    kind: str
+    key: str
+    stage: str
+    version: int
+    config: Any
+    inputs: dict[str, str]
+    counts: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    provenance: dict[str, Any]
+
+    @property
+    def ref(self) -> Ref:
+        return Ref(kind=self.kind, key=self.key)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files together."""
+        return sum(file["bytes"] for file in self.files.values())
+
+    def dumps(self) -> str:
+        """The text of manifest.json; it ends with a checksum over the rest."""
+        data = asdict(self)
+        return json.dumps({**data, "checksum": recipe_key("manifest", 1, data, {})}, indent=1) + "\n"
+
+
+@dataclass(kw_only=True)
+class Build:
+    """A build under way: where to write, and what goes into the manifest.
+
+    `path` is the partial folder; it may already hold what a killed build of the same recipe left, each file whole if it
+    was written with `storage.atomic`.
+    """
+
+    path: Path
+    counts: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artefact:
+    """A complete artefact, opened for reading."""
+
+    ref: Ref
+    path: Path
+    manifest: Manifest
+
+
+class Store:
+    """Artefacts below the folder `root`, which is made by the first build."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root).absolute()
+
+    def path(self, ref: Ref) -> Path:
+        """Where the artefact is when it is complete."""
+        return self.root / ref.kind / ref.key
+
+    def state(self, ref: Ref) -> State:
+        """ "fresh" = complete, "locked" = being built now, "partial" = a build was cut off, else "missing"."""
+        with self._mistakes_as_value_errors(ref):
+            if (self.path(ref) / MANIFEST).is_file():
+                return "fresh"
+            if self._lock(ref).held():
+                return "locked"
+            return "partial" if self._partial(ref).is_dir() else "missing"
+
+    def build(self, recipe: Recipe, work: Callable[[Build], None]) -> Ref:
+        """Make the recipe's artefact by `work`, unless it is complete already.
+
+        One writer at a time: while another process builds the same artefact this one waits, and then finds it complete.
+        When `work` raises, the partial folder stays for the next attempt and the exception passes on.
+
+        Raises ValueError when the store's folder is full or cannot be written.
+        """
+        ref = recipe.ref
+        if self.state(ref) == "fresh":
+            return ref
+        with self._mistakes_as_value_errors(ref):
+            self.path(ref).parent.mkdir(parents=True, exist_ok=True)
+            with self._lock(ref):
+                if self.state(ref) != "fresh":
+                    self._build(recipe, work)
+        return ref
+
+    def _build(self, recipe: Recipe, work: Callable[[Build], None]) -> None:
+        ref, partial, started = recipe.ref, self._partial(recipe.ref), time.monotonic()
+        resumed = partial.is_dir()
+        log.info("%s: %s %s", recipe.stage, "going on with" if resumed else "building", ref)
+        partial.mkdir(exist_ok=True)
+        (partial / MANIFEST).unlink(missing_ok=True)
+        clean(partial)
+        build = Build(path=partial)
+        work(build)
+        files = {}
+        for file in _files(partial):
+            fsync(file)
+            files[file.relative_to(partial).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        manifest = Manifest(
+            kind=ref.kind,
+            key=ref.key,
+            stage=recipe.stage,
+            version=recipe.version,
+            config=json.loads(canonical(recipe.config)),
+            inputs={name: str(source) for name, source in recipe.inputs.items()},
+            counts=build.counts,
+            files=files,
+            provenance={
+                **provenance(),
+                "seconds": round(time.monotonic() - started, 1),
+                "resumed": resumed,
+                **build.provenance,
+            },
+        )
+        write_text(partial / MANIFEST, manifest.dumps())
+        delete(self.path(ref))  # a folder that lost its manifest is no artefact
+        os.rename(partial, self.path(ref))
+        fsync(self.path(ref).parent)
+        log.info("%s: %s complete, %d files, %.1f MB", recipe.stage, ref, len(files), manifest.bytes / 1e6)
+
+    def open(self, ref: Ref) -> Artefact:
+        """The complete artefact, its files present and of the right size.
+
+        Raises ValueError when it is missing, partial, or damaged as far as that shows without reading the files
+        (`verify` reads them).
+        """
+        if (state := self.state(ref)) != "fresh":
+            raise ValueError(
+                f"{ref} is {state} in {self.root}; `zs-seg plan` shows what is there, `zs-seg run` makes it"
+            )
+        manifest = self._manifest(ref)
+        if problems := _size_problems(self.path(ref), manifest):
+            raise ValueError(f"{ref} is damaged ({problems[0]}); rebuild it with `zs-seg run --force {manifest.stage}`")
+        return Artefact(ref=ref, path=self.path(ref), manifest=manifest)
+
+    def refs(self) -> list[Ref]:
+        """Every complete artefact, sorted by kind and key."""
+        found = self.root.glob(f"*/{'[0-9a-f]' * KEY_LENGTH}/{MANIFEST}")
+        return [Ref(kind=path.parent.parent.name, key=path.parent.name) for path in sorted(found)]
+
+    def partials(self) -> list[Ref]:
+        """Every artefact of which there is a partial folder, also of those being built now."""
+        found = self.root.glob(f"*/.{'[0-9a-f]' * KEY_LENGTH}.partial")
+        return [Ref(kind=path.parent.name, key=path.name[1 : 1 + KEY_LENGTH]) for path in sorted(found)]
+
+    def manifests(self) -> list[Manifest]:
+        """The manifest of every complete artefact, sorted by kind and key. Raises ValueError for a damaged one."""
+        return [self._manifest(ref) for ref in self.refs()]
+
+    def find(self, key_prefix: str) -> Ref:
+        """The one complete artefact whose key, or whose "kind/key", starts with `key_prefix`.
+
+        Raises ValueError when there is none or more than one.
+        """
+        found = [ref for ref in self.refs() if (str(ref) if "/" in key_prefix else ref.key).startswith(key_prefix)]
+        if not key_prefix or not found:
+            raise ValueError(f"no artefact {key_prefix!r} in {self.root}; `zs-seg list` shows what is there")
+        if len(found) > 1:
+            raise ValueError(f"{key_prefix!r} fits {', '.join(map(str, found[:4]))}; give more digits of the key")
+        return found[0]
+
+    def verify(self, ref: Ref) -> list[str]:
+        """Read every byte and compare with the manifest; one line a problem, [] = intact."""
+        try:
+            manifest = self._manifest(ref)
+        except ValueError as error:
+            return [str(error)]
+        path = self.path(ref)
+        problems = _size_problems(path, manifest)
+        if (path / MANIFEST).read_text(encoding="utf-8") != manifest.dumps():
+            problems.append(f"{MANIFEST} was edited")
+        there = {file.relative_to(path).as_posix(): file for file in _files(path)}
+        problems += [
+            f"{name} does not belong to it" for name in sorted(there.keys() - manifest.files.keys() - {MANIFEST})
+        ]
+        for name, entry in manifest.files.items():
+            file = there.get(name)
+            if file and file.stat().st_size == entry["bytes"] and sha256_file(file) != entry["sha256"]:
+                problems.append(f"{name} has changed (sha256 differs)")
+        return problems
+
+    def remove(self, ref: Ref) -> None:
+        """Remove the artefact and what a killed build of it left; nothing happens when there is neither.
+
+        Raises ValueError while it is being built, and when the store cannot be written.
+        """
+        if not self.path(ref).exists() and not self._partial(ref).exists():
+            return
+        with self._mistakes_as_value_errors(ref):
+            if self._lock(ref).held():
+                raise ValueError(f"{ref} is being built; wait for that or stop it, then try again")
+            with self._lock(ref):
+                delete(self._partial(ref))
+                if self.path(ref).exists():  # the manifest goes first: a half-removed artefact must not look complete
+                    delete(self.path(ref) / MANIFEST)
+                    delete(self.path(ref))
+
+    def _partial(self, ref: Ref) -> Path:
+        return self.root / ref.kind / f".{ref.key}.partial"
+
+    def _lock(self, ref: Ref) -> Lock:
+        return Lock(self.root / ref.kind / f".{ref.key}.lock", what=str(ref))
+
+    def _manifest(self, ref: Ref) -> Manifest:
+        path = self.path(ref) / MANIFEST
+        try:
+            data = json.loads(path.read_bytes())
+            checksum = data.pop("checksum")
+            manifest = Manifest(**data)
+            if checksum != recipe_key("manifest", 1, data, {}) or manifest.ref != ref:
+                raise ValueError("it has been edited")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = f"{ref} is damaged, its {MANIFEST} cannot be used"
+            raise ValueError(f"{reason}; delete the folder {path.parent} and run again") from error
+        return manifest
+
+    @contextmanager
+    def _mistakes_as_value_errors(self, ref: Ref) -> Iterator[None]:
+        """A full or read-only store is for the user to mend; an OSError about a file elsewhere passes through."""
+        try:
+            yield
+        except OSError as error:
+            elsewhere = isinstance(error.filename, str) and not Path(error.filename).absolute().is_relative_to(
+                self.root
+            )
+            if error.errno in (errno.ENOSPC, errno.EDQUOT) and not elsewhere:
+                reason = "has no space left; free some and run again (the build goes on where it stopped)"
+            elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) and not elsewhere:
+                reason = "cannot be used; mend its permissions"
+            elif error.errno == errno.EEXIST and error.filename == str(self.root):
+                reason = "is a file, not a folder; remove it"
+            else:
+                raise
+            raise ValueError(
+                f"store {self.root} {reason}, or pass another --store ({ref}: {error.strerror})"
+            ) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def _size_problems(path: Path, manifest: Manifest) -> list[str]:
+    problems = []
+    for name, entry in manifest.files.items():
+        try:
+            size = (path / name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            problems.append(f"{name} is missing")
+        else:
+            if size != entry["bytes"]:
+                problems.append(f"{name} has {size} bytes instead of {entry['bytes']}")
+    return problems

@@ -1,0 +1,96 @@
+"""Tokens: what the frozen teacher says about every image and every masked instance, one zarr group a tar.
+
+Row i of a group is sample i of the tar of the same name, so a reader walks both in step without a join.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from storage.groups import read_group, write_group
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenGroup:
+    """The tokens of one tar with n samples and m kept segments; rows are unit-norm embeddings of size D.
+
+    `global_` (n, D) float16, one row a sample; `instance` (m, D) float16 and `segment_id` (m,) int32, one row a
+    segment; sample i has the instance rows `offsets[i]:offsets[i + 1]`, offsets (n+1,) int64. `kept` (n,) bool is False
+    for a sample that the protocol keeps from training: its global row is zero and it has no instance rows.
+    """
+
+    global_: np.ndarray
+    instance: np.ndarray
+    offsets: np.ndarray
+    segment_id: np.ndarray
+    kept: np.ndarray
+
+    def __post_init__(self) -> None:
+        n, m = len(self.kept), len(self.segment_id)
+        fits = (
+            self.global_.ndim == self.instance.ndim == 2
+            and self.offsets.ndim == self.segment_id.ndim == self.kept.ndim == 1
+            and self.global_.shape[0] == n
+            and self.instance.shape == (m, self.global_.shape[1])
+            and self.offsets.shape == (n + 1,)
+        )
+        if not fits:
+            shapes = {name: array.shape for name, array in self.arrays().items()}
+            raise ValueError(f"token arrays do not fit together: {shapes}")
+        rows = np.diff(self.offsets)
+        if self.offsets[0] != 0 or self.offsets[-1] != m or (rows < 0).any():
+            raise ValueError(f"token offsets must rise from 0 to {m}")
+        if rows[~self.kept].any() or self.global_[~self.kept].any():
+            raise ValueError("a sample that is not kept has tokens")
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays by their names on disk."""
+        return {
+            "global": self.global_,
+            "instance": self.instance,
+            "offsets": self.offsets,
+            "segment_id": self.segment_id,
+            "kept": self.kept,
+        }
+
+    def rows(self, sample: int) -> slice:
+        """Where a sample's instance rows are."""
+        return slice(int(self.offsets[sample]), int(self.offsets[sample + 1]))
+
+
+def write_tokens(
+    path: Path,
+    *,
+    global_: np.ndarray,
+    instance: np.ndarray,
+    offsets: np.ndarray,
+    segment_id: np.ndarray,
+    kept: np.ndarray,
+) -> None:
+    """Write a tar's tokens, shapes as in `TokenGroup`; the group appears whole or not at all.
+
+    Raises ValueError when the arrays do not fit together.
+    """
+    tokens = TokenGroup(
+        global_=global_.astype(np.float16),
+        instance=instance.astype(np.float16),
+        offsets=offsets.astype(np.int64),
+        segment_id=segment_id.astype(np.int32),
+        kept=kept.astype(np.bool_),
+    )
+    write_group(path, tokens.arrays())
+
+
+def read_tokens(path: Path) -> TokenGroup:
+    """The tokens of a tar. Raises ValueError, naming the group, when it is missing, damaged or its arrays disagree."""
+    arrays = read_group(
+        path,
+        {"global": np.float16, "instance": np.float16, "offsets": np.int64, "segment_id": np.int32, "kept": np.bool_},
+    )
+    try:
+        return TokenGroup(global_=arrays.pop("global"), **arrays)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; rebuild it with `zs-seg run --force cache-clip`") from error

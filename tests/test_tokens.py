@@ -1,0 +1,121 @@
+"""Tokens: arrays come back as they were, equal bytes for equal arrays, disagreement and damage are errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from storage.tokens import read_tokens, write_tokens
+
+
+def tokens(seed: int, n: int, dim: int = 4) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    kept = rng.random(n) < 0.7
+    rows = rng.integers(0, 4, n) * kept
+    m = int(rows.sum())
+    return {
+        "global_": (rng.standard_normal((n, dim)) * kept[:, None]).astype(np.float16),
+        "instance": rng.standard_normal((m, dim)).astype(np.float16),
+        "offsets": np.concatenate([[0], np.cumsum(rows)]),
+        "segment_id": rng.integers(1, 256**3, m).astype(np.int32),
+        "kept": kept,
+    }
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 999), n=st.integers(0, 6))
+def test_what_is_written_comes_back(tmp_path: Path, seed: int, n: int) -> None:
+    written = tokens(seed, n)
+    write_tokens(tmp_path / "a.zarr", **written)
+    read = read_tokens(tmp_path / "a.zarr")
+    for name, array in written.items():
+        np.testing.assert_array_equal(getattr(read, name), array, err_msg=name)
+    assert (read.global_.dtype, read.instance.dtype, read.kept.dtype) == (np.float16, np.float16, np.bool_)
+    for i in range(n):
+        assert read.rows(i) == slice(written["offsets"][i], written["offsets"][i + 1])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zarr"]
+
+
+def test_all_left_out(tmp_path: Path) -> None:
+    write_tokens(
+        tmp_path / "a.zarr",
+        global_=np.zeros((3, 8)),
+        instance=np.zeros((0, 8)),
+        offsets=np.zeros(4),
+        segment_id=np.zeros(0),
+        kept=np.zeros(3),
+    )
+    read = read_tokens(tmp_path / "a.zarr")
+    assert read.instance.shape == (0, 8) and not read.kept.any()
+
+
+def test_equal_arrays_give_equal_bytes_and_a_second_write_replaces(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "a.zarr", **tokens(1, 5))
+    write_tokens(tmp_path / "b.zarr", **tokens(2, 6))
+    write_tokens(tmp_path / "b.zarr", **tokens(1, 5))
+    assert content(tmp_path / "a.zarr") == content(tmp_path / "b.zarr")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"global_": np.zeros((4, 4))},
+        {"instance": np.zeros((1, 4))},
+        {"segment_id": np.zeros(99)},
+        {"offsets": np.zeros(6)},
+        {"offsets": np.zeros(5)},
+        {"kept": np.zeros(5)},
+        {"global_": np.zeros((5, 3))},
+        {"global_": np.zeros(5)},
+    ],
+)
+def test_arrays_that_disagree_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="token"):
+        write_tokens(tmp_path / "a.zarr", **{**tokens(1, 5), **change})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_left_out_samples_have_no_tokens(tmp_path: Path) -> None:
+    good = tokens(1, 5)
+    kept = good["kept"].copy()
+    kept[np.flatnonzero(kept)[0]] = False
+    with pytest.raises(ValueError, match="not kept"):
+        write_tokens(tmp_path / "a.zarr", **{**good, "kept": kept})
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    with pytest.raises(ValueError, match=r"a\.zarr is missing"):
+        read_tokens(path)
+    write_tokens(path, **tokens(1, 5))
+    for name, data in content(path).items():
+        if name == "zarr.json":  # says only that this is a group
+            continue
+        for damaged in (None, data[: len(data) // 2], b""):
+            if damaged is None:
+                (path / name).unlink()
+            else:
+                (path / name).write_bytes(damaged)
+            with pytest.raises(ValueError, match=r"a\.zarr: array \w+ is missing or damaged") as caught:
+                read_tokens(path)
+            assert "\n" not in str(caught.value)
+        (path / name).write_bytes(data)
+    read_tokens(path)
+
+
+def test_a_group_put_together_from_two_is_refused(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "a.zarr", **tokens(1, 5))
+    write_tokens(tmp_path / "b.zarr", **tokens(2, 6))
+    (tmp_path / "b.zarr" / "global").rename(tmp_path / "old")
+    (tmp_path / "a.zarr" / "global").rename(tmp_path / "b.zarr" / "global")
+    with pytest.raises(ValueError, match=r"b\.zarr: token arrays do not fit"):
+        read_tokens(tmp_path / "b.zarr")
