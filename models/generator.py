@@ -1,0 +1,89 @@
+"""Stage 2's generator: a conditional VAE that turns a text embedding into a query feature of that class (D5, D7)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+LAYERS = 4  # the paper's, in the encoder and in the decoder
+
+
+def _layers(inputs: int, hidden: int) -> nn.Sequential:
+    """Four times Linear, BatchNorm1d, LeakyReLU: (N, inputs) -> (N, hidden)."""
+    modules: list[nn.Module] = []
+    for layer in range(LAYERS):
+        modules += [nn.Linear(hidden if layer else inputs, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU()]
+    return nn.Sequential(*modules)
+
+
+class Generator(nn.Module):
+    """Conditional VAE: z = mu + eps std from a feature, h = z + a, and a feature again from h.
+
+    The text embedding a is ADDED, so the latent has its size (D5).
+    While it trains, its BatchNorm needs 2 rows or more.
+
+    Args:
+        dim: C, size of a query feature. text_dim: D, size of a text embedding and of the latent. hidden: width of all
+            layers.
+    """
+
+    def __init__(self, *, dim: int, text_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.dim, self.text_dim = dim, text_dim
+        self.encoder = _layers(dim, hidden)
+        self.mu = nn.Linear(hidden, text_dim)
+        self.log_var = nn.Linear(hidden, text_dim)
+        self.decoder = nn.Sequential(_layers(text_dim, hidden), nn.Linear(hidden, dim))
+
+    def encode(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N, C) -> mean and log variance of the latent, (N, D) each."""
+        hidden = self.encoder(features)
+        return self.mu(hidden), self.log_var(hidden)
+
+    def decode(self, h: Tensor) -> Tensor:
+        """Latent plus text embedding (N, D) -> features (N, C)."""
+        return self.decoder(h)
+
+    def forward(self, features: Tensor, text: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Copy real features through the latent.
+
+        Args:
+            features: (N, C), real, of queries that found a segment (F_s). text: (N, D), unit norm, of each one's class.
+            eps: (N, D), standard normal draws.
+
+        Returns:
+            generated features (N, C), mu (N, D), log_var (N, D).
+        """
+        mu, log_var = self.encode(features)
+        return self.decode(mu + eps * (0.5 * log_var).exp() + text), mu, log_var
+
+    @torch.no_grad()
+    def generate(self, text: Tensor, *, noise_into: Literal["encoder", "latent"], rng: torch.Generator) -> Tensor:
+        """Features of classes known by text alone: (U, D) -> (U, C), no gradient.
+
+        BatchNorm runs on its running statistics, and every module has its mode back afterwards: in training mode each
+        call would move the statistics, and so change the generator for all that follows.
+
+        Args:
+            text: (U, D), unit norm, one row a wanted feature; U may be 1.
+            noise_into: D7. "encoder" (the paper's words): normal noise of size C through the encoder, whose latent is
+                then drawn; "latent": the latent itself is standard normal.
+            rng: draws happen on its device; one on the CPU gives the same noise on every machine.
+        """
+
+        def normal(size: int) -> Tensor:
+            return torch.randn(len(text), size, generator=rng, device=rng.device).to(text)
+
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            if noise_into == "encoder":
+                return self(normal(self.dim), text, normal(self.text_dim))[0]
+            if noise_into == "latent":
+                return self.decode(normal(self.text_dim) + text)
+            raise ValueError(f"noise_into is {noise_into!r}; use 'encoder' or 'latent'")
+        finally:
+            for module, mode in modes:
+                module.training = mode

@@ -1,0 +1,106 @@
+"""Which query answers for which segment: bipartite matching, for every decoder output (sigma^ of paper Eq. 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from models.losses import at_least_float32, sample_logits, sample_masks
+
+
+@torch.no_grad()
+def match(
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    labels: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    *,
+    class_weight: float,
+    bce_weight: float,
+    dice_weight: float,
+    points: int,
+    generator: torch.Generator,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> Tensor:
+    """Assign segments to queries at least cost, for all layers and images.
+
+    The cost of (query, segment) is the loss it would bring: class_weight * (focal loss of the segment's class as
+    positive minus as negative) + bce_weight * BCE + dice_weight * dice, the last two over `points` uniform points that
+    all layers of an image share.
+
+    Args:
+        class_logits: (L, B, Q, K), over the K classes that may be learnt. mask_logits: (L, B, Q, h, w).
+        labels: B tensors (O_b,) int64 in [0, K). masks: B tensors (O_b, H, W) bool, of one size. O_b may be 0.
+        points: points an image. generator: draws happen on its device (see `models.losses.sample_points`).
+        alpha, gamma: the focal loss's.
+
+    Returns:
+        (L, B, Q) int64 on the logits' device: the index of the segment a query answers for, or -1. Every segment has
+        exactly one query in every layer while O_b <= Q; else Q of the segments have.
+
+    Raises:
+        ValueError: the predictions are not finite.
+    """
+    layers, batch, queries = class_logits.shape[:3]
+    device = class_logits.device
+    where = torch.rand(batch, points, 2, generator=generator, device=generator.device).to(device)
+    counts = [len(label) for label in labels]
+    found = np.full((layers, batch, queries), -1, dtype=np.int64)
+    if not any(counts):
+        return torch.from_numpy(found).to(device)
+
+    # segments of all images side by side, (B, most) with empty places at the end
+    image = torch.repeat_interleave(torch.tensor(counts))
+    place = torch.cat([torch.arange(count) for count in counts])
+    image, place = image.to(device), place.to(device)
+    label = torch.zeros(batch, max(counts), dtype=torch.int64, device=device)
+    label[image, place] = torch.cat(list(labels))
+    truth = torch.zeros(batch, max(counts), points, device=device)
+    truth[image, place] = sample_masks(torch.cat(list(masks)), torch.arange(len(image), device=device), where[image])
+
+    with torch.autocast(device.type, enabled=False):
+        # layer by layer: the sampled logits of all layers would be gigabytes at full size
+        costs = []
+        for classes, maps in zip(class_logits, mask_logits, strict=True):
+            own = at_least_float32(classes).gather(2, label[:, None].expand(-1, queries, -1))
+            sampled = sample_logits(at_least_float32(maps), where)
+            cost = _mask_cost(sampled, truth, bce_weight, dice_weight)
+            costs.append(cost + class_weight * _focal_cost(own, alpha, gamma))
+    cost = torch.stack(costs).cpu().numpy()  # (L, B, Q, most), the only copy from the device
+    if not np.isfinite(cost).all():
+        raise ValueError("predictions hold NaN or infinity: training has diverged; lower the learning rate")
+
+    for layer in range(layers):
+        for b, count in enumerate(counts):
+            if count:
+                query, segment = linear_sum_assignment(cost[layer, b, :, :count])
+                found[layer, b, query] = segment
+    return torch.from_numpy(found).to(device)
+
+
+def _focal_cost(logits: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Elementwise: what a 1 costs here minus what the 0 would have cost (as in Deformable DETR)."""
+    positive = -alpha * torch.exp(gamma * F.logsigmoid(-logits)) * F.logsigmoid(logits)
+    negative = -(1.0 - alpha) * torch.exp(gamma * F.logsigmoid(logits)) * F.logsigmoid(-logits)
+    return positive - negative
+
+
+def _mask_cost(logits: Tensor, truth: Tensor, bce_weight: float, dice_weight: float) -> Tensor:
+    """Every query with every segment, at the same points: (B, Q, P) and (B, O, P) -> (B, Q, O).
+
+    BCE(x, t) = softplus(x) - x t, so its mean over the points is a sum and a matrix product; dice likewise.
+    softplus(x) = max(x, 0) - log sigmoid(|x|) from the sigmoid that dice needs anyway: F.softplus was a third of the
+    matcher's time.
+    """
+    truth = truth.to(logits.dtype).transpose(1, 2)
+    score = logits.sigmoid()
+    softplus = logits.clamp(min=0.0) - torch.maximum(score, 1.0 - score).log()
+    bce = (softplus.sum(2, keepdim=True) - logits @ truth) / logits.shape[2]
+    dice = 1.0 - (2.0 * (score @ truth) + 1.0) / (score.sum(2, keepdim=True) + truth.sum(1, keepdim=True) + 1.0)
+    return bce_weight * bce + dice_weight * dice

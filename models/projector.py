@@ -1,0 +1,58 @@
+"""The class projector P: from query features to the teacher's embedding space, and from there to class logits."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MAX_SCALE = 100.0  # CLIP's own limit
+
+
+class Projector(nn.Module):
+    """V = P(F), an MLP, and the class logits l_qk = e^s cos(v_q, a_k) + b (D1).
+
+    e^s starts at 20 and b at -0.6 * 20, the focal prior (-4.6) for wrong classes at cosine 0.37: they are learnt,
+    but travel slowly, so give `log_scale` and `bias` a learning rate of their own and no weight decay.
+
+    Attributes:
+        log_scale: s, scalar; e^s is held at 100 or below wherever it is used (above, s has no gradient).
+        bias: b, scalar.
+        text_center: (D,) buffer subtracted from the text rows before the cosine (option `text_centering` of D1: the
+            mean of the seen rows); zeros, its start, leave them as they are.
+
+    Args:
+        dim: C, size of a query feature. text_dim: D, size of a text embedding.
+        hidden: width between the layers. layers: number of linear layers, 1 or more (1 = a linear map, `hidden`
+            unused).
+    """
+
+    text_center: Tensor
+
+    def __init__(self, *, dim: int, text_dim: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        if layers < 1:
+            raise ValueError(f"layers is {layers}; a projector needs 1 or more")
+        widths = [dim, *[hidden] * (layers - 1), text_dim]
+        mlp: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            mlp += [nn.Linear(before, after), nn.ReLU()]
+        self.mlp = nn.Sequential(*mlp[:-1])
+        self.log_scale = nn.Parameter(torch.tensor(math.log(20.0)))
+        self.bias = nn.Parameter(torch.tensor(-0.6 * 20.0))
+        self.register_buffer("text_center", torch.zeros(text_dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Query features (..., C) -> V (..., D), not normalised."""
+        return self.mlp(features)
+
+    def logits(self, v: Tensor, text: Tensor) -> Tensor:
+        """Class logits: v (..., D), text (K, D) -> (..., K), in the parameters' precision whatever autocast says."""
+        precision = self.log_scale.dtype
+        with torch.autocast(v.device.type, enabled=False):
+            classes = F.normalize(text.to(precision) - self.text_center, dim=-1)
+            cosine = F.normalize(v.to(precision), dim=-1) @ classes.T
+            return self.log_scale.exp().clamp(max=MAX_SCALE) * cosine + self.bias

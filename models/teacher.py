@@ -1,0 +1,120 @@
+"""The frozen CLIP: any open_clip model, the small one that ships with the package included, behind four methods.
+
+Its image embedding is what the paper calls the CLS token (D10: convolutional CLIPs have none). Images are squeezed to the
+square input as a whole, never cropped, so that no instance falls outside the teacher's view.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SMALL_CLIP = Path(__file__).parent / "small_clip"  # model config and weights of the shipped teacher
+Fill = Literal["zero", "mean"]
+
+
+class Teacher(nn.Module):
+    """A frozen CLIP with its own preprocessing. Embeddings are float32 rows of unit length, of width `dim`."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, clip: Any, tokenizer: Any, *, fill: Fill) -> None:
+        super().__init__()
+        self.clip = clip.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        preprocess = clip.visual.preprocess_cfg
+        size = preprocess["size"]
+        self.image_size: int = size if isinstance(size, int) else size[0]
+        self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocess["std"]).view(3, 1, 1), persistent=False)
+        self.fill = fill
+
+    @property
+    def dim(self) -> int:
+        """Width D of the shared image and text space."""
+        with torch.no_grad():
+            return self.encode_texts(["a"]).shape[1]
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """Squeeze an image (3, H, W) uint8 to the teacher's normalised square input (3, S, S), bicubic with antialiasing."""
+        square = F.interpolate(
+            image[None].float(), size=(self.image_size, self.image_size), mode="bicubic", antialias=True
+        )
+        return (square[0].clamp(0, 255) / 255 - self.mean) / self.std
+
+    def mask(self, prepared: Tensor, masks: Tensor) -> Tensor:
+        """Keep only each segment: prepared image (3, S, S) and masks (O, H, W) bool -> inputs (O, 3, S, S).
+
+        The rest becomes black (`fill` "zero") or the teacher's mean colour ("mean"); which one is part of the teacher (D10).
+        A segment's share of a pixel of the small input blends it with the fill, so that thin segments do not vanish.
+        """
+        share = F.interpolate(
+            masks[:, None].float(), size=(self.image_size, self.image_size), mode="bilinear", antialias=True
+        )
+        background = torch.zeros_like(self.mean) if self.fill == "mean" else -self.mean / self.std
+        return prepared * share + background * (1 - share)
+
+    @torch.no_grad()
+    def encode_images(self, inputs: Tensor) -> Tensor:
+        """Embed prepared inputs (N, 3, S, S) -> (N, D)."""
+        return F.normalize(self.clip.encode_image(inputs).float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_texts(self, sentences: list[str]) -> Tensor:
+        """Embed sentences -> (n, D)."""
+        device = next(self.clip.parameters()).device
+        return F.normalize(self.clip.encode_text(self.tokenizer(sentences).to(device)).float(), dim=-1)
+
+
+def load_teacher(
+    *, name: str, pretrained: str, fill: Fill, seed: int = 0, device: torch.device | str = "cpu"
+) -> Teacher:
+    """Load a frozen CLIP through open_clip.
+
+    `name` is an open_clip model name, or "small" for the shipped one. `pretrained` is an open_clip tag, a local weights file,
+    "shipped" (the small one's own weights), or "random" for weights drawn from `seed`, which only makes sense in trials.
+
+    Raises ValueError where the model or the weights cannot be had, naming what to fetch.
+    """
+    identifier = f"local-dir:{SMALL_CLIP}" if name == "small" else name
+    if (name == "small") != (pretrained == "shipped") and pretrained != "random":
+        raise ValueError(f"teacher {name!r} with weights {pretrained!r}: 'small' goes with 'shipped', and only with it")
+    with torch.random.fork_rng():  # random weights must not move anybody else's random state
+        torch.manual_seed(seed)
+        try:
+            clip = open_clip.create_model(
+                identifier,
+                pretrained=None if pretrained in ("shipped", "random") else pretrained,
+                load_weights=pretrained != "random",
+                require_pretrained=pretrained != "random",
+                device=torch.device(device),
+            )
+        except Exception as error:  # a broken file raises whatever its reader raises
+            raise ValueError(_advice(name, pretrained, error)) from error
+    return Teacher(clip, open_clip.get_tokenizer(identifier), fill=fill).to(device)
+
+
+def _advice(name: str, pretrained: str, error: Exception) -> str:
+    """One line that says which weights are missing and how to bring them."""
+    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    if name == "small":
+        return f"the shipped teacher in {SMALL_CLIP} cannot be read ({reason}); install the package again"
+    if name not in open_clip.list_models():
+        return f"open_clip knows no model {name!r}; `python -c 'import open_clip; print(open_clip.list_models())'` lists them"
+    if Path(pretrained).is_file():
+        return f"weights file {pretrained} cannot be read as {name} ({reason}); download it again, or correct --teacher.name"
+    known = open_clip.get_pretrained_cfg(name, pretrained)
+    source = known.get("hf_hub") or known.get("url") if known else None
+    if source is None:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+        return f"weights {pretrained!r} of {name} are neither a file nor a tag ({tags}): {reason}"
+    return (
+        f"cannot load weights {pretrained!r} of {name} ({reason}); fetch {source.rstrip('/')} on a machine with a network "
+        "and pass the file with --teacher.pretrained FILE"
+    )
