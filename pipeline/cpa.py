@@ -1,0 +1,81 @@
+"""Stage "cpa": class projector adaptation. Fine-tunes the projector on real seen and made-up unseen features; the transductive result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.runtime import Runtime
+from pipeline.schedule import Schedule
+from storage.keys import Recipe, Ref
+from storage.store import Build, Store
+
+STAGE, VERSION = "cpa", 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CPAConfig(Schedule):
+    """Stage 3. L_f of paper Eq. 9. `synthetic`: U, made-up unseen features a step; `synthetic_weight`: weight of their loss;
+    `noise_into`: where the generator's noise goes in (D7). `batch`: images a step."""
+
+    lr: float = 1e-4
+    clip: float = 1.0
+    synthetic: int = 24
+    synthetic_weight: float = 1.0
+    noise_into: Literal["encoder", "latent"] = "encoder"
+
+
+def recipe(config: CPAConfig, *, queries: Ref, text: Ref, checkpoint: Ref, generator: Ref) -> Recipe:
+    return Recipe(
+        kind="checkpoint", stage=STAGE, version=VERSION, config=config,
+        inputs={"queries": queries, "text": text, "checkpoint": checkpoint, "generator": generator},
+    )  # fmt: skip
+
+
+def run(
+    config: CPAConfig, *, queries: Ref, text: Ref, checkpoint: Ref, generator: Ref, store: Store, runtime: Runtime
+) -> Ref:
+    """Fine-tune stage 1's projector from cached queries alone. The object threshold stays stage 1's (D8)."""
+
+    def work(build: Build) -> None:
+        from models.generator import Generator
+        from pipeline.model import load_model, require_same_classes, save_model
+        from pipeline.query_data import query_batches
+        from pipeline.steps import CPAStep, freeze
+        from pipeline.text import open_text
+        from pipeline.training import parameter_groups, train
+        from storage.checkpoints import load_checkpoint, remove_training_state
+        from storage.queries import read_queries
+
+        device = runtime.torch_device()
+        bank = open_text(store.open(text).path, text.key)
+        if all(bank.seen):
+            raise ValueError("cpa: the benchmark has no unseen class to make features for; stop with `--until v2c`")
+        model = load_model(store.open(checkpoint).path, device)
+        require_same_classes(model.facts, bank)
+        cached = read_queries(store.open(queries).path)
+        weights, facts = load_checkpoint(store.open(generator).path)
+        maker = Generator(**facts["architecture"])
+        maker.load_state_dict(weights)
+        freeze(maker.to(device))
+        modules = {"projector": model.projector.train()}
+        train(
+            STAGE,
+            folder=build.path,
+            schedule=config,
+            modules=modules,
+            groups=parameter_groups(modules, config),
+            batches=lambda start: query_batches(cached, config, start),
+            losses=CPAStep(model.projector, maker, bank, config),
+            runtime=runtime,
+        )
+        model.facts["stage"] = STAGE
+        save_model(build.path, model)
+        remove_training_state(build.path)
+        build.counts |= {
+            "views": len(cached.image_id),
+            "steps": config.steps,
+            "synthetic_features": config.steps * config.synthetic,
+        }
+
+    return store.build(recipe(config, queries=queries, text=text, checkpoint=checkpoint, generator=generator), work)

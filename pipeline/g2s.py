@@ -1,0 +1,80 @@
+"""Stage "g2s": generation-to-semantic alignment. Trains the generator on cached queries; segmenter and projector stay frozen."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from pipeline.runtime import Runtime
+from pipeline.schedule import Schedule
+from storage.keys import Recipe, Ref
+from storage.store import Build, Store
+
+STAGE, VERSION = "g2s", 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class G2SConfig(Schedule):
+    """Stage 2. L_g2s = L_mmd + lambda_s L_div + lambda_v L_gv2s + beta KL (paper Eq. 8, D6).
+
+    `diversity_weight` is lambda_s, `semantic_weight` lambda_v, `kl_weight` beta; 0 switches a loss off. `hidden`: width of the
+    generator's layers. `tau`: Eq. 7's temperature. `batch`: images a step.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    hidden: int = 512
+    diversity_weight: float = 1.0
+    semantic_weight: float = 1.0
+    kl_weight: float = 0.0
+    tau: float = 0.1
+
+
+def recipe(config: G2SConfig, *, queries: Ref, text: Ref, checkpoint: Ref) -> Recipe:
+    return Recipe(
+        kind="generator", stage=STAGE, version=VERSION, config=config,
+        inputs={"queries": queries, "text": text, "checkpoint": checkpoint},
+    )  # fmt: skip
+
+
+def run(config: G2SConfig, *, queries: Ref, text: Ref, checkpoint: Ref, store: Store, runtime: Runtime) -> Ref:
+    """Train the generator from cached queries alone."""
+
+    def work(build: Build) -> None:
+        import torch
+
+        from models.generator import Generator
+        from pipeline.model import load_model, require_same_classes
+        from pipeline.query_data import query_batches
+        from pipeline.steps import G2SStep, freeze
+        from pipeline.text import open_text
+        from pipeline.training import parameter_groups, train
+        from storage.checkpoints import remove_training_state, save_checkpoint
+        from storage.queries import read_queries
+
+        device = runtime.torch_device()
+        bank = open_text(store.open(text).path, text.key)
+        model = load_model(store.open(checkpoint).path, device)
+        require_same_classes(model.facts, bank)
+        cached = read_queries(store.open(queries).path)
+        freeze(model.projector)
+        torch.manual_seed(config.seed)
+        architecture = {"dim": model.query_shape[1], "text_dim": bank.embedding.shape[1], "hidden": config.hidden}
+        generator = Generator(**architecture)
+        modules = {"generator": generator.to(device).train()}
+        train(
+            STAGE,
+            folder=build.path,
+            schedule=config,
+            modules=modules,
+            groups=parameter_groups(modules, config),
+            batches=lambda start: query_batches(cached, config, start),
+            losses=G2SStep(generator, model.projector, bank, config),
+            runtime=runtime,
+        )
+        facts = {"stage": STAGE, "architecture": architecture, "classes": bank.classes(), "config": asdict(config)}
+        save_checkpoint(build.path, generator.state_dict(), facts)
+        remove_training_state(build.path)
+        build.counts |= {"views": len(cached.image_id), "steps": config.steps}
+
+    return store.build(recipe(config, queries=queries, text=text, checkpoint=checkpoint), work)

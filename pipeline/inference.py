@@ -1,0 +1,117 @@
+"""Images through the frozen segmenter, and what it says turned into panoptic maps: for queries, calibration, evaluation, prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.segmenter import Segmenter
+from pipeline.metrics import PredictedSegment
+from pipeline.prediction import panoptic, semantic
+from pipeline.transforms import ResizeConfig, resize_for_test
+
+Tag = TypeVar("Tag")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What the segmenter says about one image: features (Q, C), mask logits (Q, h, w), and the sizes the masks go back through."""
+
+    features: Tensor
+    masks: Tensor
+    padded_size: tuple[int, int]
+    image_size: tuple[int, int]
+    original_size: tuple[int, int]
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        return {"padded_size": self.padded_size, "image_size": self.image_size, "original_size": self.original_size}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classes:
+    """The classes a prediction chooses from: unit text embeddings (K, D), category ids, thing and seen flags (K,)."""
+
+    text: Tensor
+    ids: Tensor
+    isthing: Tensor
+    seen: Tensor
+
+
+@torch.no_grad()
+def outputs(
+    segmenter: Segmenter, images: Iterable[tuple[Tag, Tensor]], resize: ResizeConfig, *, batch: int
+) -> Iterator[tuple[Tag, Output]]:
+    """(tag, Output) for (tag, image (3, H, W) uint8), in order. Neighbours of equal padded size share a forward pass, so that an
+    image's result does not depend on padding it would not have alone."""
+    device = next(segmenter.parameters()).device
+    group: list[tuple[Tag, Tensor, tuple[int, int], tuple[int, int]]] = []
+
+    def flush() -> Iterator[tuple[Tag, Output]]:
+        if not group:
+            return
+        result = segmenter(torch.stack([view for _, view, _, _ in group]).to(device))
+        for i, (tag, view, size, original) in enumerate(group):
+            height, width = view.shape[-2:]
+            yield (
+                tag,
+                Output(
+                    features=result.features[-1, i],
+                    masks=result.masks[-1, i],
+                    padded_size=(height, width),
+                    image_size=size,
+                    original_size=original,
+                ),
+            )
+        group.clear()
+
+    for tag, image in images:
+        view, size = resize_for_test(image, resize)
+        if group and (len(group) == batch or group[0][1].shape != view.shape):
+            yield from flush()
+        height, width = image.shape[-2:]
+        group.append((tag, view, size, (height, width)))
+    yield from flush()
+
+
+def panoptic_map(
+    output: Output,
+    logits: Tensor,
+    classes: Classes,
+    *,
+    object_threshold: float,
+    overlap_threshold: float,
+    seen_offset: float = 0.0,
+) -> tuple[np.ndarray, list[PredictedSegment]]:
+    """Ids (H, W) and segments from class logits (Q, K); see `prediction.panoptic`."""
+    return panoptic(
+        logits.sigmoid(),
+        output.masks,
+        isthing=classes.isthing,
+        category_ids=classes.ids,
+        seen=classes.seen,
+        object_threshold=object_threshold,
+        overlap_threshold=overlap_threshold,
+        seen_offset=seen_offset,
+        **output.sizes,
+    )
+
+
+def semantic_map(output: Output, logits: Tensor, classes: Classes, *, seen_offset: float = 0.0) -> np.ndarray:
+    """Class indices (H, W) from class logits (Q, K); see `prediction.semantic`."""
+    return semantic(logits.sigmoid(), output.masks, seen=classes.seen, seen_offset=seen_offset, **output.sizes)
+
+
+def classes_of(text: Tensor, facts: dict[str, Any], device: torch.device) -> Classes:
+    """The classes a checkpoint or text bank lists (`ids`, `isthing`, `seen`), on `device`."""
+    return Classes(
+        text=text.to(device),
+        ids=torch.tensor(facts["ids"], device=device),
+        isthing=torch.tensor(facts["isthing"], device=device),
+        seen=torch.tensor(facts["seen"], device=device),
+    )

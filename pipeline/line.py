@@ -1,0 +1,82 @@
+"""The straight line: which stages there are, what each one reads, and the key of everything, known before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from pipeline import benchmarks, cache_clip, cpa, evaluate, g2s, queries, scenes, shard, text, v2c
+from pipeline.teaching import TeacherConfig
+from storage.keys import Recipe, Ref
+
+STAGES = ("scenes", "shard", "text", "cache-clip", "v2c", "queries", "g2s", "cpa", "evaluate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoConfig:
+    """Real images: `root` is a folder in COCO's own layout (not in any key; its content is). `benchmark` names the classes and the
+    split: one of the package's own, or a JSON file in the same format."""
+
+    root: str = ""
+    benchmark: str = "coco-panoptic-zps"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run is made of, one field a stage. Presets (flows/presets.py) return it; flags override single fields."""
+
+    preset: str
+    data: scenes.ScenesConfig | CocoConfig
+    shard: shard.ShardConfig = field(default_factory=shard.ShardConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    text: text.TextConfig = field(default_factory=text.TextConfig)
+    tokens: cache_clip.TokensConfig = field(default_factory=cache_clip.TokensConfig)
+    v2c: v2c.V2CConfig = field(default_factory=v2c.V2CConfig)
+    queries: queries.QueriesConfig = field(default_factory=queries.QueriesConfig)
+    g2s: g2s.G2SConfig = field(default_factory=g2s.G2SConfig)
+    cpa: cpa.CPAConfig = field(default_factory=cpa.CPAConfig)
+    evaluate: evaluate.EvaluateConfig = field(default_factory=evaluate.EvaluateConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One stage of a run: its recipe, and the call that builds it from its cached inputs."""
+
+    stage: str
+    recipe: Recipe
+    run: Callable[..., Ref]  # (store=..., runtime=...)
+
+
+def line(config: Config) -> list[Step]:
+    """The stages of a run in order. Reads no artefact; of real images it reads the annotations' and files' fingerprint.
+
+    Raises ValueError where the data folder, the benchmark or the teacher's weights file cannot be found.
+    """
+    steps: list[Step] = []
+
+    def add(module: Any, stage_config: Any, **inputs: Any) -> Ref:
+        recipe = module.recipe(stage_config, **inputs)
+        steps.append(Step(stage=module.STAGE, recipe=recipe, run=partial(module.run, stage_config, **inputs)))
+        return recipe.ref
+
+    if isinstance(config.data, scenes.ScenesConfig):
+        benchmark = scenes.benchmark(config.data)
+        source = add(scenes, config.data)
+    else:
+        benchmark = benchmarks.load_benchmark(config.data.benchmark)
+        source = shard.coco_source(config.data.root)
+    teacher = config.teacher
+    shards = add(shard, config.shard, source=source, benchmark=benchmark)
+    bank = add(text, config.text, teacher=teacher, benchmark=benchmark)
+    tokens = add(cache_clip, config.tokens, teacher=teacher, benchmark=benchmark, shards=shards)
+    stage_1 = add(v2c, config.v2c, shards=shards, tokens=tokens, text=bank)
+    cached = add(queries, config.queries, shards=shards, tokens=tokens, text=bank, checkpoint=stage_1)
+    generator = add(g2s, config.g2s, queries=cached, text=bank, checkpoint=stage_1)
+    stage_3 = add(cpa, config.cpa, queries=cached, text=bank, checkpoint=stage_1, generator=generator)
+    add(
+        evaluate, config.evaluate, benchmark=benchmark, shards=shards, tokens=tokens, text=bank,
+        inductive=stage_1, generator=generator, transductive=stage_3,
+    )  # fmt: skip
+    return steps

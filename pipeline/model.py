@@ -1,0 +1,84 @@
+"""The trained network as a checkpoint holds it: segmenter, projector, and all that prediction must know about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.projector import Projector
+from models.segmenter import Segmenter, build_segmenter
+from pipeline.text import TextBank
+from storage.checkpoints import load_checkpoint, save_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A segmenter and its projector with the checkpoint's facts.
+
+    `facts` holds `architecture` (arguments of the two constructors), `classes` (TextBank.classes()), `resize` (the test view),
+    `object_threshold`, `overlap_threshold`, `augment` and `matching` (stage 1's views and matcher), and `stage`.
+    """
+
+    segmenter: Segmenter
+    projector: Projector
+    facts: dict[str, Any]
+
+    @property
+    def query_shape(self) -> tuple[int, int]:
+        """(Q, C)."""
+        architecture = self.facts["architecture"]["segmenter"]
+        return architecture["queries"], architecture["dim"]
+
+    def logits(self, features: Tensor, text: Tensor) -> Tensor:
+        """Query features (..., C) and text embeddings (K, D) -> class logits (..., K)."""
+        return self.projector.logits(self.projector(features), text)
+
+
+def build_model(architecture: dict[str, Any], facts: dict[str, Any]) -> Model:
+    """A network with fresh weights; draws from torch's global generator, so seed it first."""
+    return Model(
+        segmenter=build_segmenter(**architecture["segmenter"]),
+        projector=Projector(**architecture["projector"]),
+        facts={"architecture": architecture, **facts},
+    )
+
+
+def save_model(folder: Path, model: Model) -> None:
+    tensors = {f"segmenter.{name}": value for name, value in model.segmenter.state_dict().items()}
+    tensors |= {f"projector.{name}": value for name, value in model.projector.state_dict().items()}
+    save_checkpoint(folder, tensors, model.facts)
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu") -> Model:
+    """Read a checkpoint, in evaluation mode."""
+    tensors, facts = load_checkpoint(folder)
+    architecture = facts["architecture"]
+    bare = {**architecture["segmenter"], "backbone_weights": None}  # the checkpoint holds them all
+    model = build_model({**architecture, "segmenter": bare}, {})
+    for part in ("segmenter", "projector"):
+        state = {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
+        getattr(model, part).load_state_dict(state)
+        getattr(model, part).to(device).eval()
+    return Model(segmenter=model.segmenter, projector=model.projector, facts=facts)
+
+
+def require_same_classes(facts: dict[str, Any], bank: TextBank) -> None:
+    """Refuse to use a checkpoint with another text bank than the one it was trained with; names the first difference."""
+    ours, theirs = facts["classes"], bank.classes()
+    for field in ("names", "ids", "seen", "teacher", "text"):
+        if ours[field] != theirs[field]:
+            difference = f"{ours[field]!r:.80} and {theirs[field]!r:.80}"
+            if isinstance(ours[field], list):
+                pairs = zip(ours[field], theirs[field], strict=False)
+                place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours[field]), len(theirs[field])))
+                difference = (
+                    f"position {place}: {ours[field][place : place + 1]} and {theirs[field][place : place + 1]}"
+                )
+            raise ValueError(
+                f"checkpoint and text bank text/{bank.key} disagree in {field} ({difference}); "
+                "run `zs-seg run --from v2c` with this text bank, or use the checkpoint's own"
+            )

@@ -1,0 +1,139 @@
+"""Stage "queries": what the frozen segmenter makes of every training image, once, so that stages 2 and 3 never touch an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.runtime import Runtime
+from storage.keys import Recipe, Ref
+from storage.store import Build, Store
+
+if TYPE_CHECKING:
+    from pipeline.loader import Item, TrainingData
+    from pipeline.model import Model
+    from pipeline.text import TextBank
+
+STAGE, VERSION = "queries", 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueriesConfig:
+    """`views`: 1 = the plain image at test size; more add passes with stage 1's training augmentation, drawn from `seed` (D9).
+    `batch` views share a forward pass where their sizes agree."""
+
+    seed: int = 0
+    views: int = 1
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        if self.views < 1 or self.batch < 1:
+            raise ValueError("queries: views and batch must be at least 1")
+
+
+def recipe(config: QueriesConfig, *, shards: Ref, tokens: Ref, text: Ref, checkpoint: Ref) -> Recipe:
+    return Recipe(
+        kind="queries", stage=STAGE, version=VERSION, config=config,
+        inputs={"shards": shards, "tokens": tokens, "text": text, "checkpoint": checkpoint},
+    )  # fmt: skip
+
+
+def run(
+    config: QueriesConfig, *, shards: Ref, tokens: Ref, text: Ref, checkpoint: Ref, store: Store, runtime: Runtime
+) -> Ref:
+    """One group of queries a training tar, matched to the seen segments as in training; a group that is there is not made again."""
+
+    def work(build: Build) -> None:
+        from pipeline.loader import TrainingData
+        from pipeline.model import load_model, require_same_classes
+        from pipeline.text import open_text
+        from pipeline.transforms import AugmentConfig
+        from storage.queries import read_queries
+
+        bank = open_text(store.open(text).path, text.key)
+        model = load_model(store.open(checkpoint).path, runtime.torch_device())
+        require_same_classes(model.facts, bank)
+        data = TrainingData(
+            store.open(shards).path,
+            store.open(tokens).path,
+            bank,
+            AugmentConfig(**model.facts["augment"]),
+            seed=config.seed,
+            workers=runtime.decoders,
+        )
+        with runtime.bar(len(data) * config.views, "queries", "view") as bar:
+            for number, tar in enumerate(data.tars):
+                group = build.path / f"{tar.stem}.zarr"
+                if not group.exists():
+                    _write_group(group, number, data, model, bank, config)
+                bar.update(len(data.kept[number]) * config.views)
+        cached = read_queries(build.path)
+        build.counts |= {
+            "images": len(data),
+            "views": len(cached.image_id),
+            "queries": int(cached.segment.size),
+            "matched_queries": int((cached.segment >= 0).sum()),
+        }
+
+    return store.build(recipe(config, shards=shards, tokens=tokens, text=text, checkpoint=checkpoint), work)
+
+
+def _write_group(path: Path, tar: int, data: TrainingData, model: Model, bank: TextBank, config: QueriesConfig) -> None:
+    """Every view of one tar's images through the frozen segmenter, and sigma^ of its last output."""
+    import numpy as np
+    import torch
+
+    from models.matcher import match
+    from pipeline.loader import collate
+    from pipeline.steps import seen_rows
+    from pipeline.training import step_generator
+    from pipeline.transforms import ResizeConfig
+    from storage.queries import write_queries
+
+    device = next(model.projector.parameters()).device
+    text, _, seen_row = seen_rows(bank, device)
+    columns: dict[str, list[np.ndarray]] = {"feature": [], "segment": [], "category": [], "image_id": [], "view": []}
+    resize = ResizeConfig(**model.facts["resize"])
+    for view in range(config.views):
+        for items in _runs(data.items(tar, view=view, resize=resize), config.batch):
+            batch = collate(items).to(device)
+            with torch.no_grad():
+                output = model.segmenter(batch.images)
+                logits = model.logits(output.features[-1:], text)
+            assigned = match(
+                logits, output.masks[-1:], [seen_row[label] for label in batch.labels], batch.masks,
+                generator=step_generator(config.seed, batch.image_ids[0] * config.views + view), **model.facts["matching"],
+            )[0].cpu()  # fmt: skip
+            for i, item in enumerate(items):
+                found = assigned[i] >= 0
+                segment, category = torch.full_like(assigned[i], -1), torch.full_like(assigned[i], -1)
+                segment[found] = item.segments[assigned[i][found]]
+                category[found] = item.labels[assigned[i][found]]
+                columns["feature"].append(output.features[-1, i].half().cpu().numpy())
+                columns["segment"].append(segment.numpy())
+                columns["category"].append(category.numpy())
+                columns["image_id"].append(np.array(item.image_id))
+                columns["view"].append(np.array(view))
+    queries, dim = model.query_shape  # a tar may hold no image that the protocol leaves
+    empty = {
+        "feature": (0, queries, dim),
+        "segment": (0, queries),
+        "category": (0, queries),
+        "image_id": (0,),
+        "view": (0,),
+    }
+    write_queries(path, **{name: np.stack(rows) if rows else np.zeros(empty[name]) for name, rows in columns.items()})
+
+
+def _runs(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    """Neighbours of one image size, at most `size` together."""
+    run: list[Item] = []
+    for item in items:
+        if run and (len(run) == size or run[0].image.shape != item.image.shape):
+            yield run
+            run = []
+        run.append(item)
+    if run:
+        yield run

@@ -1,0 +1,73 @@
+"""How a stage runs here: device, threads, progress. Nothing in this file is part of any key."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from tqdm import tqdm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Where and how loudly a stage runs.
+
+    `device`: "auto" (the GPU if there is one) or a torch device such as "cpu" or "cuda:1". `threads`: CPU threads, 0 =
+    all cores. `progress`: show progress bars. `checkpoint_every`: training steps between two saved states.
+    """
+
+    device: str = "auto"
+    threads: int = 0
+    progress: bool = True
+    checkpoint_every: int = 200
+
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise ValueError(f"threads must be 0 (all cores) or more, not {self.threads}")
+
+    @property
+    def workers(self) -> int:
+        """CPU threads to use, at least 1."""
+        return self.threads or os.cpu_count() or 1
+
+    @property
+    def decoders(self) -> int:
+        """Threads that decode images ahead of the training: half of the CPU, at least 1."""
+        return max(self.workers // 2, 1)
+
+    def torch_device(self) -> torch.device:
+        """The device to compute on; also tells torch how many CPU threads to use when `threads` is set.
+
+        Raises ValueError when torch does not know the device or this machine does not have it.
+        """
+        import torch
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device {self.device!r} cannot be used ({reason}); pass --device auto or cpu") from error
+        return device
+
+    def bar(self, total: int | None, desc: str, unit: str = "it") -> tqdm[Any]:
+        """A progress bar with rate and remaining time; a log file gets a line every 10 s instead of two a second."""
+        from tqdm import tqdm
+
+        tty = sys.stderr.isatty()
+        return tqdm(
+            total=total,
+            desc=desc,
+            unit=unit,
+            disable=not self.progress,
+            mininterval=0.5 if tty else 10.0,
+            dynamic_ncols=tty,
+        )

@@ -1,0 +1,58 @@
+"""Which frozen CLIP teaches: its config, the hash of its weights for the keys, and the loading of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.runtime import Runtime
+from storage.keys import sha256_file
+
+if TYPE_CHECKING:
+    from models.teacher import Teacher
+
+SMALL_WEIGHTS = Path(__file__).parents[1] / "models" / "small_clip" / "open_clip_model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The frozen CLIP.
+
+    `name`: an open_clip model, or "small" for the one shipped with the package. `pretrained`: an open_clip tag, a local weights
+    file, "shipped" for the small one, or "random" (drawn from `seed`; the report is then marked). `fill`: what replaces the rest
+    of the image around a masked instance, black or the teacher's mean colour; the shipped teacher knows only "mean" (D10).
+    """
+
+    name: str = "ViT-B-16-quickgelu"
+    pretrained: str = "openai"
+    fill: Literal["zero", "mean"] = "zero"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pretrained == "shipped" and (self.name != "small" or self.fill != "mean"):
+            raise ValueError(
+                "teacher: the shipped weights belong to name 'small' and were trained with fill 'mean'; set both"
+            )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What goes into the keys: a local weights file counts by its content, not by its path.
+
+        Raises ValueError when `pretrained` looks like a file that is not there.
+        """
+        weights = SMALL_WEIGHTS if self.pretrained == "shipped" else Path(self.pretrained)
+        if weights.is_file():
+            pretrained = f"sha256:{sha256_file(weights)}"
+        elif weights.suffix or len(weights.parts) > 1:
+            raise ValueError(f"teacher weights {weights} not found; correct --teacher.pretrained")
+        else:
+            pretrained = self.pretrained
+        return {"name": self.name, "pretrained": pretrained, "fill": self.fill, "seed": self.seed}
+
+    def load(self, runtime: Runtime) -> Teacher:
+        from models.teacher import load_teacher
+
+        return load_teacher(
+            name=self.name, pretrained=self.pretrained, fill=self.fill, seed=self.seed, device=runtime.torch_device()
+        )

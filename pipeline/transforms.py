@@ -1,0 +1,97 @@
+"""Image and segment ids, moved together: large-scale jitter, crop, flip and pad for training, one fixed resize for testing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53]).view(
+    3, 1, 1
+)  # ImageNet's, in 0..255, as the published networks use
+PIXEL_STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
+STRIDE = 32  # the network's input is padded to a multiple of this
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Training views: `size` pixels square; the image is scaled to fit `size` times a factor drawn from `jitter`, then cropped
+    or padded at random, and mirrored half of the time (`flip`)."""
+
+    size: int = 1024
+    jitter: tuple[float, float] = (0.1, 2.0)
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.size < STRIDE or self.size % STRIDE:
+            raise ValueError(f"augment: size must be a multiple of {STRIDE}, not {self.size}")
+        if not 0 < self.jitter[0] <= self.jitter[1]:
+            raise ValueError(f"augment: jitter must be a rising pair of positive factors, not {self.jitter}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeConfig:
+    """Test views: the short side becomes `short` pixels unless the long one would exceed `longest`."""
+
+    short: int = 800
+    longest: int = 1333
+
+
+def normalise(image: Tensor) -> Tensor:
+    """(3, H, W) in 0..255 -> zero mean, unit deviation by ImageNet's statistics."""
+    return (image.float() - PIXEL_MEAN) / PIXEL_STD
+
+
+def augment(image: Tensor, ids: Tensor, config: AugmentConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """One training view of an image (3, H, W) uint8 and its segment ids (H, W).
+
+    Returns the normalised image (3, S, S) and ids (S, S) int32; padding is 0 in both, which is the mean colour and no segment.
+    """
+    height, width = ids.shape
+    factor = rng.uniform(*config.jitter) * config.size / max(height, width)
+    size = (max(round(height * factor), 1), max(round(width * factor), 1))
+    scaled, scaled_ids = _resize(normalise(image), size), _resize_ids(ids, size)
+    if config.flip and rng.random() < 0.5:
+        scaled, scaled_ids = scaled.flip(-1), scaled_ids.flip(-1)
+    top, left = (int(rng.integers(max(s - config.size, 0) + 1)) for s in size)
+    crop = (slice(top, top + config.size), slice(left, left + config.size))
+    return _pad(scaled[:, *crop], config.size, config.size), _pad(scaled_ids[crop], config.size, config.size)
+
+
+def resize_for_test(image: Tensor, config: ResizeConfig) -> tuple[Tensor, tuple[int, int]]:
+    """The test view of an image (3, H, W) uint8: normalised, resized, padded at the right and the bottom to a multiple of 32.
+
+    Returns the input (3, H', W') and the size of the image inside it.
+    """
+    height, width = image.shape[-2:]
+    factor = min(config.short / min(height, width), config.longest / max(height, width))
+    size = (round(height * factor), round(width * factor))
+    padded = [-(-s // STRIDE) * STRIDE for s in size]
+    return _pad(_resize(normalise(image), size), *padded), size
+
+
+def place_ids(ids: Tensor, size: tuple[int, int], padded: Sequence[int]) -> Tensor:
+    """Segment ids (H, W) moved as `resize_for_test` moves their image: to `size`, then padded with 0."""
+    return _pad(_resize_ids(ids, size), *padded)
+
+
+def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    if image.shape[-2:] == size:
+        return image
+    return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
+
+
+def _resize_ids(ids: Tensor, size: tuple[int, int]) -> Tensor:
+    """Nearest, through indices: exact for ids of any size, where a float image would round them."""
+    if ids.shape == size:
+        return ids
+    rows, columns = (((torch.arange(new) + 0.5) * old / new).long() for new, old in zip(size, ids.shape, strict=True))
+    return ids[rows[:, None], columns]
+
+
+def _pad(image: Tensor, height: int, width: int) -> Tensor:
+    return F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2]))

@@ -1,0 +1,210 @@
+"""Stage "v2c": vision-to-CLIP alignment. Trains segmenter and projector; its checkpoint is the inductive result."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.runtime import Runtime
+from pipeline.schedule import Schedule
+from storage.keys import Recipe, Ref
+from storage.store import Build, Store
+
+if TYPE_CHECKING:
+    from pipeline.model import Model
+    from pipeline.text import TextBank
+
+STAGE, VERSION = "v2c", 1
+THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+SLACK = 0.5  # PQ points
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmenterConfig:
+    """Mask2Former's parts; the defaults are the published R50 network. `backbone` is a timm name, `backbone_weights` None for
+    random, "imagenet", or a local file. Weights that were trained on COCO have seen the unseen classes: never load them."""
+
+    backbone: str = "resnet50"
+    backbone_weights: str | None = "imagenet"
+    frozen_batchnorm: bool = True
+    queries: int = 100
+    dim: int = 256
+    heads: int = 8
+    encoder_layers: int = 6
+    encoder_ffn: int = 1024
+    encoder_points: int = 4
+    decoder_layers: int = 9
+    decoder_ffn: int = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+    """The class projector P, an MLP of `layers` linear layers of width `hidden` from C to D."""
+
+    hidden: int = 512
+    layers: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class V2CConfig(Schedule):
+    """Stage 1. L_v2c = L_match + w_g L_g + w_l L_l (paper Eq. 5); a weight of 0 switches a loss off.
+
+    `class_weight`, `bce_weight`, `dice_weight`, `points`: L_match and the matcher. `gamma`, `tau`, `bank`: Eq. 2 and 3 (D3), not in
+    the paper. `target_attention` off = plain mean over the queries (table 5's first row). `text_centering`: D1.
+    `scale_lr`: factor on the learning rate of the logit scale and bias (D1). `jitter`, `crop`, `flip`: training views;
+    `short`, `longest`: test views. `calibration_images`: training images on which object_threshold is chosen (D8).
+    """
+
+    segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    class_weight: float = 2.0
+    bce_weight: float = 5.0
+    dice_weight: float = 5.0
+    points: int = 12544
+    global_weight: float = 1.0
+    instance_weight: float = 1.0
+    target_attention: bool = True
+    gamma: float = 1.0
+    tau: float = 0.1
+    bank: int = 4096
+    instance_negatives: Literal["image", "batch"] = "image"
+    text_centering: bool = False
+    scale_lr: float = 10.0
+    crop: int = 1024
+    jitter: tuple[float, float] = (0.1, 2.0)
+    flip: bool = True
+    short: int = 800
+    longest: int = 1333
+    overlap_threshold: float = 0.8
+    calibration_images: int = 500
+
+
+def recipe(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref) -> Recipe:
+    content = asdict(config)
+    content["segmenter"]["backbone_weights"] = _weights_identity(config.segmenter.backbone_weights)
+    return Recipe(
+        kind="checkpoint", stage=STAGE, version=VERSION, config=content,
+        inputs={"shards": shards, "tokens": tokens, "text": text},
+    )  # fmt: skip
+
+
+def _weights_identity(weights: str | None) -> str | None:
+    """A local backbone file counts by its content, not by its path."""
+    from storage.keys import sha256_file
+
+    return f"sha256:{sha256_file(Path(weights))}" if weights and Path(weights).is_file() else weights
+
+
+def run(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref, store: Store, runtime: Runtime) -> Ref:
+    """Train stage 1 and choose the object threshold; the checkpoint is self-contained."""
+
+    def work(build: Build) -> None:
+        import torch
+
+        from pipeline.loader import TrainingData
+        from pipeline.model import build_model, save_model
+        from pipeline.steps import V2CStep
+        from pipeline.text import open_text
+        from pipeline.training import parameter_groups, train
+        from pipeline.transforms import AugmentConfig
+        from storage.checkpoints import remove_training_state
+
+        device = runtime.torch_device()
+        bank = open_text(store.open(text).path, text.key)
+        views = AugmentConfig(size=config.crop, jitter=config.jitter, flip=config.flip)
+        data = TrainingData(
+            store.open(shards).path, store.open(tokens).path, bank, views, seed=config.seed, workers=runtime.decoders
+        )
+        torch.manual_seed(config.seed)
+        model = build_model(_architecture(config, bank), _facts(config, bank))
+        if config.text_centering:
+            model.projector.text_center.copy_(bank.embedding[torch.tensor(bank.seen)].mean(0))
+        modules = {"segmenter": model.segmenter.to(device).train(), "projector": model.projector.to(device).train()}
+        train(
+            STAGE,
+            folder=build.path,
+            schedule=config,
+            modules=modules,
+            groups=parameter_groups(
+                modules, config, own_lr={".log_scale": config.scale_lr, "projector..bias": config.scale_lr}
+            ),
+            batches=lambda start: data.batches(config.batch, start=start),
+            losses=V2CStep(model.segmenter, model.projector, bank, data.global_tokens().to(device), config),
+            runtime=runtime,
+        )
+        model.segmenter.eval()
+        model.projector.eval()
+        threshold, trials = choose_threshold(model, bank, data, config, runtime)
+        model.facts["object_threshold"] = threshold
+        save_model(build.path, model)
+        remove_training_state(build.path)
+        build.counts |= {
+            "images": len(data),
+            "steps": config.steps,
+            "object_threshold": threshold,
+            "sPQ_by_threshold": trials,
+        }
+        build.counts["parameters"] = sum(p.numel() for m in modules.values() for p in m.parameters())
+
+    return store.build(recipe(config, shards=shards, tokens=tokens, text=text), work)
+
+
+def _architecture(config: V2CConfig, bank: TextBank) -> dict[str, Any]:
+    projector = {"dim": config.segmenter.dim, "text_dim": bank.embedding.shape[1], **asdict(config.projector)}
+    return {"segmenter": asdict(config.segmenter), "projector": projector}
+
+
+def _facts(config: V2CConfig, bank: TextBank) -> dict[str, Any]:
+    return {
+        "stage": STAGE,
+        "classes": bank.classes(),
+        "resize": {"short": config.short, "longest": config.longest},
+        "augment": {"size": config.crop, "jitter": list(config.jitter), "flip": config.flip},
+        "matching": {name: getattr(config, name) for name in ("class_weight", "bce_weight", "dice_weight", "points")},
+        "overlap_threshold": config.overlap_threshold,
+    }
+
+
+def choose_threshold(
+    model: Model, bank: TextBank, data: Any, config: V2CConfig, runtime: Runtime
+) -> tuple[float, dict[str, float]]:
+    """D8: the lowest object threshold whose PQ over the SEEN classes on the first training images is within `SLACK` of the best one;
+    and every threshold's sPQ. The curve is flat over a wide range, and unseen classes score lower than seen ones: of thresholds that
+    serve the seen classes alike the lowest loses least.
+
+    The classifier chooses among all classes, as it will in use; no validation image is looked at.
+    """
+    import itertools
+
+    import numpy as np
+
+    from pipeline.inference import classes_of, outputs, panoptic_map
+    from pipeline.metrics import PanopticQuality
+    from pipeline.transforms import ResizeConfig
+    from storage.shards import decode_ids
+
+    device = next(model.projector.parameters()).device
+    classes = classes_of(bank.embedding, bank.classes(), device)
+    qualities = {threshold: PanopticQuality(bank.ids) for threshold in THRESHOLDS}
+    samples = itertools.islice(data.plain_samples(), config.calibration_images)
+    with runtime.bar(min(config.calibration_images, len(data)), "choosing the object threshold", "image") as bar:
+        for sample, output in outputs(
+            model.segmenter, samples, ResizeConfig(short=config.short, longest=config.longest), batch=config.batch
+        ):
+            logits = model.logits(output.features, classes.text)
+            gt = decode_ids(sample)
+            for threshold, quality in qualities.items():
+                ids, segments = panoptic_map(
+                    output, logits, classes, object_threshold=threshold, overlap_threshold=config.overlap_threshold
+                )
+                quality.update(gt, sample.segments, ids, segments, image=sample.image_id)
+            bar.update()
+    by_threshold = {
+        threshold: quality.result().mean(np.array(bank.seen)).pq for threshold, quality in qualities.items()
+    }
+    chosen = min(threshold for threshold, pq in by_threshold.items() if pq >= max(by_threshold.values()) - SLACK)
+    log.info("object_threshold %.2f: sPQ %.1f on training images", chosen, by_threshold[chosen])
+    return chosen, {str(threshold): round(pq, 2) for threshold, pq in by_threshold.items()}

@@ -1,0 +1,274 @@
+"""Panoptic and semantic inference against a slow reference, pixel by pixel, and by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.benchmarks import Category
+from pipeline.metrics import PanopticQuality, PredictedSegment
+from pipeline.prediction import ImagePrediction, panoptic, semantic, write_coco_panoptic
+from storage.shards import Segment
+
+CATEGORY_IDS = torch.tensor([1, 4, 90, 200])
+ISTHING = torch.tensor([True, True, False, False])
+SEEN = torch.tensor([True, False, True, False])
+
+
+def draw(seed: int, queries: int) -> dict[str, Any]:
+    rng = torch.Generator().manual_seed(seed)
+
+    def size(low: int, high: int) -> tuple[int, int]:
+        height, width = torch.randint(low, high, (2,), generator=rng).tolist()
+        return height, width
+
+    padded = size(4, 17)
+    coarse = 2 * torch.randn(queries, 3, 3, generator=rng) - 0.5
+    return {
+        "class_probabilities": torch.rand(queries, 4, generator=rng),
+        "mask_logits": F.interpolate(coarse[None], size(2, 7), mode="bicubic")[0],
+        "padded_size": padded,
+        "image_size": (max(1, padded[0] - 2), max(1, padded[1] - 3)),
+        "original_size": size(1, 20),
+    }
+
+
+def resized(case: dict[str, Any]) -> np.ndarray:
+    """(Q, H, W) sigmoid masks, one query at a time."""
+    height, width = case["image_size"]
+    masks = []
+    for logits in case["mask_logits"]:
+        big = F.interpolate(logits[None, None], case["padded_size"], mode="bilinear", align_corners=False)
+        original = F.interpolate(
+            big[:, :, :height, :width], case["original_size"], mode="bilinear", align_corners=False
+        )
+        masks.append(original[0, 0].sigmoid().numpy())
+    return np.stack(masks)
+
+
+def slow_panoptic(
+    case: dict[str, Any], object_threshold: float, overlap_threshold: float, seen_offset: float
+) -> dict[frozenset[tuple[int, int]], tuple[int, float]]:
+    """{pixels of the segment: (category, score)}."""
+    masks = resized(case)
+    candidates = []
+    for query, probabilities in enumerate(case["class_probabilities"].numpy()):
+        lowered = [p - np.float32(seen_offset * bool(s)) for p, s in zip(probabilities, SEEN, strict=True)]
+        best = int(np.argmax(lowered))
+        if probabilities[best] > object_threshold:
+            candidates.append((query, best, probabilities[best]))
+    pixels: dict[int, set[tuple[int, int]]] = {query: set() for query, _, _ in candidates}
+    height, width = case["original_size"]
+    for y in range(height):
+        for x in range(width):
+            if candidates:
+                query = max(candidates, key=lambda c: c[2] * masks[c[0], y, x])[0]
+                if masks[query, y, x] >= 0.5:
+                    pixels[query].add((y, x))
+    things, stuff = [], {}
+    for query, class_, score in candidates:
+        own = int((masks[query] >= 0.5).sum())
+        if not pixels[query] or len(pixels[query]) / own < overlap_threshold:
+            continue
+        if ISTHING[class_]:
+            things.append((frozenset(pixels[query]), (int(CATEGORY_IDS[class_]), float(score))))
+        else:
+            merged, highest = stuff.get(class_, (frozenset(), 0.0))
+            stuff[class_] = merged | pixels[query], max(highest, float(score))
+    return dict(things) | {area: (int(CATEGORY_IDS[c]), score) for c, (area, score) in stuff.items()}
+
+
+def as_sets(ids: np.ndarray, segments: list[PredictedSegment]) -> dict[frozenset[tuple[int, int]], tuple[int, float]]:
+    found = {}
+    for segment in segments:
+        area = frozenset((int(y), int(x)) for y, x in np.argwhere(ids == segment.id))
+        found[area] = segment.category_id, segment.score
+    assert len(found) == len(segments) == len(set(np.unique(ids)) - {0})
+    return found
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    queries=st.integers(1, 8),
+    object_threshold=st.sampled_from([0.0, 0.5, 0.8, 1.0]),
+    overlap_threshold=st.sampled_from([0.0, 0.5, 0.8]),
+    seen_offset=st.sampled_from([0.0, 0.2]),
+    chunk=st.sampled_from([1, 500, 2**24]),
+)
+def test_panoptic_equals_the_slow_reference(
+    seed: int, queries: int, object_threshold: float, overlap_threshold: float, seen_offset: float, chunk: int
+) -> None:
+    case = draw(seed, queries)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.prediction.CHUNK_ELEMENTS", chunk)
+        ids, segments = panoptic(
+            **case,
+            isthing=ISTHING,
+            category_ids=CATEGORY_IDS,
+            object_threshold=object_threshold,
+            overlap_threshold=overlap_threshold,
+            seen=SEEN,
+            seen_offset=seen_offset,
+        )
+    assert ids.shape == case["original_size"] and ids.dtype == np.int32
+    assert as_sets(ids, segments) == slow_panoptic(case, object_threshold, overlap_threshold, seen_offset)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    queries=st.integers(1, 8),
+    seen_offset=st.sampled_from([0.0, 0.3]),
+    chunk=st.sampled_from([1, 500, 2**24]),
+)
+def test_semantic_equals_the_slow_reference(seed: int, queries: int, seen_offset: float, chunk: int) -> None:
+    case = draw(seed, queries)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.prediction.CHUNK_ELEMENTS", chunk)
+        classes = semantic(**case, seen=SEEN, seen_offset=seen_offset)
+    assert classes.shape == case["original_size"]
+    masks, probabilities = resized(case).astype(np.float64), case["class_probabilities"].double().numpy()
+    for (y, x), chosen in np.ndenumerate(classes):
+        sums = [
+            sum(probabilities[q, k] * masks[q, y, x] for q in range(queries)) - seen_offset * bool(SEEN[k])
+            for k in range(4)
+        ]
+        assert sums[chosen] >= max(sums) - 1e-5
+
+
+def predict(
+    probabilities: Tensor, logits: Tensor, object_threshold: float = 0.5, overlap_threshold: float = 0.8, **kwargs: Any
+) -> tuple[np.ndarray, list[PredictedSegment]]:
+    size = tuple(logits.shape[1:])
+    sizes: dict[str, Any] = {"padded_size": size, "image_size": size, "original_size": size} | kwargs
+    return panoptic(
+        probabilities, logits, isthing=ISTHING, category_ids=CATEGORY_IDS, seen=SEEN,
+        object_threshold=object_threshold, overlap_threshold=overlap_threshold, **sizes,
+    )  # fmt: skip
+
+
+def one_hot(*classes: int, score: float = 0.9) -> Tensor:
+    return score * F.one_hot(torch.tensor(classes), 4).float()
+
+
+def columns(*spans: tuple[int, int]) -> Tensor:
+    """(Q, 4, 10) logits of +-9: query q covers the columns of its span."""
+    logits = torch.full((len(spans), 4, 10), -9.0)
+    for query, (start, stop) in enumerate(spans):
+        logits[query, :, start:stop] = 9
+    return logits
+
+
+def test_crop_comes_before_the_resize_to_the_original() -> None:
+    """An 8 x 8 input of which 4 x 6 is image: the mask's left 3 columns are half of the image, not 3/8 of it."""
+    logits = torch.full((1, 8, 8), -9.0)
+    logits[0, :, :3] = 9
+    ids, _ = predict(one_hot(0), logits, image_size=(4, 6), original_size=(40, 60))
+    assert (ids[:, :29] == 1).all() and (ids[:, 31:] == 0).all()
+    classes = semantic(
+        torch.cat([one_hot(0), one_hot(1, score=0.5)]), torch.cat([logits, -logits]),
+        padded_size=(8, 8), image_size=(4, 6), original_size=(40, 60), seen=SEEN,
+    )  # fmt: skip
+    assert (classes[:, :28] == 0).all() and (classes[:, 32:] == 1).all()
+
+
+def test_stuff_of_one_class_merges_and_things_do_not() -> None:
+    logits = columns((0, 2), (2, 4), (4, 6), (6, 8))
+    ids, segments = predict(torch.cat([one_hot(2, 1), one_hot(2, 1, score=0.95)]), logits)
+    assert ids[0].tolist() == [1, 1, 2, 2, 1, 1, 3, 3, 0, 0]
+    assert [(s.id, s.category_id) for s in segments] == [(1, 90), (2, 4), (3, 4)]
+    assert [s.score for s in segments] == pytest.approx([0.95, 0.9, 0.95])
+
+
+def test_object_threshold_is_exclusive() -> None:
+    logits = columns((0, 5), (5, 10))
+    ids, segments = predict(torch.cat([one_hot(0, score=0.5), one_hot(1, score=0.51)]), logits)
+    assert [s.category_id for s in segments] == [4]
+    assert ids[0].tolist() == [0] * 5 + [1] * 5
+    ids, segments = predict(one_hot(0, 1, score=0.4), logits)
+    assert segments == [] and not ids.any()
+
+
+@pytest.mark.parametrize(("overlap_threshold", "kept"), [(0.6, True), (0.61, False)])
+def test_overlapped_segments_are_dropped_to_void(overlap_threshold: float, kept: bool) -> None:
+    """The second query keeps 3 of its 5 columns; the first, stronger one, covers the other two."""
+    probabilities = torch.cat([one_hot(0), one_hot(1, score=0.8)])
+    ids, segments = predict(probabilities, columns((0, 4), (2, 7)), overlap_threshold=overlap_threshold)
+    assert len(segments) == 1 + kept
+    assert ids[0].tolist() == [1] * 4 + [2 * kept] * 3 + [0] * 3
+
+
+def test_seen_offset_moves_the_choice_but_not_the_score() -> None:
+    probabilities = torch.tensor([[0.8, 0.7, 0.0, 0.0]])
+    _, plain = predict(probabilities, columns((0, 5)))
+    _, lowered = predict(probabilities, columns((0, 5)), seen_offset=0.2)
+    assert [(s.category_id, round(s.score, 3)) for s in plain + lowered] == [(1, 0.8), (4, 0.7)]
+
+
+def test_perfect_masks_give_perfect_pq() -> None:
+    rng = np.random.default_rng(0)
+    quality = PanopticQuality(CATEGORY_IDS.tolist())
+    for image in range(5):
+        gt_ids = rng.integers(0, 5, (6, 8)).repeat(8, 0).repeat(8, 1).astype(np.int32)  # 0 stays void
+        present = np.unique(gt_ids[gt_ids > 0])
+        gt = [Segment(id=int(i), category_id=int(CATEGORY_IDS[i - 1]), area=0, iscrowd=False) for i in present]
+        logits = torch.stack([torch.from_numpy(np.where(gt_ids == i, 9.0, -9.0)) for i in present])
+        ids, segments = predict(one_hot(*(present - 1).tolist()), logits)
+        quality.update(gt_ids, gt, ids, segments, image=image)
+    mean = quality.result().mean()
+    assert (mean.pq, mean.absent) == (100, 0)
+
+
+def test_coco_files_hold_the_prediction(tmp_path: Path) -> None:
+    from PIL import Image
+
+    categories = [Category(id=1, name="cat", isthing=True), Category(id=90, name="sky", isthing=False)]
+    ids = np.zeros((4, 6), np.int32)
+    ids[1:3, 2:5], ids[3] = 70001, 3
+    segments = [
+        PredictedSegment(id=70001, category_id=1, score=0.75),
+        PredictedSegment(id=3, category_id=90, score=0.5),
+    ]
+    prediction = ImagePrediction(image_id=12, file_name="street/view.jpg", ids=ids, segments=segments)
+    path = write_coco_panoptic(tmp_path / "out", [prediction], categories=categories)
+
+    content = json.loads(path.read_text())
+    assert path == tmp_path / "out" / "panoptic.json"
+    assert content["images"] == [{"id": 12, "file_name": "street/view.jpg", "height": 4, "width": 6}]
+    assert content["categories"] == [
+        {"id": 1, "name": "cat", "isthing": 1},
+        {"id": 90, "name": "sky", "isthing": 0},
+    ]
+    assert content["annotations"] == [
+        {
+            "image_id": 12,
+            "file_name": "view.png",
+            "segments_info": [
+                {"id": 70001, "category_id": 1, "area": 6, "bbox": [2, 1, 3, 2], "iscrowd": 0, "score": 0.75},
+                {"id": 3, "category_id": 90, "area": 6, "bbox": [0, 3, 6, 1], "iscrowd": 0, "score": 0.5},
+            ],
+        }
+    ]
+    pixels = np.asarray(Image.open(tmp_path / "out" / "panoptic" / "view.png").convert("RGB")).astype(np.int32)
+    assert (pixels @ np.array([1, 256, 65536]) == ids).all()
+
+
+def test_coco_files_refuse_two_images_of_one_name(tmp_path: Path) -> None:
+    blank = np.zeros((2, 2), np.int32)
+    many = [
+        ImagePrediction(image_id=i, file_name=name, ids=blank, segments=[])
+        for i, name in enumerate(("a/x.jpg", "b/x.png"))
+    ]
+    with pytest.raises(ValueError, match="a/x.jpg and b/x.png"):
+        write_coco_panoptic(tmp_path, many, categories=[])
+    assert not (tmp_path / "panoptic.json").exists()

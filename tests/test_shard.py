@@ -1,0 +1,486 @@
+"""Stage shard: good data comes through byte for byte, every kind of bad data is one clear line."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from coco_factory import edit_json, make_coco
+from PIL import Image
+
+from pipeline.benchmarks import load_benchmark
+from pipeline.runtime import Runtime
+from pipeline.shard import CocoSource, ShardConfig, coco_source, recipe, run
+from storage.keys import Recipe, Ref
+from storage.shards import Sample, Shards, decode_ids, decode_image, encode_ids, read_shard
+from storage.store import Build, Store
+
+PROJECT = Path(__file__).parents[1]
+REAL = PROJECT.parent / "shared" / "coco-sample"  # real COCO files, on machines that have them
+BENCHMARK = load_benchmark("coco-panoptic-zps")
+QUIET = Runtime(progress=False, threads=2)
+CONFIG = ShardConfig(samples_per_tar=2)
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    return make_coco(tmp_path / "coco")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def shard(coco: Path, store: Store, config: ShardConfig = CONFIG) -> Ref:
+    return run(config, source=coco_source(coco), benchmark=BENCHMARK, store=store, runtime=QUIET)
+
+
+def samples(folder: Path, split: str) -> list[Sample]:
+    return [sample for tar in Shards(folder).tars(split) for sample in read_shard(tar)]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+
+
+def test_good_data_comes_through(coco: Path, store: Store) -> None:
+    artefact = store.open(shard(coco, store))
+    shards = Shards(artefact.path)
+    assert [tar.name for tar in shards.tars("train")] == [f"train-{i:06d}.tar" for i in range(3)]
+    assert shards.counts("train") == [2, 2, 1] and shards.counts("val") == [2]
+    for split, folder in (("train", "train2017"), ("val", "val2017")):
+        data = json.loads((coco / "annotations" / f"panoptic_{folder}.json").read_text())
+        images = {image["id"]: image for image in data["images"]}
+        annotations = {annotation["image_id"]: annotation for annotation in data["annotations"]}
+        read = samples(artefact.path, split)
+        assert [sample.image_id for sample in read] == sorted(images)
+        for sample in read:
+            image, annotation = images[sample.image_id], annotations[sample.image_id]
+            assert sample.jpeg == (coco / folder / image["file_name"]).read_bytes()
+            assert sample.png == (coco / "annotations" / f"panoptic_{folder}" / annotation["file_name"]).read_bytes()
+            assert decode_image(sample).shape == (image["height"], image["width"], 3)
+            segments = [
+                {"id": s.id, "category_id": s.category_id, "area": s.area, "iscrowd": int(s.iscrowd)}
+                for s in sample.segments
+            ]
+            assert segments == [{k: v for k, v in s.items() if k != "bbox"} for s in annotation["segments_info"]]
+            ids = decode_ids(sample)
+            assert all((ids == segment.id).sum() == segment.area for segment in sample.segments)
+        things = sum(BENCHMARK.categories[BENCHMARK.index[s.category_id]].isthing for x in read for s in x.segments)
+        assert artefact.manifest.counts[split] == {
+            "images": len(images),
+            "segments": 3 * len(images),
+            "crowd": 1,
+            "things": things,
+            "stuff": 3 * len(images) - things,
+            "beyond_limit": 0,
+        }
+    assert artefact.manifest.counts["skipped"] == []
+    assert store.verify(artefact.ref) == []
+
+
+@pytest.mark.parametrize("real", [False, True] if REAL.is_dir() else [False])
+def test_counts(coco: Path, store: Store, real: bool) -> None:
+    counts = store.open(shard(REAL if real else coco, store, ShardConfig())).manifest.counts
+    found = [[counts[split][what] for what in ("images", "segments", "crowd")] for split in ("train", "val")]
+    assert found == ([[100, 1111, 6], [40, 401, 2]] if real else [[5, 15, 1], [2, 6, 1]])
+    assert counts["skipped"] == []
+
+
+def test_the_same_data_gives_the_same_bytes(coco: Path, tmp_path: Path) -> None:
+    first = shard(coco, Store(tmp_path / "one"))
+    moved = coco.rename(tmp_path / "elsewhere")
+    second = run(
+        CONFIG,
+        source=coco_source(moved),
+        benchmark=BENCHMARK,
+        store=Store(tmp_path / "two"),
+        runtime=replace(QUIET, threads=1),
+    )
+    assert first == second  # neither the folder nor the threads are in the key
+    assert tree(Store(tmp_path / "one").path(first)) == tree(Store(tmp_path / "two").path(second))
+
+
+def test_what_is_in_the_key_and_what_is_not(coco: Path) -> None:
+    source = coco_source(coco)
+
+    def key(config: ShardConfig = CONFIG, source: CocoSource | Ref = source, **benchmark: Any) -> str:
+        return recipe(config, source=source, benchmark=replace(BENCHMARK, **benchmark)).key
+
+    assert key() == key(unseen_ids=(), protocol="none", name="other")  # shards serve every protocol
+    assert key(categories=BENCHMARK.categories[::-1]) != key()
+    assert key(source=replace(source, root="/elsewhere")) == key()
+    assert key(source=replace(source, fingerprint="0" * 64)) != key()
+    assert key(source=Ref(kind="scenes", key="0" * 16)) != key()
+    for change in ({"samples_per_tar": 3}, {"skip_bad": True}, {"limit": 1}):
+        assert key(replace(CONFIG, **change)) != key()
+
+
+def test_the_fingerprint_sees_annotations_names_and_sizes(coco: Path) -> None:
+    seen = {coco_source(coco).fingerprint}
+    (coco / "train2017" / "extra.jpg").write_bytes(b"1")
+    seen.add(coco_source(coco).fingerprint)
+    (coco / "train2017" / "extra.jpg").write_bytes(b"12")
+    seen.add(coco_source(coco).fingerprint)
+    (coco / "train2017" / "extra.jpg").rename(coco / "val2017" / "extra.jpg")
+    seen.add(coco_source(coco).fingerprint)
+    (coco / "annotations" / "panoptic_val2017" / "extra.png").write_bytes(b"1")
+    seen.add(coco_source(coco).fingerprint)
+    edit_json(coco, lambda data: data["annotations"][0]["segments_info"][0].update(area=1), "val2017")
+    seen.add(coco_source(coco).fingerprint)
+    assert len(seen) == 6
+
+
+def test_data_that_changed_since_planning(coco: Path, store: Store) -> None:
+    source = coco_source(coco)
+    (coco / "train2017" / f"{11:012d}.jpg").unlink()
+    with pytest.raises(ValueError, match="no longer, the one that was planned with"):
+        run(CONFIG, source=source, benchmark=BENCHMARK, store=store, runtime=QUIET)
+
+
+def test_generated_scenes_are_a_source(coco: Path, store: Store) -> None:
+    def make(build: Build) -> None:
+        for part in make_coco(build.path / "coco").iterdir():
+            part.rename(build.path / part.name)
+
+    scenes = store.build(Recipe(kind="scenes", stage="scenes", version=1, config=None, inputs={}), make)
+    made = run(CONFIG, source=scenes, benchmark=BENCHMARK, store=store, runtime=QUIET)
+    assert store.open(made).manifest.inputs == {"scenes": str(scenes)}
+    assert tree(store.path(made)) == tree(store.path(shard(coco, store)))
+
+
+def test_limit_takes_the_first_by_id_and_is_counted(coco: Path, store: Store) -> None:
+    (coco / "train2017" / f"{14:012d}.jpg").write_bytes(b"bad, but beyond the limit")
+    artefact = store.open(shard(coco, store, replace(CONFIG, limit=3)))
+    assert [sample.image_id for sample in samples(artefact.path, "train")] == [10, 11, 12]
+    assert artefact.manifest.counts["train"]["images"] == 3
+    assert artefact.manifest.counts["train"]["beyond_limit"] == 2
+    assert artefact.manifest.counts["val"]["beyond_limit"] == 0
+
+
+@pytest.mark.parametrize("wrong", [{"samples_per_tar": 0}, {"limit": -1}])
+def test_wrong_config(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ShardConfig(**wrong)  # pyright: ignore[reportArgumentType]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad images: each is an error without --skip-bad, and skipped and counted with it. All of them are about image 12.
+
+JPEG, PNG = f"train2017/{12:012d}.jpg", f"annotations/panoptic_train2017/{12:012d}.png"
+
+
+def annotation(data: dict[str, Any]) -> dict[str, Any]:
+    return next(item for item in data["annotations"] if item["image_id"] == 12)
+
+
+def image_entry(data: dict[str, Any]) -> dict[str, Any]:
+    return next(item for item in data["images"] if item["id"] == 12)
+
+
+def segment(data: dict[str, Any]) -> dict[str, Any]:
+    return annotation(data)["segments_info"][0]
+
+
+def redraw(coco: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    rgb = np.asarray(Image.open(coco / PNG)).astype(np.int64)
+    (coco / PNG).write_bytes(encode_ids(change(rgb @ np.array([1, 256, 65536]))))
+
+
+def bomb(coco: Path, side: int) -> None:
+    """A PNG whose header, and the JSON with it, promises side x side pixels."""
+    data = (coco / PNG).read_bytes()
+    header = data[12:16] + struct.pack(">II", side, side) + data[24:29]
+    (coco / PNG).write_bytes(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])
+
+
+def resave(coco: Path, name: str, kind: str) -> None:
+    image = Image.open(coco / name).convert("RGB")
+    file = io.BytesIO()
+    image.save(file, format=kind)
+    (coco / name).write_bytes(file.getvalue())
+
+
+def shrink(coco: Path, name: str, kind: str) -> None:
+    image = Image.open(coco / name)
+    smaller = image.crop((0, 0, image.width - 1, image.height))
+    smaller.save(coco / name, format=kind)
+
+
+def truncate(coco: Path, name: str, part: float) -> None:
+    data = (coco / name).read_bytes()
+    (coco / name).write_bytes(data[: int(len(data) * part)])
+
+
+BAD_IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "jpeg missing": (lambda c: (c / JPEG).unlink(), f"lacks its file '{JPEG}'"),
+    "png missing": (lambda c: (c / PNG).unlink(), f"lacks its file '{PNG}'"),
+    "jpeg is a folder": (lambda c: ((c / JPEG).unlink(), (c / JPEG).mkdir()), "cannot be read"),
+    "jpeg truncated": (lambda c: truncate(c, JPEG, 0.7), f"'{JPEG}' that is damaged"),
+    "jpeg nearly gone": (lambda c: truncate(c, JPEG, 0.02), f"'{JPEG}' that is damaged"),
+    "jpeg empty": (lambda c: truncate(c, JPEG, 0), "is no JPEG"),
+    "jpeg is text": (lambda c: (c / JPEG).write_text("<html>404</html>"), "is no JPEG"),
+    "jpeg is a png": (lambda c: resave(c, JPEG, "PNG"), "is no JPEG"),
+    "jpeg of another size": (lambda c: shrink(c, JPEG, "JPEG"), r"is \d+ x \d+ pixels, but \d+ x \d+ in the JSON"),
+    "png truncated": (lambda c: truncate(c, PNG, 0.6), f"'{PNG}' that is damaged"),
+    "png is a jpeg": (lambda c: resave(c, PNG, "JPEG"), "is no PNG"),
+    "png of another size": (lambda c: shrink(c, PNG, "PNG"), r"is \d+ x \d+ pixels"),
+    "image bomb": (lambda c: bomb(c, 20_000), "has more than 89478485 pixels"),
+    "smaller image bomb": (lambda c: bomb(c, 10_000), "has more than 89478485 pixels"),
+    "pixels of an unlisted segment": (
+        lambda c: redraw(c, lambda ids: np.where(np.arange(ids.shape[1]) == 0, 77, ids)),
+        "has pixels of segments 77, which the JSON does not list",
+    ),
+    "a segment without pixels": (
+        lambda c: redraw(c, lambda ids: np.where(ids == ids[6, 6], ids[0, 0], ids)),
+        r"has no pixel of segments \d+, which the JSON lists",
+    ),
+    "another area": (
+        lambda c: edit_json(c, lambda d: segment(d).update(area=segment(d)["area"] + 1)),
+        r"shows another area than the JSON for segments \d+",
+    ),
+    "unknown category": (
+        lambda c: edit_json(c, lambda d: segment(d).update(category_id=4242)),
+        "has category 4242, which benchmark coco-panoptic-zps does not know",
+    ),
+    "segment listed twice": (
+        lambda c: edit_json(c, lambda d: annotation(d)["segments_info"].append(segment(d))),
+        r"has segment \d+ twice",
+    ),
+    "no annotation": (lambda c: edit_json(c, lambda d: d["annotations"].remove(annotation(d))), "has no annotation"),
+    "no image entry": (
+        lambda c: edit_json(c, lambda d: d["images"].remove(image_entry(d))),
+        "has an annotation but no entry in images",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_a_bad_image_stops_the_build_or_is_skipped(coco: Path, store: Store, name: str) -> None:
+    spoil, reason = BAD_IMAGES[name]
+    spoil(coco)
+    with pytest.raises(ValueError, match=rf"train image 12 .*{reason}.*; .* --skip-bad$") as caught:
+        shard(coco, store)
+    assert "\n" not in str(caught.value) and str(coco) in str(caught.value)
+    assert store.manifests() == []
+
+    artefact = store.open(shard(coco, store, replace(CONFIG, skip_bad=True)))
+    assert [sample.image_id for sample in samples(artefact.path, "train")] == [10, 11, 13, 14]
+    (skipped,) = artefact.manifest.counts["skipped"]
+    assert (skipped["split"], skipped["image_id"]) == ("train", 12)
+    assert re.search(reason, skipped["reason"]) and str(coco) not in skipped["reason"]
+    assert artefact.manifest.counts["train"]["images"] == 4
+
+
+def test_a_large_jpeg_cut_after_some_bytes(coco: Path, store: Store) -> None:
+    """PIL finds the end missing only when it decodes all of it."""
+    size = (300, 400)
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(coco / JPEG)
+    (coco / PNG).write_bytes(encode_ids(np.full(size, 5)))
+    edit_json(coco, lambda d: image_entry(d).update(height=size[0], width=size[1]))
+    edit_json(coco, lambda d: annotation(d).update(segments_info=[{**segment(d), "id": 5, "area": size[0] * size[1]}]))
+    shard(coco, store)
+    (coco / JPEG).write_bytes((coco / JPEG).read_bytes()[:3000])
+    with pytest.raises(ValueError, match=f"train image 12 has a file '{JPEG}' that is damaged .*--skip-bad"):
+        shard(coco, store)
+
+
+def test_a_tar_whose_images_are_all_bad_is_left_out(coco: Path, store: Store) -> None:
+    for image_id in (12, 13):
+        (coco / "train2017" / f"{image_id:012d}.jpg").unlink()
+    artefact = store.open(shard(coco, store, replace(CONFIG, skip_bad=True)))
+    assert [tar.name for tar in Shards(artefact.path).tars("train")] == ["train-000000.tar", "train-000002.tar"]
+    assert [item["image_id"] for item in artefact.manifest.counts["skipped"]] == [12, 13]
+
+
+def test_all_bad_is_an_error_even_when_skipping(coco: Path, store: Store) -> None:
+    for path in (coco / "val2017").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="no val image can be used, the first has a file .* is no JPEG; re-download"):
+        shard(coco, store, replace(CONFIG, skip_bad=True))
+    assert store.manifests() == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad annotations and folders: always an error.
+
+TRAIN_JSON = "annotations/panoptic_train2017.json"
+
+
+def rename_folder(coco: Path, name: str) -> None:
+    (coco / name).rename(coco.parent / "away")
+
+
+BAD_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (lambda c: c.rename(c.parent / "away"), "COCO folder .*coco not found; pass --coco"),
+    "no json": (lambda c: (c / TRAIN_JSON).unlink(), r"panoptic_train2017\.json not found; .*--coco"),
+    "no image folder": (lambda c: rename_folder(c, "val2017"), r"folder .*val2017 not found; .*--coco"),
+    "no png folder": (
+        lambda c: rename_folder(c, "annotations/panoptic_val2017"),
+        "folder .*panoptic_val2017 not found",
+    ),
+    "json is a brace": (lambda c: (c / TRAIN_JSON).write_text("{\n"), r"panoptic_train2017\.json: no valid JSON"),
+    "json is bytes": (lambda c: (c / TRAIN_JSON).write_bytes(b"\xff\xfe\xff"), "no valid JSON"),
+    "json is deep": (lambda c: (c / TRAIN_JSON).write_text("[" * 100_000), "no valid JSON"),
+    "json is a list": (lambda c: (c / TRAIN_JSON).write_text("[]"), "the file lacks a valid"),
+    "no images": (lambda c: edit_json(c, lambda d: d.pop("images")), "the file lacks a valid images"),
+    "images is empty": (lambda c: edit_json(c, lambda d: d.update(images=[])), "holds no images"),
+    "no annotations": (lambda c: edit_json(c, lambda d: d.pop("annotations")), "the file lacks a valid annotations"),
+    "an image is a number": (
+        lambda c: edit_json(c, lambda d: d["images"].append(3)),
+        "an entry of images lacks a valid id",
+    ),
+    "no id": (lambda c: edit_json(c, lambda d: image_entry(d).pop("id")), "lacks a valid id"),
+    "id is text": (lambda c: edit_json(c, lambda d: image_entry(d).update(id="12")), "lacks a valid id"),
+    "id is negative": (lambda c: edit_json(c, lambda d: image_entry(d).update(id=-12)), "lacks a valid id"),
+    "id is huge": (lambda c: edit_json(c, lambda d: image_entry(d).update(id=10**12)), "more than 12 digits"),
+    "no height": (lambda c: edit_json(c, lambda d: image_entry(d).pop("height")), "image 12 lacks a valid height"),
+    "height is 0": (lambda c: edit_json(c, lambda d: image_entry(d).update(height=0)), "image 12 lacks a valid height"),
+    "no file name": (
+        lambda c: edit_json(c, lambda d: image_entry(d).pop("file_name")),
+        "image 12 lacks a valid file_name",
+    ),
+    "image twice": (
+        lambda c: edit_json(c, lambda d: d["images"].append(image_entry(d))),
+        "image 12 is listed twice in images",
+    ),
+    "annotation twice": (
+        lambda c: edit_json(c, lambda d: d["annotations"].append(annotation(d))),
+        "image 12 is listed twice in annotations",
+    ),
+    "no segments": (
+        lambda c: edit_json(c, lambda d: annotation(d).pop("segments_info")),
+        "annotation of image 12 lacks a valid segments_info",
+    ),
+    **{
+        f"segment without {field}": (
+            lambda c, field=field: edit_json(c, lambda d: segment(d).pop(field)),
+            f"a segment of image 12 lacks a valid {field}",
+        )
+        for field in ("id", "category_id", "area", "iscrowd")
+    },
+    **{
+        f"file name {name!r}": (
+            lambda c, name=name: edit_json(c, lambda d: image_entry(d).update(file_name=name)),
+            "image 12 has file_name .* must be a bare file name",
+        )
+        for name in ("../../../etc/passwd", "/etc/passwd", "a/b.jpg", "..", "", "a\\b.jpg", "a\0.jpg", "a/\nb")
+    },
+    "png name with a path": (
+        lambda c: edit_json(c, lambda d: annotation(d).update(file_name="../x.png")),
+        "must be a bare file name",
+    ),
+    "another class of the same id": (
+        lambda c: edit_json(c, lambda d: d["categories"][1].update(name="aeroplane")),
+        "category 3 is 'aeroplane' .*, but 'car' .* in benchmark coco-panoptic-zps",
+    ),
+}
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_is_one_line(coco: Path, store: Store, name: str, skip_bad: bool) -> None:
+    spoil, message = BAD_DATA[name]
+    spoil(coco)
+    with pytest.raises(ValueError, match=message) as caught:
+        shard(coco, store, replace(CONFIG, skip_bad=skip_bad))
+    assert "\n" not in str(caught.value)
+    assert store.manifests() == []
+
+
+def test_names_with_line_breaks_stay_on_one_line(coco: Path, store: Store) -> None:
+    edit_json(coco, lambda d: image_entry(d).update(file_name="a\nb.jpg"))
+    with pytest.raises(ValueError, match="lacks its file") as caught:
+        shard(coco, store)
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed builds
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from pipeline import shard
+from pipeline.benchmarks import load_benchmark
+from pipeline.runtime import Runtime
+from storage.store import Store
+load = shard._load
+def slow(root, folder, done, entry):
+    if entry.image_id == 14:
+        time.sleep(60)
+    return load(root, folder, done, entry)
+shard._load = slow
+shard.run(shard.ShardConfig(samples_per_tar=2, skip_bad=True), source=shard.coco_source(sys.argv[1]),
+          benchmark=load_benchmark("coco-panoptic-zps"), store=Store(Path(sys.argv[2])),
+          runtime=Runtime(progress=False))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_build_goes_on_to_the_same_bytes(coco: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (coco / "train2017" / f"{11:012d}.jpg").write_bytes(b"bad")
+    config = replace(CONFIG, skip_bad=True)
+    undisturbed, killed = Store(tmp_path / "undisturbed"), Store(tmp_path / "killed")
+    ref = shard(coco, undisturbed, config)
+
+    process = subprocess.Popen([sys.executable, "-c", SLOW, str(coco), str(killed.root)], cwd=PROJECT)
+    partial = killed.root / "shards" / f".{ref.key}.partial"
+    end = time.monotonic() + 60
+    while not (partial / "train-000001.tar").exists():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert killed.state(ref) == "partial"
+    (partial / ".train-000002.tar.writing").write_bytes(b"torn")
+    kept = (partial / "train-000001.tar").stat()
+
+    with caplog.at_level(logging.INFO):
+        assert shard(coco, killed, config) == ref
+    assert "going on with" in caplog.text
+    assert tree(killed.path(ref)) == tree(undisturbed.path(ref))
+    assert killed.open(ref).manifest.counts == undisturbed.open(ref).manifest.counts
+    after = (killed.path(ref) / "train-000001.tar").stat()
+    assert (after.st_mtime_ns, after.st_ino) == (kept.st_mtime_ns, kept.st_ino)  # not written again
+
+
+def test_a_failed_build_goes_on_once_the_data_is_mended(coco: Path, store: Store) -> None:
+    """The mended file has its old size, so that it is the same recipe that goes on."""
+    good = (coco / JPEG).read_bytes()
+    (coco / JPEG).write_bytes(b"\0" * len(good))
+    with pytest.raises(ValueError, match="image 12"):
+        shard(coco, store)
+    (coco / JPEG).write_bytes(good)
+    artefact = store.open(shard(coco, store))
+    assert artefact.manifest.provenance["resumed"] is True
+    assert artefact.manifest.counts["train"]["images"] == 5
+
+
+def test_the_stage_module_is_light() -> None:
+    heavy = {"torch", "zarr", "prefect", "webdataset", "numpy"}
+    code = f"import sys, pipeline.shard, storage.store; print(*{heavy} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=PROJECT)
+    assert done.stdout.strip() == ""
+
+
+def test_counts_are_logged(coco: Path, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="pipeline.shard"):
+        shard(coco, store)
+    assert "train 5 images, 15 segments" in caplog.text

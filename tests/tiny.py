@@ -1,0 +1,38 @@
+"""A tiny run of the generated world, with the real teacher and real stages: what the tests of the stages share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flows.presets import preset
+from pipeline.line import Config, Step, line
+from pipeline.runtime import Runtime
+from storage.store import Store
+
+QUIET = Runtime(progress=False)
+
+
+def tiny_config() -> Config:
+    """The demo with few images and a handful of steps."""
+    demo = preset("demo")
+    return replace(
+        demo,
+        data=replace(demo.data, train_images=40, val_images=10),
+        shard=replace(demo.shard, samples_per_tar=8),
+        v2c=replace(demo.v2c, steps=6, batch=4, points=64, bank=16, calibration_images=6, warmup=2),
+        queries=replace(demo.queries, views=2),
+        g2s=replace(demo.g2s, steps=6, hidden=32),
+        cpa=replace(demo.cpa, steps=6),
+        evaluate=replace(demo.evaluate, pictures=2),
+    )
+
+
+def build(store: Store, config: Config, *, until: str = "evaluate", runtime: Runtime = QUIET) -> dict[str, Step]:
+    """Run the line up to and including the stage `until`; its steps by stage."""
+    steps: dict[str, Step] = {}
+    for step in line(config):
+        step.run(store=store, runtime=runtime)
+        steps[step.stage] = step
+        if step.stage == until:
+            break
+    return steps
