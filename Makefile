@@ -1,0 +1,85 @@
+# zs-seg. `make demo` and `make test` each work as the first command; they need python3.11, make and git.
+
+PRESET ?= demo
+COCO ?=
+STORE ?=
+PREFECT_PORT ?= 4200
+
+PYTHON := .venv/bin/python
+FLAGS = $(if $(COCO),--coco "$(COCO)") $(if $(STORE),--store "$(STORE)")
+ZS_SEG = .venv/bin/zs-seg
+SERVE = PREFECT_HOME="$(CURDIR)/.prefect" $(PYTHON) -m flows.serve
+INSTALLED := .venv/.installed
+# Sources of the tests and the linters; only what exists.
+CODE := flows models pipeline storage tests
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check plan shards text cache-clip v2c queries g2s cpa evaluate serve stop clean-free
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@echo "make TARGET [PRESET=$(PRESET)] [COCO=folder] [STORE=folder]"
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
+
+demo: install  ## generated scenes, all stages, report in runs/demo/ (minutes on a CPU)
+	@$(ZS_SEG) run --preset demo $(FLAGS)
+
+test: install  ## every test
+	@$(PYTHON) -m pytest
+
+check: install  ## format, lint, types, quick tests
+	@$(PYTHON) -m ruff format --check $(CODE)
+	@$(PYTHON) -m ruff check $(CODE)
+	@$(PYTHON) -m basedpyright --warnings
+	@$(PYTHON) -m pytest -m "not slow"
+
+plan: install  ## what is there, and what a run would build
+	@$(ZS_SEG) plan --preset $(PRESET) $(FLAGS)
+
+shards: install  ## images and annotations, checked, in tars
+	@$(ZS_SEG) run --preset $(PRESET) $(FLAGS) --until shard
+
+text: install  ## class names as the teacher's embeddings
+	@$(ZS_SEG) run --preset $(PRESET) $(FLAGS) --until text
+
+cache-clip: install  ## what the teacher sees in every image and instance
+	@$(ZS_SEG) run --preset $(PRESET) $(FLAGS) --until cache-clip
+
+v2c: install  ## training stage 1: segmenter and projector; the inductive checkpoint
+	@$(ZS_SEG) run --preset $(PRESET) $(FLAGS) --until v2c
+
+queries: install  ## the frozen segmenter's queries of every training image
+	@$(ZS_SEG) run --preset $(PRESET) $(FLAGS) --until queries
+
+g2s: install  ## training stage 2: the generator
+	@$(ZS_SEG) run --preset $(PRESET) $(FLAGS) --until g2s
+
+cpa: install  ## training stage 3: the projector adapts; the transductive checkpoint
+	@$(ZS_SEG) run --preset $(PRESET) $(FLAGS) --until cpa
+
+evaluate: install  ## the report in runs/PRESET/
+	@$(ZS_SEG) run --preset $(PRESET) $(FLAGS)
+
+serve: install  ## local Prefect server and worker in the foreground; PREFECT_PORT=4200
+	@exec env $(SERVE) start --port $(PREFECT_PORT)
+
+stop: install  ## stop what `make serve` started
+	@$(SERVE) stop
+
+clean-free:  ## remove environment, tool and Prefect's records; artefacts and reports stay
+	@if [ -x $(PYTHON) ] && [ -d .prefect ]; then $(SERVE) stop; fi
+	rm -rf .venv .uv .prefect .pytest_cache .ruff_cache .hypothesis
+
+install: $(INSTALLED)  ## .venv with the locked dependencies; the other targets do it by themselves
+
+$(INSTALLED): requirements.lock pyproject.toml | .uv/bin/uv
+	@[ -x $(PYTHON) ] || .uv/bin/uv venv --quiet --python python3.11 .venv
+	@echo "installing the locked dependencies into .venv"
+	@.uv/bin/uv pip sync --quiet --python $(PYTHON) requirements.lock
+	@.uv/bin/uv pip install --quiet --python $(PYTHON) --no-deps --editable .
+	@touch $@
+
+.uv/bin/uv:
+	@echo "installing uv into .uv"
+	@python3.11 -m venv .uv
+	@.uv/bin/pip install --quiet --disable-pip-version-check uv

@@ -1,0 +1,1 @@
+"""What people start: presets, the command line, and the Prefect flow. Thin; the work is in `pipeline`."""

@@ -1,0 +1,204 @@
+"""What the command line and the flow share: from what is asked for to a Config, to built stages, to the report in runs/."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from flows.presets import preset
+from pipeline.line import CocoConfig, Config, Step
+from pipeline.runtime import Runtime
+from storage.keys import Ref
+from storage.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for: a preset and what differs from it.
+
+    `coco`: folder of real images ("" = the environment's COCO_ROOT). `store`: folder of the artefacts ("" = the
+    environment's ZS_SEG_STORE, else ./artifacts). `overrides`: flags of the config tree, as on the command line.
+    """
+
+    preset: str
+    coco: str = ""
+    store: str = ""
+    overrides: tuple[str, ...] = ()
+
+    def open_store(self) -> Store:
+        return Store(Path(self.store or os.environ.get("ZS_SEG_STORE") or "artifacts"))
+
+    def command(self, *words: str) -> str:
+        """The command line that does `words` for the same request."""
+        options = [
+            word for name in ("coco", "store") if (value := getattr(self, name)) for word in (f"--{name}", value)
+        ]
+        return shlex.join(["zs-seg", *words, "--preset", self.preset, *options, *self.overrides])
+
+
+def configure(request: Request) -> Config:
+    """The preset with the overrides in place. Raises ValueError for an unknown preset or flag and for a wrong value."""
+    config = preset(request.preset)
+    if request.overrides:
+        config = override(config, request.overrides)
+    if isinstance(config.data, CocoConfig):
+        root = request.coco or config.data.root or os.environ.get("COCO_ROOT", "")
+        if not root:
+            raise ValueError(f"preset {request.preset} reads real images; pass --coco FOLDER or set COCO_ROOT")
+        return replace(config, data=replace(config.data, root=root))
+    if request.coco:
+        raise ValueError(
+            f"preset {request.preset} draws its own scenes and reads no COCO folder; "
+            "leave --coco out, or use --preset coco-sample"
+        )
+    return config
+
+
+def override(config: Config, flags: Sequence[str]) -> Config:
+    """`config` with single fields replaced by flags such as "--v2c.lr", "2e-4"; tyro derives them from the fields.
+
+    Raises ValueError, in one line, where tyro would print a box of its own and exit.
+    """
+    import tyro
+
+    complaint = io.StringIO()  # for stdout too, by which tyro decides about colours and box characters
+    try:
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
+            changed, unknown = tyro.cli(
+                tyro.conf.AvoidSubcommands[Config], default=config, args=list(flags), add_help=False, return_unknown_args=True
+            )  # fmt: skip
+    except SystemExit as error:
+        _title, _rule, *lines = complaint.getvalue().splitlines()
+        reason = " ".join(line.strip() for line in takewhile(lambda line: set(line) - set(" -"), lines))
+        reason = reason.rstrip(". ").removeprefix("Error parsing ")
+        reason = re.sub(r"^(\S+: )\1", r"\1", reason)  # tyro names the part of the tree, and so do we
+        raise ValueError(f"{reason}; `zs-seg run --preset {config.preset} --help` lists the flags") from error
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]!r} is not a flag of preset {config.preset}; "
+            f"`zs-seg run --preset {config.preset} --help` lists them"
+        )
+    if changed.preset != config.preset:
+        raise ValueError("the preset cannot be overridden; choose another with --preset")
+    return changed
+
+
+def print_override_help(config: Config, *, prog: str) -> None:
+    """Every flag of the config tree, with the preset's values."""
+    import tyro
+
+    with contextlib.suppress(SystemExit):
+        tyro.cli(
+            tyro.conf.AvoidSubcommands[Config], default=config, args=["--help"], prog=prog,
+            description="Flags that change single fields of the preset; `zs-seg plan` shows which stages that rebuilds.",
+        )  # fmt: skip
+
+
+def select(steps: Sequence[Step], *, first: str = "", last: str = "") -> list[Step]:
+    """The steps from stage `first` to stage `last`, both included; "" = from the beginning, to the end.
+
+    Raises ValueError for a stage that is not in this line, or when `last` comes before `first`.
+    """
+    start = find(steps, first) if first else 0
+    stop = find(steps, last) if last else len(steps) - 1
+    if stop < start:
+        raise ValueError(f"stage {last} comes before {first}; swap --from and --until")
+    return list(steps[start : stop + 1])
+
+
+def find(steps: Sequence[Step], stage: str) -> int:
+    """The position of a stage. Raises ValueError when it is not in this line."""
+    names = [step.stage for step in steps]
+    if stage not in names:
+        raise ValueError(f"there is no stage {stage!r} here; the stages are {', '.join(names)}")
+    return names.index(stage)
+
+
+def force(store: Store, selected: Sequence[Step], stages: Collection[str]) -> None:
+    """Remove the artefacts of `stages`, whole or partial, so that they are built again."""
+    for stage in stages:
+        store.remove(selected[find(selected, stage)].recipe.ref)
+
+
+def require_inputs(request: Request, store: Store, steps: Sequence[Step], selected: Sequence[Step]) -> None:
+    """Is everything there that the selected steps read and do not make themselves?
+
+    Raises ValueError that names the first missing stage and the command that makes it.
+    """
+    maker = {step.recipe.ref: step.stage for step in steps}
+    made = {step.recipe.ref for step in selected}
+    for step in selected:
+        if store.state(step.recipe.ref) == "fresh":
+            continue
+        for ref in step.recipe.inputs.values():
+            if ref not in made and (state := store.state(ref)) != "fresh":
+                stage = maker[ref]
+                raise ValueError(
+                    f"stage {step.stage} reads what stage {stage} makes, and {ref} is {state} in {store.root}; "
+                    f"make it with `{request.command('run', '--until', stage)}`"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of one stage: built now, in `seconds`, or there already."""
+
+    stage: str
+    ref: Ref
+    built: bool
+    seconds: float
+
+    def __str__(self) -> str:
+        done = f"built in {duration(self.seconds)}" if self.built else "fresh, nothing to do"
+        return f"{self.stage:<11} {self.ref!s:<28} {done}"
+
+
+def build(step: Step, store: Store, runtime: Runtime) -> Outcome:
+    """Build one stage from its cached inputs unless it is complete. Raises ValueError for whatever its user can mend."""
+    ref, started = step.recipe.ref, time.monotonic()
+    built = store.state(ref) != "fresh"
+    if built:
+        step.run(store=store, runtime=runtime)
+    store.open(ref)  # refuses one that is damaged
+    return Outcome(stage=step.stage, ref=ref, built=built, seconds=time.monotonic() - started)
+
+
+def publish(preset: str, steps: Sequence[Step], store: Store, runs: Path = Path("runs")) -> Path:
+    """Copy the report to `<runs>/<preset>/`, with the preset's name and where every number came from; returns that folder."""
+    from pipeline import report
+
+    folder = runs / preset
+    try:
+        report.publish(store.open(steps[-1].recipe.ref).path, folder, preset=preset, lineage=lineage(steps, store))
+    except OSError as error:
+        raise ValueError(f"folder {folder} cannot be written ({error.strerror}); mend that or run elsewhere") from error
+    return folder
+
+
+def lineage(steps: Sequence[Step], store: Store) -> dict[str, dict[str, Any]]:
+    """Stage -> its artefact and the seconds it took to build; an artefact that nobody needs any more may be gone."""
+    refs = {step.stage: step.recipe.ref for step in steps}
+    return {
+        stage: {"ref": str(ref), "seconds": store.open(ref).manifest.provenance["seconds"]}
+        for stage, ref in refs.items()
+        if store.state(ref) == "fresh"
+    }
+
+
+def duration(seconds: float) -> str:
+    """ "0.4 s", "12 s", "3 min 20 s" or "2 h 05 min"."""
+    if seconds < 9.5:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -1,0 +1,341 @@
+"""The command line as its users meet it: exit status, one line for a mistake, speed, and what each command prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flows import stages
+from flows.cli import main
+from flows.presets import PRESETS, preset
+from flows.stages import Request, configure
+from pipeline.line import STAGES, CocoConfig, line
+from storage.keys import Ref
+from storage.store import Store
+
+DEMO = ("--preset", "demo")
+SMALL = (
+    *DEMO, "--threads", "1", "--data.train-images", "24", "--data.val-images", "6", "--v2c.steps", "2",
+    "--v2c.calibration-images", "4", "--g2s.steps", "2", "--cpa.steps", "2",
+)  # fmt: skip
+TREE = tuple(word for word in SMALL if word not in ("--threads", "1"))
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line on stderr of a command that must exit with status 2."""
+    try:
+        status = main(words)
+    except SystemExit as error:
+        status = error.code
+    output = capsys.readouterr()
+    assert status == 2, output
+    lines = output.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("zs-seg: "), output.err
+    return lines[0]
+
+
+def small_config():
+    return configure(Request(preset="demo", overrides=TREE[2:]))
+
+
+@pytest.fixture(scope="module")
+def small_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The first three stages of a small demo."""
+    store = Store(tmp_path_factory.mktemp("store"))
+    assert main(("run", *SMALL, "--store", str(store.root), "--until", "text")) == 0
+    return store
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("plan", "--preset", "no-such"), "demo, coco-sample"),
+        (("plan",), "--preset"),
+        (("no-such",), "predict"),
+        (("run", *DEMO, "--no-such"), "--no-such"),
+        (("run", *DEMO, "--v2c.no-such", "3"), "--v2c.no-such"),
+        (("run", *DEMO, "--v2c.lr", "fast"), "--v2c.lr"),
+        (("run", *DEMO, "--v2c.lr", "-1"), "lr must be above 0"),
+        (("run", *DEMO, "--v2c.lr"), "--v2c.lr"),
+        (("run", *DEMO, "--from", "no-such"), "queries"),
+        (("run", *DEMO, "--from", "cpa", "--until", "text"), "--until"),
+        (("run", *DEMO, "--force", "cpa", "--until", "text"), "'cpa'"),
+        (("stage", "no-such", *DEMO), "queries"),
+        (("run", *DEMO, "--coco", "/data"), "--coco"),
+        (("run", *DEMO, "--threads", "-1"), "threads"),
+        (("plan", "--preset", "coco-sample"), "--coco"),
+        (("plan", "--preset", "coco-sample", "--coco", "/no/such"), "/no/such"),
+        (("plan", *DEMO, "--teacher.pretrained", "no/such.safetensors"), "no/such.safetensors"),
+        (("list", "--v2c.lr", "1"), "--v2c.lr"),
+        (("show", "0123"), "zs-seg list"),
+        (("predict", "--checkpoint", "0123", "--images", "/no/such.jpg", "--out", "o"), "/no/such.jpg"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    words: Sequence[str], told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COCO_ROOT", raising=False)
+    assert told in fails(capsys, *words)
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_traceback_is_there_for_developers() -> None:
+    with pytest.raises(ValueError, match="no-such"):
+        main(("plan", "--preset", "no-such", "--traceback"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_overrides_change_their_field_and_nothing_else(name: str) -> None:
+    before = preset(name)
+    changed = stages.override(before, ["--v2c.lr", "2e-4"])
+    assert changed == replace(before, v2c=replace(before.v2c, lr=2e-4))
+
+
+def test_overrides_take_tuples_switches_and_choices() -> None:
+    flags = ["--v2c.jitter", "0.5", "2", "--v2c.no-flip", "--g2s.decay", "step", "--v2c.segmenter.backbone", "resnet18"]
+    changed = stages.override(preset("demo"), flags)
+    assert changed.v2c.jitter == (0.5, 2.0)
+    assert not changed.v2c.flip
+    assert changed.g2s.decay == "step"
+    assert changed.v2c.segmenter.backbone == "resnet18"
+
+
+def test_skip_bad_is_short_for_the_flag_of_the_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plans = []
+    for words in (("--skip-bad",), ("--shard.skip-bad",), ()):
+        assert main(("plan", *DEMO, "--store", str(tmp_path), *words)) == 0
+        plans.append(capsys.readouterr().out)
+    assert plans[0] == plans[1] != plans[2]
+
+
+def test_coco_folder_comes_from_the_flag_or_else_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COCO_ROOT", "/environment")
+    for coco, root in (("/flag", "/flag"), ("", "/environment")):
+        data = configure(Request(preset="coco-sample", coco=coco)).data
+        assert isinstance(data, CocoConfig)
+        assert data.root == root
+    configure(Request(preset="demo"))  # the environment is no --coco
+
+
+def test_the_folder_of_the_images_is_in_no_key(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        for split in ("train2017", "val2017"):
+            (tmp_path / name / split).mkdir(parents=True)
+            (tmp_path / name / "annotations" / f"panoptic_{split}").mkdir(parents=True)
+            (tmp_path / name / "annotations" / f"panoptic_{split}.json").write_text("{}")
+    refs = [
+        [step.recipe.ref for step in line(configure(Request(preset="coco-sample", coco=str(tmp_path / name))))]
+        for name in ("a", "b")
+    ]
+    assert refs[0] == refs[1]
+
+
+def run_fresh(*words: str) -> tuple[float, str]:
+    """CPU seconds (the machine may be busy) and the output of a command in a new process."""
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", PROBE, *words], check=True, capture_output=True, text=True)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system, done.stdout
+
+
+PROBE = """
+import sys
+from flows.cli import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as error:
+    status = error.code
+heavy = {"torch", "prefect", "open_clip", "timm", "zarr", "matplotlib", "dask"} & sys.modules.keys()
+sys.exit(status or (f"imported {heavy}" if heavy else 0))
+"""
+
+
+@pytest.mark.parametrize("words", [("--help",), ("plan", *DEMO), ("list",), ("run", *DEMO, "--help")])
+def test_help_and_plan_are_quick_and_import_nothing_heavy(words: Sequence[str]) -> None:
+    seconds, output = min(run_fresh(*words) for _ in range(3))
+    assert output
+    assert seconds < 1
+
+
+def test_help_of_run_shows_the_overrides_with_the_presets_values(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(("run", *DEMO, "--help"))
+    assert not ended.value.code
+    output = capsys.readouterr().out
+    assert "--from" in output
+    assert "--v2c.lr" in output
+    assert "--data.train-images" in output
+
+
+def test_plan_tells_fresh_from_missing(small_store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(("plan", *TREE, "--store", str(small_store.root))) == 0
+    rows = [row.split() for row in capsys.readouterr().out.splitlines()[1 : 1 + len(STAGES)]]
+    assert [row[0] for row in rows] == list(STAGES)
+    assert [row[2] for row in rows] == ["fresh"] * 3 + ["missing"] * 6
+    assert rows[5][3:] == ["-", "-"]
+
+
+def test_plan_estimates_from_the_last_artefact_alike(small_store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(("plan", *TREE, "--store", str(small_store.root), "--shard.samples-per-tar", "5")) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert "missing" in rows[2]
+    assert rows[2].count("~") == 2
+
+
+def test_plan_shows_what_a_killed_build_left(small_store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    ref = line(small_config())[3].recipe.ref
+    partial = small_store.root / ref.kind / f".{ref.key}.partial"
+    partial.mkdir(parents=True)
+    try:
+        assert main(("plan", *TREE, "--store", str(small_store.root))) == 0
+    finally:
+        partial.rmdir()
+    assert "partial" in capsys.readouterr().out.splitlines()[4]
+
+
+def test_a_second_run_builds_nothing_and_says_so(small_store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(("run", *SMALL, "--store", str(small_store.root), "--until", "text")) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 3
+    assert all("fresh, nothing to do" in row for row in rows)
+
+
+def test_force_builds_again_what_it_names(small_store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(("run", *SMALL, "--store", str(small_store.root), "--until", "text", "--force", "shard")) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert ["built in" in row for row in rows] == [False, True, False]
+
+
+def test_stage_without_its_inputs_names_the_stage_and_the_command(
+    small_store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = fails(capsys, "stage", "v2c", *TREE, "--store", str(small_store.root))
+    assert "stage cache-clip makes" in told
+    assert "zs-seg run --until cache-clip --preset demo" in told
+    assert "--data.train-images 24" in told  # with the same overrides, or it would make another artefact
+    told = fails(capsys, "run", *TREE, "--store", str(small_store.root), "--from", "queries")
+    assert "stage cache-clip makes" in told
+    assert not small_store.partials()
+
+
+def test_stage_builds_just_that_stage(small_store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    before = small_store.refs()
+    words = ("stage", "shard", *SMALL, "--store", str(small_store.root), "--shard.samples-per-tar", "7")
+    assert main(words) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    made = set(small_store.refs()) - set(before)
+    assert [ref.kind for ref in made] == ["shards"]
+    small_store.remove(made.pop())
+
+
+def test_list_shows_every_artefact(small_store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(("list", "--store", str(small_store.root))) == 0
+    output = capsys.readouterr().out
+    assert all(str(ref) in output for ref in small_store.refs())
+    assert len(output.splitlines()) == 2 + len(small_store.refs())
+
+
+def test_store_comes_from_the_environment(
+    small_store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZS_SEG_STORE", str(small_store.root))
+    assert main(("list",)) == 0
+    assert str(small_store.root) in capsys.readouterr().out
+
+
+def test_show_prints_the_manifest(small_store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    ref = line(small_config())[1].recipe.ref
+    assert main(("show", ref.key[:9], "--store", str(small_store.root))) == 0
+    output = capsys.readouterr().out
+    assert str(ref) in output
+    for content in ("samples_per_tar: 256", "images: 24", "index.json", "scenes: scenes/"):
+        assert content in output
+
+
+def test_verify_finds_a_changed_byte(small_store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("verify", "--store", str(small_store.root))
+    assert main(words) == 0
+    assert "3 artefacts" in capsys.readouterr().out
+    ref = line(small_config())[1].recipe.ref
+    index = small_store.path(ref) / "index.json"
+    intact = index.read_bytes()
+    index.write_bytes(intact.replace(b"2", b"3", 1))
+    try:
+        assert str(ref) in fails(capsys, *words)
+        assert str(ref) in fails(capsys, *words, ref.key)
+    finally:
+        index.write_bytes(intact)
+    assert main((*words, ref.key)) == 0
+
+
+def test_interrupt_is_status_130_and_the_build_goes_on_later(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys; from flows.cli import main; sys.exit(main())"]
+    process = subprocess.Popen(
+        [*command, "run", *DEMO, "--store", str(tmp_path), "--until", "scenes"], stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not list(tmp_path.rglob("*.jpg")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert told.splitlines()[-1].startswith("zs-seg: stopped")
+    assert [ref.kind for ref in Store(tmp_path).partials()] == ["scenes"]
+    assert not Store(tmp_path).refs()
+
+
+@pytest.mark.slow
+def test_all_stages_report_and_prediction(
+    small_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From scenes to a published report, then the checkpoint on images, one more class name included."""
+    monkeypatch.chdir(tmp_path)
+    store = ("--store", str(small_store.root))
+    for building in (True, False):
+        assert main(("run", *SMALL, *store)) == 0
+        output = capsys.readouterr().out
+        assert ("built in" in output) == building
+    report = json.loads((tmp_path / "runs/demo/report.json").read_text())
+    assert report["preset"] == "demo"
+    assert list(report["lineage"]) == list(STAGES)
+    assert {"inductive", "transductive"} <= report.keys()
+    assert "</html>" in (tmp_path / "runs/demo/report.html").read_text()
+
+    lineage = {stage: Ref.parse(entry["ref"]) for stage, entry in report["lineage"].items()}
+    scenes = small_store.open(lineage["scenes"]).path / "val2017"
+    words = ("predict", "--checkpoint", lineage["cpa"].key, "--threads", "1", *store)
+    assert main((*words, "--images", str(scenes), "--out", "seen")) == 0
+    predicted = json.loads((tmp_path / "seen/panoptic.json").read_text())
+    assert [image["id"] for image in predicted["images"]] == [1, 2, 3, 4, 5, 6]
+    for image, annotation in zip(predicted["images"], predicted["annotations"], strict=True):
+        png = np.asarray(Image.open(tmp_path / "seen/panoptic" / annotation["file_name"])).astype(np.int64)
+        drawn = set(np.unique(png @ np.array([1, 256, 65536]))) - {0}
+        assert drawn == {segment["id"] for segment in annotation["segments_info"]}
+        assert png.shape[:2] == (image["height"], image["width"])
+        assert (tmp_path / "seen/overlay" / annotation["file_name"]).is_file()
+    capsys.readouterr()
+    one = str(next(scenes.iterdir()))
+    assert main((*words, "--images", one, "--out", "named", "--names", "cyan square, green cross")) == 0
+    named = json.loads((tmp_path / "named/panoptic.json").read_text())["categories"]
+    assert [category["name"] for category in named[-2:]] == ["cyan square", "green cross"]
+    assert named[:-2] == predicted["categories"]
+    capsys.readouterr()
+    assert "red circle" in fails(capsys, *words, "--images", one, "--out", "named", "--names", "red circle")
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    capsys.readouterr()
+    assert main((*words, "--images", "broken.jpg", "--out", "named")) == 2
+    assert "broken.jpg" in capsys.readouterr().err.splitlines()[-1]  # below the progress bar
+    assert "no checkpoint" in fails(
+        capsys, words[0], words[1], lineage["text"].key, *words[3:], "--images", one, "--out", "x"
+    )
