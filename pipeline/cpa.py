@@ -24,6 +24,11 @@ class CPAConfig(Schedule):
     synthetic_weight: float = 1.0
     noise_into: Literal["encoder", "latent"] = "encoder"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.synthetic < 1:
+            raise ValueError(f"cpa: synthetic must be at least 1, not {self.synthetic}")
+
 
 def recipe(config: CPAConfig, *, queries: Ref, text: Ref, checkpoint: Ref, generator: Ref) -> Recipe:
     return Recipe(

@@ -29,6 +29,11 @@ class G2SConfig(Schedule):
     kl_weight: float = 0.0
     tau: float = 0.1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tau <= 0:
+            raise ValueError(f"g2s: tau must be above 0, not {self.tau}")
+
 
 def recipe(config: G2SConfig, *, queries: Ref, text: Ref, checkpoint: Ref) -> Recipe:
     return Recipe(

@@ -186,7 +186,7 @@ def overlay(
     from PIL import Image, ImageColor, ImageDraw, ImageFont
     from scipy import ndimage
 
-    from pipeline.report import PALETTE
+    from pipeline.pictures import PALETTE
 
     painted = image.astype(np.float32)
     for segment in segments:

@@ -1,6 +1,7 @@
 """What one training step of each stage minimises: three short classes, one a stage, side by side.
 
-Each takes a batch and a generator for its draws and returns its losses by name, already weighted; a loss of weight 0 is not computed.
+Each takes a batch and a generator for its draws and returns its losses by name, already weighted; an alignment loss of weight 0 is not
+computed.
 """
 
 from __future__ import annotations

@@ -81,6 +81,11 @@ class V2CConfig(Schedule):
     overlap_threshold: float = 0.8
     calibration_images: int = 500
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tau <= 0 or self.bank < 1 or self.points < 1 or self.calibration_images < 1:
+            raise ValueError("v2c: tau must be above 0; bank, points and calibration_images at least 1")
+
 
 def recipe(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref) -> Recipe:
     content = asdict(config)

@@ -21,7 +21,8 @@ from PIL import Image
 
 from pipeline.benchmarks import Category
 from pipeline.metrics import ConfusionMatrix, PanopticQuality, PredictedSegment, class_map, scores
-from pipeline.report import UNSEEN, Picture, _spread, console_table, publish, write_report
+from pipeline.pictures import UNSEEN, Picture
+from pipeline.report import _spread, console_table, publish, write_report
 from storage.shards import Segment
 
 CATEGORIES = (

@@ -1,0 +1,278 @@
+"""The line: what reads what, which keys a change moves, and the keys of the presets as they are.
+
+When a default was changed ON PURPOSE, `test_golden_keys` fails with the new table as text: read that only the stages you meant
+have moved, and paste it over `GOLDEN`. When it fails and you changed nothing on purpose, every cached artefact of every user is about
+to be thrown away: look for what moved it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from coco_factory import CATEGORIES, make_coco
+
+from flows.presets import preset
+from pipeline.line import STAGES, CocoConfig, Config, line
+from pipeline.scenes import ScenesConfig
+from pipeline.shard import CocoSource
+from pipeline.teaching import TeacherConfig
+from storage.keys import Recipe
+
+# "demo": the keys of a run. "coco-sample": each stage's own part, with the data left out, for the files are not everywhere.
+GOLDEN: dict[str, dict[str, str]] = {
+    "demo": {
+        "scenes": "0275e6b0eedb22eb",
+        "shard": "06c3ddb7d551f7f1",
+        "text": "9754f32c38a1cc5b",
+        "cache-clip": "93a31f56aff1a5ae",
+        "v2c": "ca770a8d50befd51",
+        "queries": "ef7f04f0f6aea7b7",
+        "g2s": "1f34f2011e891134",
+        "cpa": "b76f132fe3a3f6ea",
+        "evaluate": "bceb48ed181b75d4",
+    },
+    "coco-sample": {
+        "shard": "401a6530b67e83a8",
+        "text": "4213e6f6f0d96032",
+        "cache-clip": "d0b04f9ecb6c00b6",
+        "v2c": "f6678ebfb929cca6",
+        "queries": "8c25fd8a03ec435d",
+        "g2s": "0cbc0ba41e73130d",
+        "cpa": "9a727dd8d0116a0b",
+        "evaluate": "ac58e83d16941cba",
+    },
+}
+
+
+def keys(config: Config) -> dict[str, str]:
+    return {step.stage: step.recipe.key for step in line(config)}
+
+
+def moved(one: Config, other: Config) -> set[str]:
+    before, after = keys(one), keys(other)
+    assert before.keys() == after.keys()
+    return {stage for stage in before if before[stage] != after[stage]}
+
+
+def own_parts(config: Config, coco: Path) -> dict[str, str]:
+    """What each stage adds to its key of itself: stage, version and config, without inputs and without the files' fingerprint."""
+    assert isinstance(config.data, CocoConfig)
+    recipes = {s.stage: s.recipe for s in line(replace(config, data=replace(config.data, root=str(coco))))}
+    recipes["shard"] = replace(recipes["shard"], config={**recipes["shard"].config, "source": None})
+    return {stage: replace(recipe, inputs={}).key for stage, recipe in recipes.items()}
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in COCO's layout whose categories are not the benchmark's; planning does not look at them."""
+    return make_coco(tmp_path_factory.mktemp("coco"))
+
+
+DEMO = preset("demo")
+BELOW = {  # a stage and all that reads it, directly or not
+    "scenes": {"scenes", "shard", "cache-clip", "v2c", "queries", "g2s", "cpa", "evaluate"},
+    "shard": {"shard", "cache-clip", "v2c", "queries", "g2s", "cpa", "evaluate"},
+    "text": {"text", "v2c", "queries", "g2s", "cpa", "evaluate"},
+    "cache-clip": {"cache-clip", "v2c", "queries", "g2s", "cpa", "evaluate"},
+    "v2c": {"v2c", "queries", "g2s", "cpa", "evaluate"},
+    "queries": {"queries", "g2s", "cpa", "evaluate"},
+    "g2s": {"g2s", "cpa", "evaluate"},
+    "cpa": {"cpa", "evaluate"},
+    "evaluate": {"evaluate"},
+}
+
+
+def test_golden_keys(coco: Path) -> None:
+    found = {"demo": keys(DEMO), "coco-sample": own_parts(preset("coco-sample"), coco)}
+    table = "\n".join(
+        f'    "{name}": {{\n' + "".join(f'        "{stage}": "{key}",\n' for stage, key in part.items()) + "    },"
+        for name, part in found.items()
+    )
+    changed = sorted(
+        {
+            f"{name}: {stage}"
+            for name in found
+            for stage in found[name]
+            if GOLDEN.get(name, {}).get(stage) != found[name][stage]
+        }
+    )
+    assert found == GOLDEN, (
+        f"moved: {changed}; if that is on purpose:\nGOLDEN: dict[str, dict[str, str]] = {{\n{table}\n}}"
+    )
+
+
+def test_the_stages_come_in_order_and_read_only_what_came_before() -> None:
+    steps = line(DEMO)
+    assert tuple(step.stage for step in steps) == STAGES
+    made: set[str] = set()
+    for step in steps:
+        assert {str(ref) for ref in step.recipe.inputs.values()} <= made, step.stage
+        made.add(str(step.recipe.ref))
+    assert len(made) == len(steps)
+
+
+def test_each_stage_reads_what_the_design_says() -> None:
+    steps = line(DEMO)
+    stage_of = {str(step.recipe.ref): step.stage for step in steps}
+    reads = {step.stage: {name: stage_of[str(ref)] for name, ref in step.recipe.inputs.items()} for step in steps}
+    data = {"shards": "shard", "tokens": "cache-clip", "text": "text"}
+    assert reads == {
+        "scenes": {},
+        "shard": {"scenes": "scenes"},
+        "text": {},
+        "cache-clip": {"shards": "shard"},
+        "v2c": data,
+        "queries": {**data, "checkpoint": "v2c"},
+        "g2s": {"queries": "queries", "text": "text", "checkpoint": "v2c"},
+        "cpa": {"queries": "queries", "text": "text", "checkpoint": "v2c", "generator": "g2s"},
+        "evaluate": {**data, "inductive": "v2c", "generator": "g2s", "transductive": "cpa"},
+    }
+
+
+def test_each_step_runs_what_its_recipe_says() -> None:
+    for step in line(DEMO):
+        assert isinstance(step.run, partial)
+        module = __import__(step.run.func.__module__, fromlist=["recipe"])
+        assert step.stage == module.STAGE
+        assert module.recipe(*step.run.args, **step.run.keywords) == step.recipe
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "stage"),
+    [
+        ("shard", "samples_per_tar", 10, "shard"),
+        ("shard", "limit", 10, "shard"),
+        ("text", "templates", ("{}",), "text"),
+        ("tokens", "batch", 64, "cache-clip"),
+        ("v2c", "lr", 5e-3, "v2c"),
+        ("v2c", "seed", 1, "v2c"),
+        ("v2c", "batch", 8, "v2c"),
+        ("v2c", "instance_weight", 0.0, "v2c"),
+        ("queries", "views", 7, "queries"),
+        ("g2s", "kl_weight", 0.125, "g2s"),
+        ("g2s", "seed", 1, "g2s"),
+        ("cpa", "lr", 5e-3, "cpa"),
+        ("cpa", "noise_into", "latent", "cpa"),
+        ("evaluate", "control_offset", 0.2, "evaluate"),
+    ],
+)
+def test_a_change_moves_its_stage_and_all_below(part: str, field: str, value: Any, stage: str) -> None:
+    old = getattr(DEMO, part)
+    assert getattr(old, field) != value
+    assert moved(DEMO, replace(DEMO, **{part: replace(old, **{field: value})})) == BELOW[stage]
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [("segmenter", "queries", 21), ("segmenter", "backbone", "resnet50"), ("projector", "hidden", 99)],
+)
+def test_a_change_of_the_architecture_moves_stage_1_and_all_below(part: str, field: str, value: Any) -> None:
+    inner = replace(getattr(DEMO.v2c, part), **{field: value})
+    assert moved(DEMO, replace(DEMO, v2c=replace(DEMO.v2c, **{part: inner}))) == BELOW["v2c"]
+
+
+def test_a_change_of_the_teacher_moves_all_that_it_says() -> None:
+    """The shipped weights know one fill only, so random ones stand in."""
+    random = TeacherConfig(name="small", pretrained="random")
+    one, other, seed = (
+        replace(DEMO, teacher=replace(random, fill=fill, seed=seed))
+        for fill, seed in (("mean", 0), ("zero", 0), ("mean", 1))
+    )
+    for changed in (other, seed, DEMO):
+        assert moved(one, changed) == BELOW["text"] | BELOW["cache-clip"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"split": "validation"}, {"size": 64}, {"shapes": ("circle", "star", "ring", "cross")}]
+)
+def test_a_change_of_the_classes_or_the_world_moves_all(change: dict[str, Any]) -> None:
+    assert isinstance(DEMO.data, ScenesConfig)
+    everything = set(STAGES) if change.keys() != {"size"} else BELOW["scenes"]  # the classes' names stay the same
+    assert moved(DEMO, replace(DEMO, data=replace(DEMO.data, **change))) == everything
+
+
+def test_neither_the_presets_name_nor_the_order_of_asking_is_in_a_key() -> None:
+    assert moved(DEMO, replace(DEMO, preset="mine")) == set()
+    assert keys(DEMO) == keys(preset("demo"))
+
+
+def test_where_files_lie_moves_nothing(coco: Path, tmp_path: Path) -> None:
+    """The data's folder, the teacher's weights and the backbone's."""
+    configs = []
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        shutil.copytree(coco, folder / "coco")
+        for name in ("clip.pt", "backbone.pt"):
+            (folder / name).write_bytes(name.encode())
+        sample = preset("coco-sample")
+        configs.append(
+            replace(
+                sample,
+                data=CocoConfig(root=str(folder / "coco")),
+                teacher=TeacherConfig(pretrained=str(folder / "clip.pt")),
+                v2c=replace(
+                    sample.v2c, segmenter=replace(sample.v2c.segmenter, backbone_weights=str(folder / "backbone.pt"))
+                ),
+            )
+        )
+    here, there = configs
+    assert moved(here, there) == set()
+    (tmp_path / "there" / "backbone.pt").write_bytes(b"other")
+    assert moved(here, there) == BELOW["v2c"]
+    (tmp_path / "there" / "clip.pt").write_bytes(b"other")
+    assert moved(here, there) == BELOW["text"] | BELOW["cache-clip"]
+
+
+def test_real_images_start_at_shard_and_count_by_content(coco: Path, tmp_path: Path) -> None:
+    sample = replace(preset("coco-sample"), data=CocoConfig(root=str(coco)))
+    assert tuple(step.stage for step in line(sample)) == STAGES[1:]
+    assert isinstance(line(sample)[0].run.keywords["source"], CocoSource)  # pyright: ignore[reportFunctionMemberAccess]
+    other = make_coco(tmp_path / "other", seed=1)
+    assert moved(sample, replace(sample, data=CocoConfig(root=str(other)))) == BELOW["shard"]
+
+
+def test_a_benchmark_of_ones_own(coco: Path, tmp_path: Path) -> None:
+    """Another split of the same classes leaves the shards, which serve every protocol, where they are."""
+
+    def sample(**facts: Any) -> Config:
+        path = tmp_path / "mine.json"
+        path.write_text(json.dumps({"categories": CATEGORIES, "unseen_ids": [25], "protocol": "image-filter", **facts}))
+        return replace(preset("coco-sample"), data=CocoConfig(root=str(coco), benchmark=str(path)))
+
+    before = keys(sample())
+    for facts, expected in (
+        ({}, set()),
+        ({"unseen_ids": [25, 193]}, BELOW["text"] | BELOW["cache-clip"]),
+        ({"protocol": "none: why not"}, BELOW["text"] | BELOW["cache-clip"]),
+        ({"categories": CATEGORIES[::-1]}, BELOW["shard"] | BELOW["text"]),
+    ):
+        after = keys(sample(**facts))
+        assert {stage for stage in before if before[stage] != after[stage]} == expected
+
+
+def test_what_cannot_be_found_is_said_before_anything_runs(tmp_path: Path) -> None:
+    sample = preset("coco-sample")
+    with pytest.raises(ValueError) as caught:
+        line(replace(sample, data=CocoConfig(root=str(tmp_path))))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="nowhere"):
+        line(replace(sample, data=CocoConfig(root=str(tmp_path), benchmark="nowhere")))
+    with pytest.raises(ValueError, match=r"--teacher\.pretrained"):
+        line(replace(DEMO, teacher=TeacherConfig(pretrained="folder/clip.pt")))
+
+
+def test_keys_hold_no_machine() -> None:
+    for step in line(DEMO):
+        assert isinstance(step.recipe, Recipe)
+        text = repr(step.recipe.config)
+        assert (
+            "device" not in text
+            and "threads" not in text
+            and str(Path.home()) not in text
+            and str(Path(__file__).parents[1]) not in text
+        )

@@ -1,0 +1,488 @@
+"""What each stage minimises, against slow loops over images and queries; and who learns from it, and from what."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import losses
+from models.generator import Generator
+from models.matcher import match
+from models.projector import Projector
+from models.segmenter import Segmenter, SegmenterOutput, build_segmenter
+from pipeline.cpa import CPAConfig
+from pipeline.g2s import G2SConfig
+from pipeline.loader import Batch
+from pipeline.query_data import QueryBatch
+from pipeline.steps import CPAStep, G2SStep, V2CStep, freeze, one_hot, seen_rows
+from pipeline.text import TextBank
+from pipeline.v2c import V2CConfig
+
+SEEN = [True, False, True, True, False, False, True]  # 4 seen, 3 unseen
+DIM, TEXT_DIM, QUERIES, IMAGES = 16, 8, 6, 5  # IMAGES have a cached global token, 3 of them are in the batch
+OWN = [4, 0, 2]
+V2C = V2CConfig(points=24, bank=7, gamma=1.5, tau=0.2, class_weight=3.0, bce_weight=4.0, dice_weight=5.0, global_weight=0.5, instance_weight=2.0)  # fmt: skip
+G2S = G2SConfig(hidden=12, tau=0.3, diversity_weight=0.5, semantic_weight=2.0, kl_weight=0.25)
+CPA = CPAConfig(synthetic=9, synthetic_weight=0.5)
+
+
+def rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def unit(*shape: int, seed: int) -> Tensor:
+    return nn.functional.normalize(torch.randn(*shape, generator=rng(seed)), dim=-1)
+
+
+def bank() -> TextBank:
+    names = [f"class {i}" for i in range(len(SEEN))]
+    return TextBank(
+        key="0" * 16, embedding=unit(len(SEEN), TEXT_DIM, seed=1), ids=list(range(10, 17)), names=names,
+        isthing=[True] * len(SEEN), seen=SEEN, teacher={},
+    )  # fmt: skip
+
+
+def with_other_unseen(bank: TextBank) -> TextBank:
+    seen = torch.tensor(bank.seen)[:, None]
+    return replace(bank, embedding=torch.where(seen, bank.embedding, unit(len(SEEN), TEXT_DIM, seed=99)))
+
+
+def projector() -> Projector:
+    torch.manual_seed(2)
+    return Projector(dim=DIM, text_dim=TEXT_DIM, hidden=10, layers=2)
+
+
+# ------------------------------------------------------------------------------------------------ shared helpers
+
+
+def test_seen_rows_by_hand() -> None:
+    seen, unseen, row = seen_rows(bank(), torch.device("cpu"))
+    embedding = bank().embedding
+    assert torch.equal(seen, embedding[[0, 2, 3, 6]]) and torch.equal(unseen, embedding[[1, 4, 5]])
+    assert row.tolist() == [0, -1, 1, 2, -1, -1, 3]
+
+
+def test_one_hot_by_hand() -> None:
+    rows = torch.tensor([[2, -1], [0, 1]])
+    assert one_hot(rows, 3).tolist() == [[[0, 0, 1], [0, 0, 0]], [[1, 0, 0], [0, 1, 0]]]
+    assert one_hot(torch.tensor([-1, -1]), 2).sum() == 0
+    assert one_hot(torch.zeros(0, dtype=torch.int64), 4).shape == (0, 4)
+
+
+def test_freeze() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    assert freeze(module) is module
+    assert not any(p.requires_grad for p in module.parameters()) and not any(m.training for m in module.modules())
+
+
+# ------------------------------------------------------------------------------------------------ stage 1
+
+
+class Canned(nn.Module):
+    """A segmenter whose features and masks are given: the losses need no network."""
+
+    def __init__(self, features: Tensor, masks: Tensor) -> None:
+        super().__init__()
+        self.features, self.masks = nn.Parameter(features), nn.Parameter(masks)
+
+    def forward(self, images: Tensor) -> SegmenterOutput:
+        return SegmenterOutput(self.features, self.masks)
+
+
+@cache
+def batch() -> Batch:
+    """Three images of 32 x 32 with 3, 0 and 2 segments of seen classes; their masks overlap nowhere."""
+    masks = torch.zeros(5, 32, 32, dtype=torch.bool)
+    masks[0, :12], masks[1, 12:20, :20], masks[2, 22:], masks[3, :, :10], masks[4, 4:30, 15:] = (True,) * 5
+    tokens = unit(5, TEXT_DIM, seed=4)
+    return Batch(
+        image_ids=[1, 2, 3],
+        images=torch.randn(3, 3, 32, 32, generator=rng(5)),
+        global_rows=torch.tensor(OWN),
+        labels=[torch.tensor([0, 3, 6]), torch.zeros(0, dtype=torch.int64), torch.tensor([2, 0])],
+        masks=[masks[:3], masks[:0], masks[3:]],
+        instance_tokens=[tokens[:3], tokens[:0], tokens[3:]],
+    )
+
+
+def empty() -> Batch:
+    nothing = batch()
+    return replace(
+        nothing,
+        labels=[nothing.labels[1]] * 3,
+        masks=[nothing.masks[1]] * 3,
+        instance_tokens=[nothing.instance_tokens[1]] * 3,
+    )
+
+
+def given() -> Canned:
+    masks = torch.randn(3, 3, QUERIES, 8, 8, generator=rng(7))
+    return Canned(torch.randn(3, 3, QUERIES, DIM, generator=rng(6)), masks)
+
+
+def v2c(config: V2CConfig = V2C, texts: TextBank | None = None, segmenter: nn.Module | None = None) -> V2CStep:
+    used: Segmenter = segmenter or given()  # pyright: ignore[reportAssignmentType]
+    return V2CStep(used, projector(), texts or bank(), unit(IMAGES, TEXT_DIM, seed=8), config)
+
+
+def values(terms: dict[str, Tensor]) -> dict[str, float]:
+    return {name: term.item() for name, term in terms.items()}
+
+
+def naive_focal(logits: Tensor, targets: Tensor) -> float:
+    """Lin et al. 2017, one decision at a time, alpha 0.25, gamma 2."""
+    total = 0.0
+    for logit, target in zip(logits.detach().double().flatten(), targets.flatten(), strict=True):
+        p = 1 / (1 + torch.exp(-logit))
+        total += float(-0.25 * (1 - p) ** 2 * p.log() if target else -0.75 * p**2 * (1 - p).log())
+    return total
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(a.double() @ b.double() / (a.double().norm() * b.double().norm()))
+
+
+def info_nce(positive: float, negatives: list[float]) -> float:
+    scores = torch.tensor([positive, *negatives], dtype=torch.float64)
+    return float(scores.exp().sum().log() - positive)
+
+
+@torch.no_grad()
+def slow_v2c(step: V2CStep, seed: int) -> dict[str, float]:
+    """L_v2c image by image and layer by layer; the draws come from a generator of the same seed, in the step's order."""
+    config, draws, data = step.config, rng(seed), batch()
+    features, masks = step.segmenter(data.images)
+    text = bank().embedding[[0, 2, 3, 6]]
+    seen_index = {0: 0, 2: 1, 3: 2, 6: 3}
+    v = step.projector(features)
+    logits = step.projector.logits(v, text)
+    labels = [torch.tensor([seen_index[k] for k in label.tolist()], dtype=torch.int64) for label in data.labels]
+    weights = {"class_weight": config.class_weight, "bce_weight": config.bce_weight, "dice_weight": config.dice_weight}
+    assigned = match(logits, masks, labels, data.masks, points=config.points, generator=draws, **weights)
+    layers = range(len(logits))
+    targets = torch.zeros_like(logits)
+    matched_masks, true_masks = [], []
+    for layer in layers:
+        for image in range(3):
+            for query in range(QUERIES):
+                segment = int(assigned[layer, image, query])
+                if segment >= 0:
+                    targets[layer, image, query, labels[image][segment]] = 1
+                    matched_masks.append(masks[layer, image, query])
+                    true_masks.append(data.masks[image][segment])
+    assert len(true_masks) == len(layers) * 5
+    bce, dice = losses.mask_losses(
+        torch.stack(matched_masks), torch.stack(true_masks), points=config.points, normaliser=5, generator=draws
+    )
+    drawn = torch.randint(IMAGES - 1, (3, config.bank), generator=draws)
+    global_, instance = [], []
+    for image in range(3):
+        own = step.global_tokens[OWN[image]]
+        strength = [
+            cosine(own, v[-1, image, q]) * (config.gamma * (assigned[-1, image, q] >= 0) + 1) for q in range(QUERIES)
+        ]
+        share = torch.tensor(strength).exp() / torch.tensor(strength).exp().sum()
+        if not config.target_attention:
+            share = torch.full((QUERIES,), 1 / QUERIES)
+        v_a = sum(share[q] * v[-1, image, q] for q in range(QUERIES))
+        assert isinstance(v_a, Tensor)
+        others = [row for row in range(IMAGES) if row != OWN[image]]
+        negatives = [cosine(v_a, step.global_tokens[others[i]]) / config.tau for i in drawn[image].tolist()]
+        global_.append(info_nce(cosine(v_a, own) / config.tau, negatives))
+        for query in range(QUERIES):
+            segment = int(assigned[-1, image, query])
+            if segment >= 0:
+                tokens = [t for i, t in enumerate(data.instance_tokens[image]) if i != segment]
+                if config.instance_negatives == "batch":
+                    tokens += [t for other in range(3) if other != image for t in data.instance_tokens[other]]
+                own_token = data.instance_tokens[image][segment]
+                against = [cosine(v[-1, image, query], t) / config.tau for t in tokens]
+                instance.append(info_nce(cosine(v[-1, image, query], own_token) / config.tau, against))
+    return {
+        "class": config.class_weight * naive_focal(logits, targets) / 5,
+        "bce": config.bce_weight * bce.item(),
+        "dice": config.dice_weight * dice.item(),
+        "global": config.global_weight * sum(global_) / 3,
+        "instance": config.instance_weight * sum(instance) / len(instance),
+    }
+
+
+@pytest.mark.parametrize(
+    "config",
+    [V2C, replace(V2C, target_attention=False, instance_negatives="batch"), replace(V2C, gamma=0.0, tau=0.07)],
+    ids=["default", "mean and batch", "no extra attention"],
+)
+def test_stage_1_is_the_sum_of_its_terms(config: V2CConfig) -> None:
+    step = v2c(config)
+    assert values(step(batch(), rng(3))) == pytest.approx(slow_v2c(step, 3), rel=1e-4)
+
+
+def test_stage_1_draws_from_its_generator_alone() -> None:
+    torch.manual_seed(0)
+    one = values(v2c()(batch(), rng(3)))
+    torch.manual_seed(1)
+    assert values(v2c()(batch(), rng(3))) == one
+    other = values(v2c()(batch(), rng(4)))
+    assert all(other[name] != one[name] for name in ("bce", "dice", "global"))
+
+
+@pytest.mark.parametrize("name", ["global", "instance"])
+def test_a_weight_of_0_takes_a_term_away_and_nothing_else(name: str) -> None:
+    whole = values(v2c()(batch(), rng(3)))
+    without = values(v2c(replace(V2C, **{f"{name}_weight": 0.0}))(batch(), rng(3)))
+    assert set(whole) - set(without) == {name}
+    assert all(without[other] == whole[other] for other in without)
+
+
+@pytest.mark.parametrize("name", ["class", "bce", "dice"])
+def test_a_weight_of_0_switches_a_part_of_the_matching_loss_off(name: str) -> None:
+    """The term is 0 and teaches nothing; sigma^ is found without it too, by which the other terms may move."""
+    weight = {f"{name}_weight": 0.0}
+    step = v2c(replace(V2C, **weight))
+    terms = step(batch(), rng(3))
+    assert terms[name].item() == 0
+    terms[name].backward()
+    assert not any(p.grad is not None and p.grad.any() for p in step.segmenter.parameters())
+    assert values(terms) == pytest.approx(slow_v2c(step, 3), rel=1e-4)
+
+
+def test_the_baseline_is_the_matching_loss_alone() -> None:
+    assert list(v2c(replace(V2C, global_weight=0.0, instance_weight=0.0))(batch(), rng(3))) == ["class", "bce", "dice"]
+
+
+def test_weights_weigh() -> None:
+    one, two = (values(v2c(replace(V2C, global_weight=w, instance_weight=w))(batch(), rng(3))) for w in (1.0, 2.0))
+    assert two["global"] == pytest.approx(2 * one["global"]) and two["instance"] == pytest.approx(2 * one["instance"])
+
+
+def test_images_without_segments_push_every_logit_down() -> None:
+    """Unmatched queries have all-zero targets (D2)."""
+    step = v2c()
+    terms = values(step(empty(), rng(3)))
+    logits = step.projector.logits(step.projector(step.segmenter(batch().images).features), step.text)
+    assert terms["class"] == pytest.approx(V2C.class_weight * naive_focal(logits, torch.zeros_like(logits)), rel=1e-4)
+    assert (terms["bce"], terms["dice"], terms["instance"]) == (0, 0, 0)
+    assert terms["global"] > 0
+
+
+def test_stage_1_knows_nothing_of_unseen_classes() -> None:
+    assert values(v2c(texts=with_other_unseen(bank()))(batch(), rng(3))) == values(v2c()(batch(), rng(3)))
+
+
+def test_negatives_are_uniform_and_never_the_image_itself() -> None:
+    """D3: 40,000 draws a row; each other row 10,000 times, give or take five standard deviations."""
+    step = v2c(replace(V2C, bank=40_000))
+    drawn = step._negatives(torch.tensor(OWN), rng(0))
+    assert drawn.shape == (3, 40_000)
+    for own, row in zip(OWN, drawn, strict=True):
+        counts = row.bincount(minlength=IMAGES)
+        assert counts[own] == 0 and len(counts) == IMAGES
+        others = counts[torch.arange(IMAGES) != own].double()
+        assert ((others - 10_000).abs() < 5 * (40_000 * 0.25 * 0.75) ** 0.5).all()
+
+
+def test_the_whole_network_learns_in_stage_1() -> None:
+    torch.manual_seed(0)
+    segmenter = build_segmenter(
+        backbone="test_resnet", backbone_weights=None, frozen_batchnorm=False, queries=QUERIES, dim=DIM, heads=2,
+        encoder_layers=1, encoder_ffn=16, encoder_points=2, decoder_layers=2, decoder_ffn=16,
+    )  # fmt: skip
+    step = v2c(segmenter=segmenter.train())
+    data = replace(batch(), images=torch.randn(3, 3, 64, 64, generator=rng(9)))
+    parameters = {f"{m}.{n}": p for m in ("segmenter", "projector") for n, p in getattr(step, m).named_parameters()}
+    optimiser = torch.optim.SGD(parameters.values(), lr=1e-3)
+    learnt: set[str] = set()
+    for number in range(
+        2
+    ):  # a residual branch starts at 0 (zero_init_last), so its inside learns from the second step on
+        optimiser.zero_grad()
+        torch.stack(list(step(data, rng(number)).values())).sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters.values())
+        learnt |= {name for name, p in parameters.items() if p.grad is not None and p.grad.any()}
+        optimiser.step()
+    assert learnt == parameters.keys()
+
+
+def test_each_decoder_output_learns_from_the_matching_loss_and_only_the_last_from_the_teacher() -> None:
+    """Deep supervision, and D4."""
+    canned = given()
+    terms = v2c(segmenter=canned)(batch(), rng(3))
+    (features,) = torch.autograd.grad(terms["class"], [canned.features], retain_graph=True)
+    assert all(layer.any() for layer in features)
+    (masks,) = torch.autograd.grad(terms["bce"] + terms["dice"], [canned.masks], retain_graph=True)
+    assert all(layer.any() for layer in masks)
+    (features,) = torch.autograd.grad(terms["global"] + terms["instance"], [canned.features])
+    assert [bool(layer.any()) for layer in features] == [False, False, True]
+
+
+# ------------------------------------------------------------------------------------------------ stages 2 and 3
+
+
+def queries() -> QueryBatch:
+    """Three images: 3, 1 and 2 of 6 queries matched, to seen classes."""
+    category = torch.tensor([[0, -1, 3, -1, 6, -1], [-1, 2, -1, -1, -1, -1], [6, 0, -1, -1, -1, -1]])
+    return QueryBatch(image_ids=[1, 2, 3], feature=torch.randn(3, QUERIES, DIM, generator=rng(10)), category=category)
+
+
+def generator() -> Generator:
+    torch.manual_seed(11)
+    made = Generator(dim=DIM, text_dim=TEXT_DIM, hidden=12)
+    made(torch.randn(32, DIM), unit(32, TEXT_DIM, seed=12), torch.randn(32, TEXT_DIM))  # moves the running statistics
+    return made
+
+
+def g2s(config: G2SConfig = G2S, texts: TextBank | None = None) -> G2SStep:
+    frozen = projector()
+    freeze(frozen)
+    return G2SStep(generator().train(), frozen, texts or bank(), config)
+
+
+def test_stage_2_is_the_sum_of_its_terms() -> None:
+    step = g2s()
+    copied = copy.deepcopy(step.generator)
+    terms = values(step(queries(), rng(3)))
+    data = queries()
+    image, query = [0, 0, 0, 1, 2, 2], [0, 2, 4, 1, 0, 1]
+    label = [0, 3, 6, 2, 6, 0]
+    real = data.feature[image, query]
+    with torch.no_grad():
+        fake, mu, log_var = copied(real, bank().embedding[label], torch.randn(6, TEXT_DIM, generator=rng(3)))
+        logits = step.projector.logits(step.projector(fake), bank().embedding[[0, 2, 3, 6]])
+    targets = torch.zeros(6, 4)
+    targets[range(6), [0, 2, 3, 1, 3, 0]] = 1
+
+    def kernel(a: Tensor, b: Tensor) -> float:
+        square = float((a.double() - b.double()).square().sum())
+        return sum(float(torch.exp(torch.tensor(-square / (2 * s * s)))) for s in (2, 5, 10, 20, 40, 80)) / 6
+
+    def mean(x: Tensor, y: Tensor) -> float:
+        return sum(kernel(a, b) for a in x for b in y) / (len(x) * len(y))
+
+    diversity = []
+    for i in range(6):
+        same = [fake[j] for j in range(6) if j != i and image[j] == image[i]]
+        same += [data.feature[image[i], q] for q in range(QUERIES) if data.category[image[i], q] < 0]
+        diversity.append(info_nce(cosine(fake[i], real[i]) / G2S.tau, [cosine(fake[i], n) / G2S.tau for n in same]))
+    assert terms == pytest.approx(
+        {
+            "mmd": mean(fake, fake) + mean(real, real) - 2 * mean(fake, real),
+            "diversity": 0.5 * sum(diversity) / 6,
+            "semantic": 2.0 * naive_focal(logits, targets) / 6,
+            "kl": 0.25 * float(0.5 * (mu**2 + log_var.exp() - 1 - log_var).sum() / 6),
+        },
+        rel=1e-3,
+    )
+
+
+@pytest.mark.parametrize("name", ["diversity", "semantic", "kl"])
+def test_each_loss_of_stage_2_can_be_switched_off(name: str) -> None:
+    whole = values(g2s()(queries(), rng(3)))
+    without = values(g2s(replace(G2S, **{f"{name}_weight": 0.0}))(queries(), rng(3)))
+    assert set(whole) - set(without) == {name}
+    assert all(without[other] == whole[other] for other in without)
+
+
+def test_stage_2_draws_from_its_generator_alone() -> None:
+    torch.manual_seed(0)
+    one = values(g2s()(queries(), rng(3)))
+    step = g2s()
+    torch.manual_seed(1)
+    assert values(step(queries(), rng(3))) == one
+    assert values(g2s()(queries(), rng(4)))["mmd"] != one["mmd"]
+
+
+def test_only_the_generator_learns_in_stage_2() -> None:
+    step = g2s()
+    before = copy.deepcopy(step.projector.state_dict())
+    torch.stack(list(step(queries(), rng(3)).values())).sum().backward()
+    assert all(p.grad is None for p in step.projector.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in step.projector.state_dict().items())
+    for name, parameter in step.generator.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+
+
+def test_stage_2_knows_nothing_of_unseen_classes() -> None:
+    assert values(g2s(texts=with_other_unseen(bank()))(queries(), rng(3))) == values(g2s()(queries(), rng(3)))
+
+
+def cpa(config: CPAConfig = CPA, texts: TextBank | None = None, *, training: bool = False) -> CPAStep:
+    made = generator()
+    freeze(made)
+    return CPAStep(projector().train(), made.train(training), texts or bank(), config)
+
+
+@pytest.mark.parametrize("noise_into", ["encoder", "latent"])
+def test_stage_3_is_the_sum_of_its_terms(noise_into: str) -> None:
+    config = replace(CPA, noise_into=noise_into)
+    step, data, draws = cpa(config), queries(), rng(3)
+    terms = values(step(data, rng(3)))
+    targets = torch.zeros(3, QUERIES, 4)
+    for image, query, row in [(0, 0, 0), (0, 2, 2), (0, 4, 3), (1, 1, 1), (2, 0, 3), (2, 1, 0)]:
+        targets[image, query, row] = 1
+    with torch.no_grad():
+        real = step.projector.logits(step.projector(data.feature), bank().embedding[[0, 2, 3, 6]])
+        label = [[1, 4, 5][i] for i in torch.randint(3, (9,), generator=draws).tolist()]
+        fake = step.generator.generate(bank().embedding[label], noise_into=config.noise_into, rng=draws)
+        synthetic = step.projector.logits(step.projector(fake), bank().embedding)
+    synthetic_targets = torch.zeros(9, 7)
+    synthetic_targets[range(9), label] = 1
+    expected = {
+        "real": naive_focal(real, targets) / 6,
+        "synthetic": 0.5 * naive_focal(synthetic, synthetic_targets) / 9,
+    }
+    assert terms == pytest.approx(expected, rel=1e-4)
+    assert len(set(label)) > 1
+
+
+def test_views_without_a_match_are_normalised_by_one() -> None:
+    step = cpa()
+    data = replace(queries(), category=torch.full((3, QUERIES), -1))
+    logits = step.projector.logits(step.projector(data.feature), step.text)
+    assert step(data, rng(3))["real"].item() == pytest.approx(naive_focal(logits, torch.zeros_like(logits)), rel=1e-4)
+
+
+def test_only_the_projector_learns_in_stage_3() -> None:
+    step = cpa(training=True)
+    before = copy.deepcopy(step.generator.state_dict())
+    torch.stack(list(step(queries(), rng(3)).values())).sum().backward()
+    assert all(p.grad is None for p in step.generator.parameters())
+    for name, parameter in step.projector.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+    after = step.generator.state_dict()  # BatchNorm's statistics among it
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(m.training for m in step.generator.modules())
+
+
+def test_real_features_never_push_unseen_classes() -> None:
+    embedding = bank().embedding.requires_grad_()
+    terms = cpa(texts=replace(bank(), embedding=embedding))(queries(), rng(3))
+    (real,) = torch.autograd.grad(terms["real"], [embedding], retain_graph=True)
+    assert [bool(row.any()) for row in real] == SEEN
+    (synthetic,) = torch.autograd.grad(terms["synthetic"], [embedding])
+    assert all(row.any() for row in synthetic)
+    one, other = values(cpa()(queries(), rng(3))), values(cpa(texts=with_other_unseen(bank()))(queries(), rng(3)))
+    assert one["real"] == other["real"] and one["synthetic"] != other["synthetic"]
+
+
+def test_synthetic_classes_are_drawn_uniformly_among_the_unseen() -> None:
+    """Seen through the targets: with every logit at 0, a class's gradient counts how often it was drawn."""
+    step = cpa(replace(CPA, synthetic=9_000, synthetic_weight=1.0))
+    with torch.no_grad():
+        step.projector.log_scale.fill_(-20.0)  # logits are the bias, which is 0
+        step.projector.bias.zero_()
+    step.projector.bias = nn.Parameter(torch.zeros(len(SEEN)))  # one bias a class, to read the counts from
+    step.text = bank().embedding
+    step.seen_row = torch.arange(len(SEEN))
+    (gradient,) = torch.autograd.grad(step(queries(), rng(3))["synthetic"] * 9_000, [step.projector.bias])
+    # at logit 0 a positive's derivative is a, a negative's b: gradient = n a + (9000 - n) b
+    z = torch.zeros(2, requires_grad=True)
+    a, b = torch.autograd.grad(losses.focal_loss(z, torch.tensor([1, 0]), normaliser=1), [z])[0].tolist()
+    counts = (gradient - 9_000 * b) / (a - b)
+    assert counts[torch.tensor(SEEN)].abs().max() < 1
+    assert counts.sum().item() == pytest.approx(9_000, abs=5)
+    assert ((counts[~torch.tensor(SEEN)] - 3_000).abs() < 5 * (9_000 * 2 / 9) ** 0.5).all()

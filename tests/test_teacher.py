@@ -1,0 +1,203 @@
+"""The frozen teacher against plain open_clip, PIL, and arithmetic by hand; and what it says when it cannot be had."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import numpy as np
+import open_clip
+import pytest
+import torch
+from clip_reference import embed, embed_text, masked, shrink, small_clip
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+
+from models import teacher as teacher_module
+from models.teacher import SMALL_CLIP, Fill, Teacher, load_teacher
+from pipeline.runtime import Runtime
+from pipeline.scene_names import stuff_names, thing_names
+from pipeline.teaching import SMALL_WEIGHTS, TeacherConfig
+from pipeline.world import draw_scene
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    return load_teacher(name="small", pretrained="shipped", fill="mean")
+
+
+@pytest.fixture
+def tiny_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The small CLIP's architecture under a name of its own, as open_clip's built-in models have one."""
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [*open_clip.factory._MODEL_CONFIG_PATHS])
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
+    config = json.loads((SMALL_CLIP / "open_clip_config.json").read_text())["model_cfg"]
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny-clip.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "configs")
+    return "tiny-clip"
+
+
+def scene(size: int) -> np.ndarray:
+    """A picture (size, size, 3) uint8 of the kind that the small teacher knows."""
+    names = {"things": list(thing_names(("circle", "star"))), "stuff": list(stuff_names())}
+    return draw_scene(np.random.default_rng(size), size=size, **names).image
+
+
+def test_embeddings_are_open_clips_own(teacher: Teacher) -> None:
+    clip, tokenizer = small_clip()
+    inputs = torch.randn(3, 3, teacher.image_size, teacher.image_size, generator=torch.Generator().manual_seed(0))
+    rows = teacher.encode_images(inputs)
+    assert rows.shape == (3, teacher.dim) and rows.dtype == torch.float32
+    assert torch.allclose(rows.double(), torch.stack([embed(clip, i) for i in inputs]), atol=1e-5)
+    sentences = ["red circle", "a photo of a blue star", "green stripes"]
+    rows = teacher.encode_texts(sentences)
+    assert torch.allclose(rows.double(), torch.stack([embed_text(clip, tokenizer, s) for s in sentences]), atol=1e-5)
+
+
+def test_the_teacher_is_frozen(teacher: Teacher) -> None:
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not any(m.training for m in teacher.clip.modules())
+    assert not teacher.encode_images(torch.zeros(1, 3, 64, 64)).requires_grad
+
+
+@pytest.mark.parametrize(("height", "width"), [(96, 96), (150, 210), (333, 64), (40, 50)])
+def test_preparing_agrees_with_open_clips_own_preprocessing(teacher: Teacher, height: int, width: int) -> None:
+    """Squeezed as a whole, bicubic. PIL rounds to whole grey levels twice, so a level or two may be between them."""
+    config = teacher.clip.visual.preprocess_cfg
+    assert config["resize_mode"] == "squash"
+    picture = scene(max(height, width))[:height, :width]
+    prepare: Any = image_transform_v2(PreprocessCfg(**config), is_train=False)
+    theirs = prepare(Image.fromarray(picture))
+    ours = teacher.prepare(torch.from_numpy(picture).permute(2, 0, 1))
+    assert ours.shape == theirs.shape == (3, 64, 64)
+    level = 1 / 255 / torch.tensor(config["std"]).view(3, 1, 1)
+    assert ((ours - theirs).abs() <= 2.5 * level).all()
+    assert float(embed(teacher.clip, ours) @ embed(teacher.clip, theirs)) >= 0.99
+
+
+@pytest.mark.parametrize("fill", ["zero", "mean"])
+def test_masking_by_hand(teacher: Teacher, fill: Fill) -> None:
+    other = Teacher(teacher.clip, teacher.tokenizer, fill=fill)
+    config = teacher.clip.visual.preprocess_cfg
+    prepared = other.prepare(torch.from_numpy(scene(96)).permute(2, 0, 1))
+    masks = torch.zeros(3, 64, 64, dtype=torch.bool)  # of the input's own size: no blending
+    masks[0, 10:30, 5:50], masks[1] = True, True
+    left, whole, nothing = other.mask(prepared, masks)
+    colour = torch.zeros(3) if fill == "zero" else torch.tensor(config["mean"])
+    background = ((colour - torch.tensor(config["mean"])) / torch.tensor(config["std"])).view(3, 1, 1).expand(3, 64, 64)
+    assert torch.equal(left[:, 10:30, 5:50], prepared[:, 10:30, 5:50])
+    assert torch.allclose(left[:, ~masks[0]], background[:, ~masks[0]], atol=1e-6)
+    assert torch.equal(whole, prepared)
+    assert torch.allclose(nothing, background, atol=1e-6)
+
+
+def test_a_shrunken_mask_blends_by_its_share_of_a_pixel(teacher: Teacher) -> None:
+    prepared = teacher.prepare(torch.from_numpy(scene(160)).permute(2, 0, 1))
+    masks = np.zeros((2, 160, 200), bool)
+    masks[0, 20:90, 33:150] = True
+    masks[1, :, 101] = True  # one column of 200: nearest-neighbour sampling would lose it
+    found = teacher.mask(prepared, torch.from_numpy(masks))
+    for one, mask in zip(found, masks, strict=True):
+        assert torch.allclose(one, masked(prepared, mask, torch.zeros(3)), atol=1e-5)
+    assert np.isclose(shrink(200, 64)[:, 101].sum(), 64 / 200, atol=0.02)
+    assert found[1].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "cure"),
+    [
+        ("ViT-Z-9", "random", "open_clip.list_models()"),
+        ("ViT-Z-9", "openai", "open_clip.list_models()"),
+        ("RN50", "nosuchtag", "openai"),  # the tags there are
+        ("RN50", "folder/missing.pt", "openai"),
+        ("small", "openai", "'small' goes with 'shipped'"),
+        ("RN50", "shipped", "'small' goes with 'shipped'"),
+    ],
+)
+def test_a_teacher_that_cannot_be_had_says_so_in_one_line(name: str, pretrained: str, cure: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        load_teacher(name=name, pretrained=pretrained, fill="zero")
+    message = str(caught.value)
+    assert "\n" not in message and cure in message
+    assert name in message
+    assert pretrained in message or pretrained in ("random", "openai")
+
+
+def test_weights_that_cannot_be_downloaded_say_what_to_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # the variable is read at import only
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError) as caught:
+        load_teacher(name="ViT-B-16-quickgelu", pretrained="openai", fill="zero")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "timm/vit_base_patch16_clip_224.openai" in message and "--teacher.pretrained FILE" in message
+
+
+@pytest.mark.parametrize(("file", "content"), [("a.safetensors", b"junk"), ("a.pt", b"junk"), ("empty.pt", b"")])
+def test_a_broken_weights_file_says_so_in_one_line(tmp_path: Path, tiny_clip: str, file: str, content: bytes) -> None:
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        load_teacher(name=tiny_clip, pretrained=str(tmp_path / file), fill="zero")
+    assert "\n" not in str(caught.value) and file in str(caught.value) and "cannot be read" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, b"junk"])
+def test_the_shipped_weights_are_never_replaced_by_random_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+) -> None:
+    shutil.copy(SMALL_CLIP / "open_clip_config.json", tmp_path)
+    if content:
+        (tmp_path / "open_clip_model.safetensors").write_bytes(content)
+    monkeypatch.setattr(teacher_module, "SMALL_CLIP", tmp_path)
+    with pytest.raises(ValueError, match=r"shipped teacher in .* cannot be read .*; install the package again"):
+        load_teacher(name="small", pretrained="shipped", fill="mean")
+
+
+def test_weights_from_a_local_file(tmp_path: Path, tiny_clip: str, teacher: Teacher) -> None:
+    path = shutil.copy(SMALL_WEIGHTS, tmp_path / "mine.safetensors")
+    other = load_teacher(name=tiny_clip, pretrained=str(path), fill="mean")
+    assert torch.equal(other.encode_texts(["red circle"]), teacher.encode_texts(["red circle"]))
+
+
+def test_random_weights_come_from_the_seed_and_leave_the_global_generator_alone() -> None:
+    torch.manual_seed(7)
+    expected = torch.randn(4)
+    torch.manual_seed(7)
+    rows = [load_teacher(name="small", pretrained="random", fill="zero", seed=s).encode_texts(["a"]) for s in (3, 3, 4)]
+    assert torch.equal(torch.randn(4), expected)
+    assert torch.equal(rows[0], rows[1]) and not torch.allclose(rows[0], rows[2], atol=1e-2)
+    torch.manual_seed(8)  # nor does the global generator move them
+    again = load_teacher(name="small", pretrained="random", fill="zero", seed=3)
+    assert torch.equal(again.encode_texts(["a"]), rows[0])
+
+
+@pytest.mark.parametrize(("name", "fill"), [("small", "zero"), ("ViT-B-16-quickgelu", "mean")])
+def test_the_shipped_weights_have_their_own_name_and_fill(name: str, fill: Fill) -> None:
+    with pytest.raises(ValueError, match="name 'small' and were trained with fill 'mean'; set both"):
+        TeacherConfig(name=name, pretrained="shipped", fill=fill)
+
+
+def test_a_weights_file_counts_by_its_content(tmp_path: Path) -> None:
+    for name, content in (("a.pt", b"one"), ("b.pt", b"one"), ("c.pt", b"two")):
+        (tmp_path / name).write_bytes(content)
+    a, b, c = (TeacherConfig(pretrained=str(tmp_path / f"{name}.pt")).identity for name in "abc")
+    assert a == b != c
+    assert str(tmp_path) not in str(a)
+    with pytest.raises(ValueError, match=r"d\.pt not found; correct --teacher\.pretrained"):
+        _ = TeacherConfig(pretrained=str(tmp_path / "d.pt")).identity
+
+
+def test_a_tag_counts_by_its_name() -> None:
+    assert TeacherConfig().identity["pretrained"] == "openai"
+    one, other = (TeacherConfig(name="RN50", pretrained="random", seed=seed).identity for seed in (0, 1))
+    assert one != other
+
+
+def test_a_config_loads_the_teacher_it_names(teacher: Teacher) -> None:
+    loaded = TeacherConfig(name="small", pretrained="shipped", fill="mean").load(Runtime(device="cpu"))
+    assert loaded.fill == "mean"
+    assert torch.equal(loaded.encode_texts(["red circle"]), teacher.encode_texts(["red circle"]))
