@@ -132,9 +132,9 @@ def test_frozen_batchnorm_stays(frozen: bool) -> None:
 
     assert norms and all(norm.training != frozen for norm in norms)
     batchnorm = {f"{name}." for name, module in backbone.named_modules() if isinstance(module, nn.BatchNorm2d)}
-    for name in before:
+    for name, value in before.items():
         is_norm = any(name.startswith(prefix) for prefix in batchnorm)
-        assert torch.equal(before[name], after[name]) == (is_norm and frozen), name
+        assert torch.equal(value, after[name]) == (is_norm and frozen), name
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
