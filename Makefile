@@ -4,6 +4,7 @@ PRESET ?= demo
 COCO ?=
 STORE ?=
 PREFECT_PORT ?= 4200
+UV_VERSION := 0.13.9
 
 PYTHON := .venv/bin/python
 FLAGS = $(if $(COCO),--coco "$(COCO)") $(if $(STORE),--store "$(STORE)")
@@ -14,7 +15,7 @@ INSTALLED := .venv/.installed
 CODE := flows models pipeline storage tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check plan shards text cache-clip v2c queries g2s cpa evaluate serve stop clean-free
+.PHONY: help install demo test check plan shards text cache-clip v2c queries g2s cpa evaluate serve stop clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -66,7 +67,7 @@ serve: install  ## local Prefect server and worker in the foreground; PREFECT_PO
 stop: install  ## stop what `make serve` started
 	@$(SERVE) stop
 
-clean-free:  ## remove environment, tool and Prefect's records; artefacts and reports stay
+clean:  ## remove environment, tool and Prefect's records; artefacts and reports stay
 	@if [ -x $(PYTHON) ] && [ -d .prefect ]; then $(SERVE) stop; fi
 	rm -rf .venv .uv .prefect .pytest_cache .ruff_cache .hypothesis
 
@@ -82,4 +83,4 @@ $(INSTALLED): requirements.lock pyproject.toml | .uv/bin/uv
 .uv/bin/uv:
 	@echo "installing uv into .uv"
 	@python3.11 -m venv .uv
-	@.uv/bin/pip install --quiet --disable-pip-version-check uv
+	@.uv/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)

@@ -38,17 +38,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = options.run(options)
         sys.stdout.flush()
         return status
-    except ValueError as error:
-        if "--traceback" in argv:
-            raise
-        print(f"zs-seg: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("zs-seg: stopped; the same command goes on where this one was", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        told = _mistake(error)
+        if not told or "--traceback" in argv:
+            raise
+        print(f"zs-seg: {' '.join(told.split())}", file=sys.stderr)
+        return 2
+
+
+def _mistake(error: Exception) -> str:
+    """What to tell the user about an error that is theirs to mend; "" for one that is ours."""
+    torch = sys.modules.get("torch")  # where it was not imported, its memory did not run out
+    if torch and isinstance(error, torch.OutOfMemoryError):
+        return "the device has too little memory; lower --v2c.batch or --v2c.augment.size, or pass --device cpu"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; mend that and run again"
+    return str(error) if isinstance(error, ValueError | OSError) else ""
 
 
 def _set_up_logging() -> None:
@@ -110,7 +121,13 @@ def parser() -> argparse.ArgumentParser:
     run = add("run", _run, "build what is missing, stage by stage, and report")
     run.add_argument("--from", dest="first", default="", metavar="STAGE", help="begin there, from cached inputs")
     run.add_argument("--until", dest="last", default="", metavar="STAGE", help="end there")
-    run.add_argument("--force", action="append", default=[], metavar="STAGE", help="build it again; may be repeated")
+    run.add_argument(
+        "--force",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="build it and all that reads it again; may be repeated",
+    )
     stage = add("stage", _stage, "build one stage from its cached inputs")
     stage.add_argument("stage", metavar="STAGE", help=f"one of {', '.join(STAGES)}")
     add("list", _list, "list the complete artefacts")
@@ -157,8 +174,10 @@ def _plan(options: argparse.Namespace) -> int:
     missing = sum(row[2] != "fresh" for row in rows)
     print(
         f"\n{missing} of {len(rows)} stages to build in {store.root}"
-        + "; ~ is what the last one like it took" * (missing > 0)
+        + "; ~ is what the last one like it took" * any("~" in row[3] for row in rows)
     )
+    if any(row[3] == "-" for row in rows):
+        print("- has no estimate: there is one as soon as a stage like it was built in this store")
     return 0
 
 
@@ -186,8 +205,9 @@ def _stage(options: argparse.Namespace) -> int:
 def _walk(request: Request, runtime: Runtime, first: str, last: str, force: Sequence[str]) -> int:
     steps, store = line(stages.configure(request)), request.open_store()
     selected = stages.select(steps, first=first, last=last)
-    stages.force(store, selected, force)
-    stages.require_inputs(request, store, steps, selected)
+    again = stages.forced(selected, force)
+    stages.require_inputs(request, store, steps, selected, again)
+    stages.remove(store, again)
     for number, step in enumerate(steps, 1):
         if step in selected:
             print(f"[{number}/{len(steps)}] {stages.build(step, store, runtime)}", flush=True)

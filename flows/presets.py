@@ -13,6 +13,7 @@ from pipeline.scenes import ScenesConfig
 from pipeline.shard import ShardConfig
 from pipeline.teaching import TeacherConfig
 from pipeline.v2c import ProjectorConfig, SegmenterConfig, V2CConfig
+from pipeline.views import AugmentConfig, ResizeConfig
 
 SMALL_TEACHER = TeacherConfig(name="small", pretrained="shipped", fill="mean")
 SMALL_SEGMENTER = SegmenterConfig(
@@ -47,10 +48,8 @@ def demo() -> Config:
             class_weight=8.0,
             points=512,
             bank=256,
-            crop=96,
-            jitter=(0.9, 1.1),
-            short=96,
-            longest=96,
+            augment=AugmentConfig(size=96, jitter=(0.9, 1.1)),
+            resize=ResizeConfig(short=96, longest=96),
             calibration_images=200,
         ),
         queries=QueriesConfig(views=1),
@@ -78,10 +77,8 @@ def coco_sample() -> Config:
             clip=1.0,
             points=512,
             bank=30,
-            crop=192,
-            jitter=(0.5, 1.5),
-            short=192,
-            longest=320,
+            augment=AugmentConfig(size=192, jitter=(0.5, 1.5)),
+            resize=ResizeConfig(short=192, longest=320),
             calibration_images=31,
         ),
         g2s=G2SConfig(steps=60, batch=8, hidden=128),

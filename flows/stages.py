@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import re
 import shlex
@@ -19,6 +20,8 @@ from pipeline.line import CocoConfig, Config, Step
 from pipeline.runtime import Runtime
 from storage.keys import Ref
 from storage.store import Store
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,21 +126,39 @@ def find(steps: Sequence[Step], stage: str) -> int:
     return names.index(stage)
 
 
-def force(store: Store, selected: Sequence[Step], stages: Collection[str]) -> None:
-    """Remove the artefacts of `stages`, whole or partial, so that they are built again."""
-    for stage in stages:
-        store.remove(selected[find(selected, stage)].recipe.ref)
+def forced(selected: Sequence[Step], stages: Collection[str]) -> list[Step]:
+    """`stages` and all selected steps that read what they make, directly or not; they keep their keys, so only this tells
+    that they are out of date.
+
+    Raises ValueError for a stage that is not selected.
+    """
+    named = {selected[find(selected, stage)].recipe.ref for stage in stages}
+    again: dict[Ref, Step] = {}
+    for step in selected:
+        ref = step.recipe.ref
+        if ref in named or again.keys() & set(step.recipe.inputs.values()):
+            again[ref] = step
+    return list(again.values())
 
 
-def require_inputs(request: Request, store: Store, steps: Sequence[Step], selected: Sequence[Step]) -> None:
-    """Is everything there that the selected steps read and do not make themselves?
+def remove(store: Store, steps: Sequence[Step]) -> None:
+    """Remove the steps' artefacts, whole or partial, so that they are built again; the last goes first, so that nothing made
+    from an artefact outlives it."""
+    for step in reversed(steps):
+        store.remove(step.recipe.ref)
+
+
+def require_inputs(
+    request: Request, store: Store, steps: Sequence[Step], selected: Sequence[Step], again: Sequence[Step] = ()
+) -> None:
+    """Is everything there that the selected steps read and do not make themselves? Those of `again` are built even if complete.
 
     Raises ValueError that names the first missing stage and the command that makes it.
     """
     maker = {step.recipe.ref: step.stage for step in steps}
     made = {step.recipe.ref for step in selected}
     for step in selected:
-        if store.state(step.recipe.ref) == "fresh":
+        if step not in again and store.state(step.recipe.ref) == "fresh":
             continue
         for ref in step.recipe.inputs.values():
             if ref not in made and (state := store.state(ref)) != "fresh":
@@ -163,12 +184,17 @@ class Outcome:
 
 
 def build(step: Step, store: Store, runtime: Runtime) -> Outcome:
-    """Build one stage from its cached inputs unless it is complete. Raises ValueError for whatever its user can mend."""
+    """Build one stage from its cached inputs unless it is complete, and warn of images that it leaves out.
+
+    Raises ValueError for whatever its user can mend.
+    """
     ref, started = step.recipe.ref, time.monotonic()
     built = store.state(ref) != "fresh"
     if built:
         step.run(store=store, runtime=runtime)
-    store.open(ref)  # refuses one that is damaged
+    if skipped := store.open(ref).manifest.counts.get("skipped"):  # `open` refuses an artefact that is damaged
+        count = f"{len(skipped)} bad image{'s' * (len(skipped) > 1)}"
+        log.warning("%s: %s left out; `zs-seg show %s` lists them", step.stage, count, ref.key)
     return Outcome(stage=step.stage, ref=ref, built=built, seconds=time.monotonic() - started)
 
 

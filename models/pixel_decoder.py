@@ -61,9 +61,7 @@ class PixelDecoder(nn.Module):
     channels: of the backbone maps at strides 4, 8, 16, 32.  dim: width of everything inside, a multiple of 8.
     """
 
-    def __init__(
-        self, *, channels: Sequence[int], dim: int, heads: int, layers: int, ffn: int, points: int, mask_dim: int
-    ) -> None:
+    def __init__(self, *, channels: Sequence[int], dim: int, heads: int, layers: int, ffn: int, points: int) -> None:
         super().__init__()
         self.dim = dim
         self.input_proj = nn.ModuleList(
@@ -73,7 +71,7 @@ class PixelDecoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(dim=dim, heads=heads, points=points, ffn=ffn) for _ in range(layers))
         self.lateral = nn.Sequential(nn.Conv2d(channels[0], dim, 1, bias=False), group_norm(dim))
         self.fpn = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, bias=False), group_norm(dim), nn.ReLU(inplace=True))
-        self.mask_features = nn.Conv2d(dim, mask_dim, 1)
+        self.mask_features = nn.Conv2d(dim, dim, 1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -87,7 +85,7 @@ class PixelDecoder(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """[(B, channels, h, w)] at strides 4, 8, 16, 32
-        -> levels [(B, h w, dim)] at strides 32, 16, 8, and mask features (B, mask_dim, H/4, W/4).
+        -> levels [(B, h w, dim)] at strides 32, 16, 8, and mask features (B, dim, H/4, W/4).
         """
         finest, *coarse = features
         maps = [project(map_) for project, map_ in zip(self.input_proj, reversed(coarse), strict=True)]

@@ -65,7 +65,7 @@ class DecoderLayer(nn.Module):
 class QueryDecoder(nn.Module):
     """Learned queries read the pixel decoder's maps, strides 32, 16, 8 in turn, each only where its last mask is."""
 
-    def __init__(self, *, queries: int, dim: int, heads: int, layers: int, ffn: int, mask_dim: int) -> None:
+    def __init__(self, *, queries: int, dim: int, heads: int, layers: int, ffn: int) -> None:
         super().__init__()
         self.dim = dim
         self.query_features = nn.Embedding(queries, dim)
@@ -74,11 +74,11 @@ class QueryDecoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(dim=dim, heads=heads, ffn=ffn) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.mask_mlp = nn.Sequential(
-            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, mask_dim)
+            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim)
         )
 
     def forward(self, levels: Sequence[Tensor], mask_features: Tensor) -> tuple[Tensor, Tensor]:
-        """levels [(B, h w, dim)] at strides 32, 16, 8, mask_features (B, mask_dim, H/4, W/4)
+        """levels [(B, h w, dim)] at strides 32, 16, 8, mask_features (B, dim, H/4, W/4)
         -> features (L, B, Q, dim) after the final norm, masks (L, B, Q, H/4, W/4) logits, L = layers + 1.
         """
         height, width = mask_features.shape[-2:]

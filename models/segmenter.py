@@ -44,19 +44,17 @@ def build_segmenter(
     encoder_points: int,
     decoder_layers: int,
     decoder_ffn: int,
-    mask_dim: int | None = None,
 ) -> Segmenter:
     """Mask2Former over a timm backbone; the published R50 network is 100 queries, dim 256, 8 heads, 6 encoder layers of
     FFN 1024 and 4 points, 9 decoder layers of FFN 2048.
 
-    backbone_weights: None (random), "imagenet" or a local file, see `Backbone`.  mask_dim: None means dim.
+    backbone_weights: None (random), "imagenet" or a local file, see `Backbone`.
     Raises ValueError for a width that the heads or the norms cannot divide, and what `Backbone` raises.
     """
     if dim % 8 or (dim > 256 and dim % 32):
         raise ValueError(f"dim {dim} must be a multiple of 8, and of 32 above 256, for GroupNorm; choose such a width")
     if dim % heads:
         raise ValueError(f"dim {dim} must be a multiple of heads {heads}; choose another number of heads")
-    mask_dim = mask_dim or dim
     body = Backbone(backbone, weights=backbone_weights, frozen_batchnorm=frozen_batchnorm)
     return Segmenter(
         body,
@@ -67,7 +65,6 @@ def build_segmenter(
             layers=encoder_layers,
             ffn=encoder_ffn,
             points=encoder_points,
-            mask_dim=mask_dim,
         ),
-        QueryDecoder(queries=queries, dim=dim, heads=heads, layers=decoder_layers, ffn=decoder_ffn, mask_dim=mask_dim),
+        QueryDecoder(queries=queries, dim=dim, heads=heads, layers=decoder_layers, ffn=decoder_ffn),
     )

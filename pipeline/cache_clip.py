@@ -60,9 +60,11 @@ def run(
                         _encode_tar(clip, tar, group, config, benchmark, hide=split == "train", bar=bar)
                     else:
                         bar.update(count)
-            groups = [read_tokens(build.path / f"{tar.stem}.zarr") for tar in tars]
-            kept, images = sum(int(g.kept.sum()) for g in groups), sum(opened.counts(split))
-            build.counts[split] = {"images": images, "encoded": kept, "instances": sum(len(g.instance) for g in groups)}
+            images, kept, instances = sum(opened.counts(split)), 0, 0
+            for tar in tars:
+                group = read_tokens(build.path / f"{tar.stem}.zarr")
+                kept, instances = kept + int(group.kept.sum()), instances + len(group.instance)
+            build.counts[split] = {"images": images, "encoded": kept, "instances": instances}
             if split == "train":
                 build.counts[split]["left_out_by_image_filter"] = images - kept
                 log.info("%s: %d of %d training images are left for training", benchmark.protocol, kept, images)
@@ -70,6 +72,8 @@ def run(
                     raise ValueError(
                         f"the image filter of benchmark {benchmark.name} leaves no training image; add images"
                     )
+
+        build.provenance["device"] = str(runtime.torch_device())
 
     return store.build(recipe(config, teacher=teacher, benchmark=benchmark, shards=shards), work)
 

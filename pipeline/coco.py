@@ -41,15 +41,24 @@ def fingerprint_coco(root: Path, *, train: str = "train2017", val: str = "val201
     It covers the two annotation files byte by byte, but of images and PNGs only names and sizes: an image replaced by
     another of exactly the same size goes unnoticed.
 
-    Raises ValueError when the folder, an annotation file or an image folder is missing.
+    Raises ValueError when the folder, an annotation file or an image folder is missing or cannot be read.
     """
-    if not Path(root).is_dir():
+    try:
+        return _fingerprint(Path(root), train, val)
+    except OSError as error:
+        raise ValueError(
+            f"{error.filename} cannot be read ({error.strerror}); mend its permissions, or pass another --coco FOLDER"
+        ) from error
+
+
+def _fingerprint(root: Path, *splits: str) -> str:
+    if not root.is_dir():
         raise ValueError(f"COCO folder {root} not found; pass --coco FOLDER or set COCO_ROOT")
     digest = hashlib.sha256()
-    for split in (train, val):
-        annotations = Path(root) / "annotations" / f"panoptic_{split}.json"
+    for split in splits:
+        annotations = root / "annotations" / f"panoptic_{split}.json"
         digest.update(_read(annotations))
-        for folder in (Path(root) / split, annotations.with_suffix("")):
+        for folder in (root / split, annotations.with_suffix("")):
             if not folder.is_dir():
                 raise ValueError(f"folder {folder} not found; unpack COCO there, or pass another --coco FOLDER")
             with os.scandir(folder) as files:

@@ -15,12 +15,13 @@ STAGE, VERSION = "cpa", 1
 
 @dataclass(frozen=True, kw_only=True)
 class CPAConfig(Schedule):
-    """Stage 3. L_f of paper Eq. 9. `synthetic`: U, made-up unseen features a step; `synthetic_weight`: weight of their loss;
-    `noise_into`: where the generator's noise goes in (D7). `batch`: images a step."""
+    """Stage 3. L_f of paper Eq. 9. `synthetic`: U, made-up unseen features a step; `real_weight` and `synthetic_weight`:
+    weights of the two losses, 1 in the paper; `noise_into`: where the generator's noise goes in (D7). `batch`: images a step."""
 
     lr: float = 1e-4
     clip: float = 1.0
     synthetic: int = 24
+    real_weight: float = 1.0
     synthetic_weight: float = 1.0
     noise_into: Literal["encoder", "latent"] = "encoder"
 
@@ -77,6 +78,7 @@ def run(
         model.facts["stage"] = STAGE
         save_model(build.path, model)
         remove_training_state(build.path)
+        build.provenance["device"] = str(device)
         build.counts |= {
             "views": len(cached.image_id),
             "steps": config.steps,

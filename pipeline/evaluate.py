@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.benchmarks import Benchmark
 from pipeline.runtime import Runtime
+from pipeline.views import ResizeConfig
 from storage.keys import Recipe, Ref
 from storage.store import Build, Store
 
@@ -32,6 +33,10 @@ class EvaluateConfig:
     batch: int = 8
     pictures: int = 8
     control_offset: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.pictures < 0:
+            raise ValueError("evaluate: batch must be at least 1, and pictures 0 or more")
 
 
 def recipe(
@@ -75,7 +80,6 @@ def run(
         from pipeline.report import write_report
         from pipeline.text import open_text
         from pipeline.training import read_curves
-        from pipeline.transforms import ResizeConfig
 
         device = runtime.torch_device()
         bank = open_text(store.open(text).path, text.key)
@@ -107,6 +111,8 @@ def run(
                 guess = (own.to(device) @ classes.text.T).argmax(1).tolist()
                 rows["ceiling"].rename(gt, guess)
                 for segment, k in zip(sample.segments, guess, strict=True):
+                    if segment.iscrowd:
+                        continue
                     position = benchmark.index[segment.category_id]
                     right[benchmark.seen[position]].append(k == position)
                 if len(pictures) < config.pictures and any(
@@ -197,7 +203,7 @@ def _samples(store: Store, shards: Ref, tokens: Ref) -> Iterator[tuple[tuple[Sam
 
 
 class _GroundTruth:
-    """A sample's ids (H, W) and class indices (H, W), 255 where nothing is annotated."""
+    """A sample's ids (H, W) and class indices (H, W), -1 where nothing is annotated."""
 
     def __init__(self, sample: Sample, benchmark: Benchmark) -> None:
         from pipeline.metrics import class_map
@@ -216,7 +222,7 @@ class _Row:
 
         self.benchmark = benchmark
         self.quality = PanopticQuality([c.id for c in benchmark.categories])
-        self.confusion = ConfusionMatrix(len(benchmark.categories), ignore=255)
+        self.confusion = ConfusionMatrix(len(benchmark.categories))
 
     def predict(
         self,
@@ -254,7 +260,7 @@ class _Row:
         self.quality.update(gt.ids, gt.sample.segments, ids, named, image=gt.sample.image_id)
         classes = class_map(ids, named, self.benchmark.index, image=gt.sample.image_id)
         self.confusion.update(
-            np.where(ids > 0, gt.classes, 255), np.where(ids > 0, classes, 0), image=gt.sample.image_id
+            np.where(ids > 0, gt.classes, -1), np.where(ids > 0, classes, 0), image=gt.sample.image_id
         )
 
     def scores(self) -> dict[str, Any]:

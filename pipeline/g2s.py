@@ -16,7 +16,7 @@ STAGE, VERSION = "g2s", 1
 class G2SConfig(Schedule):
     """Stage 2. L_g2s = L_mmd + lambda_s L_div + lambda_v L_gv2s + beta KL (paper Eq. 8, D6).
 
-    `diversity_weight` is lambda_s, `semantic_weight` lambda_v, `kl_weight` beta; 0 switches a loss off. `hidden`: width of the
+    `mmd_weight` is 1 in the paper, `diversity_weight` is lambda_s, `semantic_weight` lambda_v, `kl_weight` beta; 0 switches a loss off. `hidden`: width of the
     generator's layers. `tau`: Eq. 7's temperature. `batch`: images a step.
     """
 
@@ -24,6 +24,7 @@ class G2SConfig(Schedule):
     weight_decay: float = 0.0
     clip: float = 1.0
     hidden: int = 512
+    mmd_weight: float = 1.0
     diversity_weight: float = 1.0
     semantic_weight: float = 1.0
     kl_weight: float = 0.0
@@ -33,6 +34,8 @@ class G2SConfig(Schedule):
         super().__post_init__()
         if self.tau <= 0:
             raise ValueError(f"g2s: tau must be above 0, not {self.tau}")
+        if self.batch < 2:
+            raise ValueError("g2s: batch must be at least 2, for the generator's BatchNorm")
 
 
 def recipe(config: G2SConfig, *, queries: Ref, text: Ref, checkpoint: Ref) -> Recipe:
@@ -46,6 +49,7 @@ def run(config: G2SConfig, *, queries: Ref, text: Ref, checkpoint: Ref, store: S
     """Train the generator from cached queries alone."""
 
     def work(build: Build) -> None:
+        import numpy as np
         import torch
 
         from models.generator import Generator
@@ -73,13 +77,15 @@ def run(config: G2SConfig, *, queries: Ref, text: Ref, checkpoint: Ref, store: S
             schedule=config,
             modules=modules,
             groups=parameter_groups(modules, config),
-            batches=lambda start: query_batches(cached, config, start),
+            # a view in which no query found a segment has nothing to generate from
+            batches=lambda start: query_batches(cached, config, start, among=np.any(cached.category >= 0, axis=1)),
             losses=G2SStep(generator, model.projector, bank, config),
             runtime=runtime,
         )
         facts = {"stage": STAGE, "architecture": architecture, "classes": bank.classes(), "config": asdict(config)}
         save_checkpoint(build.path, generator.state_dict(), facts)
         remove_training_state(build.path)
+        build.provenance["device"] = str(device)
         build.counts |= {"views": len(cached.image_id), "steps": config.steps}
 
     return store.build(recipe(config, queries=queries, text=text, checkpoint=checkpoint), work)

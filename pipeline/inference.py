@@ -13,7 +13,8 @@ from torch import Tensor
 from models.segmenter import Segmenter
 from pipeline.metrics import PredictedSegment
 from pipeline.prediction import panoptic, semantic
-from pipeline.transforms import ResizeConfig, resize_for_test
+from pipeline.transforms import resize_for_test
+from pipeline.views import ResizeConfig
 
 Tag = TypeVar("Tag")
 
@@ -41,6 +42,10 @@ class Classes:
     ids: Tensor
     isthing: Tensor
     seen: Tensor
+
+    def only(self, which: Tensor) -> Classes:
+        """The classes where `which` (K,) is true."""
+        return Classes(text=self.text[which], ids=self.ids[which], isthing=self.isthing[which], seen=self.seen[which])
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from pipeline.text import TextBank
-from pipeline.transforms import AugmentConfig, ResizeConfig, augment, place_ids, resize_for_test
+from pipeline.transforms import augment, place_ids, resize_for_test
+from pipeline.views import AugmentConfig, ResizeConfig
 from storage.shards import Sample, Shards, decode_ids, decode_image, read_shard
 from storage.tokens import read_tokens
 
@@ -99,8 +100,7 @@ class TrainingData:
 
     def batches(self, size: int, *, start: int) -> Iterator[Batch]:
         """Endless batches of `size` samples, from batch number `start` on."""
-        # One torch thread each: a view is small, and threads inside of threads would only wait for one another.
-        with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with self._pool() as pool:
             pending: deque[Future[Item]] = deque()
             ready: list[Item] = []
             for epoch, tar, row, sample in self._stream(start * size):
@@ -136,14 +136,21 @@ class TrainingData:
 
     def items(self, tar: int, *, view: int, resize: ResizeConfig) -> Iterator[Item]:
         """One tar's kept images in order: view 0 is the test view, view v > 0 the training view of epoch v."""
-        for row, sample in enumerate(read_shard(self.tars[tar])):
-            if not self.groups[tar].kept[row]:
-                continue
+
+        def item(row: int, sample: Sample) -> Item:
             if view:
-                yield self._item(view, tar, row, sample)
-            else:
-                image, size = resize_for_test(_image(sample), resize)
-                yield self._targets(tar, row, sample, image, place_ids(_ids(sample), size, image.shape[-2:]))
+                return self._item(view, tar, row, sample)
+            image, size = resize_for_test(_image(sample), resize)
+            return self._targets(tar, row, sample, image, place_ids(_ids(sample), size, image.shape[-2:]))
+
+        samples = [(row, s) for row, s in enumerate(read_shard(self.tars[tar])) if self.groups[tar].kept[row]]
+        with self._pool() as pool:
+            for start in range(0, len(samples), 4 * self.workers):  # a few at a time, so that memory stays bounded
+                yield from pool.map(lambda pair: item(*pair), samples[start : start + 4 * self.workers])
+
+    def _pool(self) -> ThreadPoolExecutor:
+        """Decoding threads. One torch thread each: a view is small, and threads inside of threads only wait for one another."""
+        return ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def _item(self, epoch: int, tar: int, row: int, sample: Sample) -> Item:
         """The training view of a sample in an epoch, a function of seed, epoch and image id."""

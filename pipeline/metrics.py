@@ -1,6 +1,6 @@
 """Panoptic quality (panopticapi's definition) and the confusion matrix behind mIoU, as accumulators over images.
 
-Both are plain numpy, count one image with a single `bincount`, and merge, so that images can be scored in parallel.
+Both are plain numpy and count one image with a single `bincount`.
 All qualities are in percent. A class that neither occurs nor is predicted is `absent`: it counts 0 in the seen and
 unseen means of the zero-shot protocols, and how many such classes there are is reported beside them.
 """
@@ -164,14 +164,6 @@ class PanopticQuality:
         np.add.at(self._fp, class_[false_positive], 1)
         np.add.at(self._fn, gt_class[false_negative], 1)
 
-    def merge(self, other: PanopticQuality) -> None:
-        """Adds the counts of another accumulator over the same categories."""
-        assert self.category_ids == other.category_ids
-        self._iou_sum += other._iou_sum
-        self._tp += other._tp
-        self._fp += other._fp
-        self._fn += other._fn
-
     def result(self) -> PanopticResult:
         """The counts so far."""
         return PanopticResult(
@@ -186,7 +178,7 @@ class PanopticQuality:
 class ConfusionMatrix:
     """Accumulates pixels by true and predicted class; `counts` is (K, K), rows = truth, columns = prediction."""
 
-    def __init__(self, classes: int, *, ignore: int = 255) -> None:
+    def __init__(self, classes: int, *, ignore: int = -1) -> None:
         if 0 <= ignore < classes:
             raise ValueError(f"ignore={ignore} is one of the {classes} classes; choose a value outside of them")
         self.ignore = ignore
@@ -215,11 +207,6 @@ class ConfusionMatrix:
                 )
         self.counts += np.bincount(truth * classes + guess, minlength=classes**2).reshape(classes, classes)
 
-    def merge(self, other: ConfusionMatrix) -> None:
-        """Adds the counts of another accumulator over the same classes."""
-        assert self.counts.shape == other.counts.shape
-        self.counts += other.counts
-
     @property
     def absent(self) -> NDArray[np.bool_]:
         """(K,) True where the class is neither in the ground truth nor predicted."""
@@ -245,12 +232,12 @@ def harmonic_mean(seen: float, unseen: float) -> float:
 def class_map(
     ids: NDArray[np.integer], segments: Sequence[_AnySegment], class_index: Mapping[int, int], *, image: str | int
 ) -> NDArray[np.int32]:
-    """The class index of every pixel (H, W) of a panoptic map: `class_index` maps category ids; void becomes 255.
+    """The class index of every pixel (H, W) of a panoptic map: `class_index` maps category ids; void becomes -1.
 
     Raises:
         ValueError: an id without a segment, an id twice, or an unknown category.
     """
-    table = np.append(255, _classes(segments, class_index, what="segments", image=image)).astype(np.int32)
+    table = np.append(-1, _classes(segments, class_index, what="segments", image=image)).astype(np.int32)
     return table[_rows(ids, segments, what="segments", image=image)].reshape(ids.shape)
 
 

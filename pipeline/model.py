@@ -17,14 +17,15 @@ from storage.checkpoints import load_checkpoint, save_checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A segmenter and its projector with the checkpoint's facts.
+    """A segmenter and its projector, the text embeddings `text` (K, D) of the classes, and the checkpoint's facts.
 
-    `facts` holds `architecture` (arguments of the two constructors), `classes` (TextBank.classes()), `resize` (the test view),
+    `facts` holds `architecture` (arguments of the two constructors), `classes` (TextBank.classes()), `templates`, `resize` (the test view),
     `object_threshold`, `overlap_threshold`, `augment` and `matching` (stage 1's views and matcher), and `stage`.
     """
 
     segmenter: Segmenter
     projector: Projector
+    text: Tensor
     facts: dict[str, Any]
 
     @property
@@ -38,32 +39,32 @@ class Model:
         return self.projector.logits(self.projector(features), text)
 
 
-def build_model(architecture: dict[str, Any], facts: dict[str, Any]) -> Model:
+def build_model(architecture: dict[str, Any], facts: dict[str, Any], text: Tensor) -> Model:
     """A network with fresh weights; draws from torch's global generator, so seed it first."""
+    bare = {**architecture["segmenter"], "backbone_weights": None}  # a checkpoint holds all weights, and no path
     return Model(
         segmenter=build_segmenter(**architecture["segmenter"]),
         projector=Projector(**architecture["projector"]),
-        facts={"architecture": architecture, **facts},
+        text=text,
+        facts={"architecture": {**architecture, "segmenter": bare}, **facts},
     )
 
 
 def save_model(folder: Path, model: Model) -> None:
     tensors = {f"segmenter.{name}": value for name, value in model.segmenter.state_dict().items()}
     tensors |= {f"projector.{name}": value for name, value in model.projector.state_dict().items()}
-    save_checkpoint(folder, tensors, model.facts)
+    save_checkpoint(folder, {**tensors, "text.embedding": model.text.cpu()}, model.facts)
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> Model:
     """Read a checkpoint, in evaluation mode."""
     tensors, facts = load_checkpoint(folder)
-    architecture = facts["architecture"]
-    bare = {**architecture["segmenter"], "backbone_weights": None}  # the checkpoint holds them all
-    model = build_model({**architecture, "segmenter": bare}, {})
+    model = build_model(facts["architecture"], facts, tensors["text.embedding"].to(device))
     for part in ("segmenter", "projector"):
         state = {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
         getattr(model, part).load_state_dict(state)
         getattr(model, part).to(device).eval()
-    return Model(segmenter=model.segmenter, projector=model.projector, facts=facts)
+    return model
 
 
 def require_same_classes(facts: dict[str, Any], bank: TextBank) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.benchmarks import Category
 from pipeline.runtime import Runtime
 from pipeline.teaching import TeacherConfig
-from storage.keys import Ref
-from storage.store import Artefact, Store
+from storage.store import Store
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.metrics import PredictedSegment
+    from pipeline.model import Model
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -35,8 +36,9 @@ def run(
 ) -> Path:
     """Segment `images` (files, or folders of them) and write COCO panoptic predictions and an overlay each into `out`.
 
-    `checkpoint` is a key in the store or a checkpoint's folder. `names` are added to its classes as unseen things, and
-    encoded by its own teacher; `teacher_weights` is the teacher's weights file where it was a local one.
+    `checkpoint` is a key in the store or a checkpoint's folder, which may lie anywhere: it holds all that is needed.
+    `names` are added to its classes as unseen things, and encoded by its own teacher; `teacher_weights` is the
+    teacher's weights file where it was a local one.
 
     Returns the path of `<out>/panoptic.json`. Raises ValueError where an input is missing, broken or does not fit.
     """
@@ -47,7 +49,7 @@ def run(
     from pipeline.inference import classes_of, outputs, panoptic_map
     from pipeline.model import load_model
     from pipeline.prediction import ImagePrediction, write_coco_panoptic
-    from pipeline.transforms import ResizeConfig
+    from pipeline.views import ResizeConfig
 
     folder = Path(out)
     try:
@@ -56,8 +58,7 @@ def run(
         raise ValueError(f"--out {folder} cannot be written ({error.strerror}); choose another folder") from error
     device = runtime.torch_device()
     model = load_model(weights, device)
-    bank = store.open(Ref(kind="text", key=model.facts["classes"]["text"]))
-    vocabulary = extend(model.facts["classes"], bank, names, teacher_weights, runtime)
+    vocabulary = extend(model, names, teacher_weights, runtime)
     classes = classes_of(vocabulary.embedding, vocabulary.facts, device)
     name_of = {category.id: category.name for category in vocabulary.categories}
     thresholds = {name: model.facts[name] for name in ("object_threshold", "overlap_threshold")}
@@ -132,18 +133,16 @@ class Vocabulary:
         return tuple(Category(id=i, name=name, isthing=isthing) for i, name, isthing in columns)
 
 
-def extend(
-    facts: dict[str, Any], bank: Artefact, names: Sequence[str], teacher_weights: str, runtime: Runtime
-) -> Vocabulary:
-    """A checkpoint's classes and, behind them, `names`, encoded with the bank's own sentences by the bank's own teacher.
+def extend(model: Model, names: Sequence[str], teacher_weights: str, runtime: Runtime) -> Vocabulary:
+    """A checkpoint's classes and, behind them, `names`, encoded with the same sentences by the same teacher.
 
     Raises ValueError for a name that is there already or twice, and when the teacher's weights are not those.
     """
     import torch
 
-    from pipeline.text import embed_names, open_text
+    from pipeline.text import embed_names
 
-    embedding = open_text(bank.path, bank.ref.key).embedding
+    facts, embedding = model.facts["classes"], model.text.cpu()
     columns = {name: list(facts[name]) for name in ("ids", "names", "isthing", "seen")}
     for name in names:
         if name in columns["names"]:
@@ -152,8 +151,8 @@ def extend(
             columns[column].append(value)
     if names:
         teacher = teacher_of(facts["teacher"], teacher_weights).load(runtime)
-        templates = tuple(bank.manifest.config["text"]["templates"])
-        embedding = torch.cat([embedding, embed_names(teacher, list(names), templates).cpu()])
+        added = embed_names(teacher, list(names), tuple(model.facts["templates"]))
+        embedding = torch.cat([embedding, added.cpu()])
     return Vocabulary(embedding=embedding, facts=columns)
 
 
@@ -169,7 +168,8 @@ def teacher_of(identity: dict[str, Any], weights: str) -> TeacherConfig:
             raise ValueError(
                 f"the checkpoint's teacher {identity['name']} had local weights; pass --teacher.pretrained FILE"
             )
-    config = TeacherConfig(name=identity["name"], pretrained=pretrained, fill=identity["fill"], seed=identity["seed"])
+    seed = identity.get("seed", 0)  # only random weights have one
+    config = TeacherConfig(name=identity["name"], pretrained=pretrained, fill=identity["fill"], seed=seed)
     if config.identity != identity:
         raise ValueError(
             f"the weights at hand of teacher {identity['name']} are not those the checkpoint was trained with "
@@ -210,9 +210,13 @@ def overlay(
 
 
 def _checkpoint_folder(store: Store, checkpoint: str) -> Path:
-    if Path(checkpoint).is_dir():
-        return Path(checkpoint)
-    ref = store.find(checkpoint)
-    if ref.kind != "checkpoint":
-        raise ValueError(f"{ref} is no checkpoint; `zs-seg list` shows those of the stages v2c and cpa")
-    return store.open(ref).path
+    folder = Path(checkpoint) if Path(checkpoint).is_dir() else store.open(store.find(checkpoint)).path
+    try:
+        stage = json.loads((folder / "meta.json").read_bytes()).get("stage")
+    except (OSError, ValueError, AttributeError):
+        stage = None
+    if stage not in ("v2c", "cpa"):
+        raise ValueError(
+            f"{folder} is no checkpoint of v2c or cpa; pass another --checkpoint, `zs-seg list` shows them"
+        )
+    return folder

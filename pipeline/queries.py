@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.runtime import Runtime
+from pipeline.views import AugmentConfig, ResizeConfig
 from storage.keys import Recipe, Ref
 from storage.store import Build, Store
 
@@ -29,8 +30,8 @@ class QueriesConfig:
     batch: int = 16
 
     def __post_init__(self) -> None:
-        if self.views < 1 or self.batch < 1:
-            raise ValueError("queries: views and batch must be at least 1")
+        if self.views < 1 or self.batch < 1 or self.seed < 0:
+            raise ValueError("queries: views and batch must be at least 1, and seed 0 or more")
 
 
 def recipe(config: QueriesConfig, *, shards: Ref, tokens: Ref, text: Ref, checkpoint: Ref) -> Recipe:
@@ -49,8 +50,6 @@ def run(
         from pipeline.loader import TrainingData
         from pipeline.model import load_model, require_same_classes
         from pipeline.text import open_text
-        from pipeline.transforms import AugmentConfig
-        from storage.queries import read_queries
 
         bank = open_text(store.open(text).path, text.key)
         model = load_model(store.open(checkpoint).path, runtime.torch_device())
@@ -61,7 +60,7 @@ def run(
             bank,
             AugmentConfig(**model.facts["augment"]),
             seed=config.seed,
-            workers=runtime.decoders,
+            workers=runtime.workers,
         )
         with runtime.bar(len(data) * config.views, "queries", "view") as bar:
             for number, tar in enumerate(data.tars):
@@ -69,13 +68,8 @@ def run(
                 if not group.exists():
                     _write_group(group, number, data, model, bank, config)
                 bar.update(len(data.kept[number]) * config.views)
-        cached = read_queries(build.path)
-        build.counts |= {
-            "images": len(data),
-            "views": len(cached.image_id),
-            "queries": int(cached.segment.size),
-            "matched_queries": int((cached.segment >= 0).sum()),
-        }
+        build.provenance["device"] = str(runtime.torch_device())
+        build.counts |= {"images": len(data), "views": len(data) * config.views, "queries_a_view": model.query_shape[0]}
 
     return store.build(recipe(config, shards=shards, tokens=tokens, text=text, checkpoint=checkpoint), work)
 
@@ -89,11 +83,10 @@ def _write_group(path: Path, tar: int, data: TrainingData, model: Model, bank: T
     from pipeline.loader import collate
     from pipeline.steps import seen_rows
     from pipeline.training import step_generator
-    from pipeline.transforms import ResizeConfig
     from storage.queries import write_queries
 
     device = next(model.projector.parameters()).device
-    text, _, seen_row = seen_rows(bank, device)
+    text, seen_row = seen_rows(bank, device)
     columns: dict[str, list[np.ndarray]] = {"feature": [], "segment": [], "category": [], "image_id": [], "view": []}
     resize = ResizeConfig(**model.facts["resize"])
     for view in range(config.views):

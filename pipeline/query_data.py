@@ -23,12 +23,16 @@ class QueryBatch:
     category: Tensor
 
 
-def query_batches(bank: QueryBank, schedule: Schedule, start: int) -> Iterator[QueryBatch]:
+def query_batches(
+    bank: QueryBank, schedule: Schedule, start: int, *, among: np.ndarray | None = None
+) -> Iterator[QueryBatch]:
     """Endless batches of `schedule.batch` views drawn with replacement; batch s is a function of the seed and s alone.
 
-    Views without a matched query teach a generator nothing and are left out of the draw.
+    `among` (n,) bool says which views may be drawn, by default all. Raises ValueError when none may.
     """
-    useful = np.flatnonzero((bank.category >= 0).any(1))
+    useful = np.arange(len(bank.image_id)) if among is None else np.flatnonzero(among)
+    if not len(useful):
+        raise ValueError("no cached query found a segment of a seen class; train stage 1 longer or on more images")
     step = start
     while True:
         rows = useful[batch_rng(schedule.seed, step).integers(len(useful), size=schedule.batch)]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pipeline.benchmarks import Benchmark, Category
 from pipeline.runtime import Runtime
-from pipeline.scene_names import stuff_names, thing_names
+from pipeline.scene_names import SHAPES, stuff_names, thing_names
 from storage.keys import Recipe, Ref
 from storage.store import Build, Store
 
@@ -49,6 +49,10 @@ class ScenesConfig:
     def __post_init__(self) -> None:
         if self.train_images < 1 or self.val_images < 1:
             raise ValueError("scenes: train_images and val_images must be at least 1")
+        if not self.shapes or not set(self.shapes) <= set(SHAPES):
+            raise ValueError(f"scenes: shapes must be some of {', '.join(SHAPES)}, not {', '.join(self.shapes)}")
+        if self.size < 32 or self.seed < 0:
+            raise ValueError("scenes: size must be at least 32 pixels, and seed 0 or more")
         if not 0 <= self.unseen_share <= 1:
             raise ValueError(f"scenes: unseen_share is a share between 0 and 1, not {self.unseen_share}")
 

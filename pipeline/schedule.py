@@ -11,7 +11,7 @@ from typing import Literal
 class Schedule:
     """A training schedule.
 
-    `steps` of `batch` images each; AdamW at `lr` (backbone: times `backbone_lr`), `weight_decay` on matrices only. `warmup` steps rise
+    `steps` of `batch` images each; AdamW at `lr`, `weight_decay` on everything but norms, embeddings and scalars. `warmup` steps rise
     linearly; then `decay` "cosine" falls to 0, "step" multiplies by 0.1 at 8/9 and again at 26/27 of the steps, "constant" stays.
     `clip`: largest gradient norm of all parameters together, 0 = none. `seed` decides weights, order, views and every draw.
     """
@@ -20,7 +20,6 @@ class Schedule:
     steps: int = 1
     batch: int = 16
     lr: float = 1e-4
-    backbone_lr: float = 0.1
     weight_decay: float = 0.05
     warmup: int = 0
     decay: Literal["cosine", "step", "constant"] = "cosine"
@@ -30,6 +29,8 @@ class Schedule:
         name = type(self).__name__.removesuffix("Config").lower()
         if self.steps < 1 or self.batch < 1:
             raise ValueError(f"{name}: steps and batch must be at least 1, not {self.steps} and {self.batch}")
+        if self.seed < 0:
+            raise ValueError(f"{name}: seed must be 0 or more, not {self.seed}")
         if self.lr <= 0:
             raise ValueError(f"{name}: lr must be above 0, not {self.lr}")
 

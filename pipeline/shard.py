@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,8 +58,8 @@ class ShardConfig:
     """`samples_per_tar` images of the JSON go into a tar; the last tar of a split may hold fewer.
 
     `skip_bad` goes on without images that are missing, damaged or at odds with their annotation, and lists them in the
-    manifest; without it the first one stops the build. `limit` takes the first so many images by id of each split, 0 =
-    all.
+    manifest; without it the first one stops the build. It is not in the key: a build that finishes without it is the
+    one with it. `limit` takes the first so many images by id of each split, 0 = all.
     """
 
     samples_per_tar: int = 256
@@ -81,7 +81,7 @@ def recipe(config: ShardConfig, *, source: Source, benchmark: Benchmark) -> Reci
         kind=KIND,
         stage=STAGE,
         version=VERSION,
-        config={"shard": config, "source": fingerprint, "categories": benchmark.categories},
+        config={"shard": replace(config, skip_bad=False), "source": fingerprint, "categories": benchmark.categories},
         inputs=inputs,
     )
 
@@ -160,8 +160,6 @@ def _shard(
             }
             log.info("%s: %s %s", STAGE, split, ", ".join(f"{n} {what}" for what, n in build.counts[split].items()))
     build.counts["skipped"] = skipped
-    if skipped:
-        log.warning("%s: %d bad images skipped, see `skipped` in the manifest", STAGE, len(skipped))
     write_index(build.path, index)
 
 

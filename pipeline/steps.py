@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from pipeline.v2c import V2CConfig
 
 
-def seen_rows(bank: TextBank, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The seen classes' embeddings A_s (K_s, D), the unseen ones' A_u (K_u, D), and class index -> row of A_s or -1 (K,)."""
+def seen_rows(bank: TextBank, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The seen classes' embeddings A_s (K_s, D), and class index -> row of A_s or -1 (K,)."""
     seen = torch.tensor(bank.seen)
     row = torch.where(seen, seen.cumsum(0) - 1, -1)
-    return bank.embedding[seen].to(device), bank.embedding[~seen].to(device), row.to(device)
+    return bank.embedding[seen].to(device), row.to(device)
 
 
 def one_hot(rows: Tensor, classes: int) -> Tensor:
@@ -48,7 +48,7 @@ class V2CStep:
     ) -> None:
         self.segmenter, self.projector, self.config = segmenter, projector, config
         self.device = global_tokens.device
-        self.text, _, self.seen_row = seen_rows(bank, self.device)
+        self.text, self.seen_row = seen_rows(bank, self.device)
         self.global_tokens = global_tokens
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
@@ -120,7 +120,7 @@ class G2SStep:
         self.generator, self.projector, self.config = generator, projector, config
         self.device = next(projector.parameters()).device
         self.text_of_class = bank.embedding.to(self.device)
-        self.text, _, self.seen_row = seen_rows(bank, self.device)
+        self.text, self.seen_row = seen_rows(bank, self.device)
 
     def __call__(self, batch: QueryBatch, generator: torch.Generator) -> dict[str, Tensor]:
         config = self.config
@@ -129,7 +129,7 @@ class G2SStep:
         label, real = category[image, query], feature[image, query]
         eps = torch.randn(len(label), self.text.shape[1], generator=generator).to(self.device)
         fake, mu, log_var = self.generator(real, self.text_of_class[label], eps)
-        terms = {"mmd": losses.mmd_loss(fake, real)}
+        terms = {"mmd": config.mmd_weight * losses.mmd_loss(fake, real)}
         if config.diversity_weight:
             void_image, void_query = (category < 0).nonzero(as_tuple=True)
             unmatched = feature[void_image, void_query]
@@ -151,7 +151,7 @@ class CPAStep:
         self.projector, self.generator, self.config = projector, generator, config
         self.device = next(projector.parameters()).device
         self.all_text = bank.embedding.to(self.device)
-        self.text, _, self.seen_row = seen_rows(bank, self.device)
+        self.text, self.seen_row = seen_rows(bank, self.device)
         self.unseen = torch.tensor([k for k, seen in enumerate(bank.seen) if not seen], device=self.device)
 
     def __call__(self, batch: QueryBatch, generator: torch.Generator) -> dict[str, Tensor]:
@@ -161,7 +161,7 @@ class CPAStep:
         # Over the seen classes only: a query that in truth shows an unseen object is never taught "not that unseen class".
         logits = self.projector.logits(self.projector(feature), self.text)
         matched = max(int((category >= 0).sum()), 1)
-        terms = {"real": losses.focal_loss(logits, target, normaliser=matched)}
+        terms = {"real": config.real_weight * losses.focal_loss(logits, target, normaliser=matched)}
         drawn = torch.randint(len(self.unseen), (config.synthetic,), generator=generator).to(self.device)
         label = self.unseen[drawn]
         fake = self.generator.generate(self.all_text[label], noise_into=config.noise_into, rng=generator)

@@ -12,7 +12,7 @@ from storage.keys import sha256_file
 if TYPE_CHECKING:
     from models.teacher import Teacher
 
-SMALL_WEIGHTS = Path(__file__).parents[1] / "models" / "small_clip" / "open_clip_model.safetensors"
+SMALL_CLIP = Path(__file__).parents[1] / "models" / "small_clip"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +41,19 @@ class TeacherConfig:
 
         Raises ValueError when `pretrained` looks like a file that is not there.
         """
-        weights = SMALL_WEIGHTS if self.pretrained == "shipped" else Path(self.pretrained)
+        weights = SMALL_CLIP / "open_clip_model.safetensors" if self.pretrained == "shipped" else Path(self.pretrained)
         if weights.is_file():
             pretrained = f"sha256:{sha256_file(weights)}"
         elif weights.suffix or len(weights.parts) > 1:
             raise ValueError(f"teacher weights {weights} not found; correct --teacher.pretrained")
         else:
             pretrained = self.pretrained
-        return {"name": self.name, "pretrained": pretrained, "fill": self.fill, "seed": self.seed}
+        identity: dict[str, Any] = {"name": self.name, "pretrained": pretrained, "fill": self.fill}
+        if self.name == "small":  # of open_clip's own models the name says the architecture and the preprocessing
+            identity["config"] = f"sha256:{sha256_file(SMALL_CLIP / 'open_clip_config.json')}"
+        if self.pretrained == "random":
+            identity["seed"] = self.seed
+        return identity
 
     def load(self, runtime: Runtime) -> Teacher:
         from models.teacher import load_teacher

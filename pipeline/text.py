@@ -42,16 +42,19 @@ class TextBank:
     isthing: list[bool]
     seen: list[bool]
     teacher: dict[str, Any]
+    templates: list[str]
 
     def classes(self) -> dict[str, Any]:
-        """Everything but the embeddings, as it is written into checkpoints."""
+        """Which classes these are and who embedded them, as checkpoints record it."""
         return {
             "text": self.key, "ids": self.ids, "names": self.names, "isthing": self.isthing, "seen": self.seen, "teacher": self.teacher,
         }  # fmt: skip
 
 
 def recipe(config: TextConfig, *, teacher: TeacherConfig, benchmark: Benchmark) -> Recipe:
-    content = {"text": config, "teacher": teacher.identity, "benchmark": benchmark}
+    content = {
+        "text": config, "teacher": teacher.identity, "categories": benchmark.categories, "unseen_ids": benchmark.unseen_ids,
+    }  # fmt: skip
     return Recipe(kind="text", stage=STAGE, version=VERSION, config=content, inputs={})
 
 
@@ -68,6 +71,7 @@ def run(config: TextConfig, *, teacher: TeacherConfig, benchmark: Benchmark, sto
             "isthing": [c.isthing for c in benchmark.categories],
             "seen": benchmark.seen,
             "teacher": teacher.identity,
+            "templates": list(config.templates),
         }
         save_checkpoint(build.path, {"embedding": embedding.cpu()}, meta)
         build.counts |= {"classes": len(embedding), "seen": sum(benchmark.seen), "templates": len(config.templates)}
@@ -77,10 +81,11 @@ def run(config: TextConfig, *, teacher: TeacherConfig, benchmark: Benchmark, sto
 
 def embed_names(teacher: Teacher, names: list[str], templates: tuple[str, ...]) -> Tensor:
     """Class names -> unit rows (K, D): mean over templates of unit sentence embeddings, made unit length again."""
+    import torch
     from torch.nn.functional import normalize
 
-    sentences = teacher.encode_texts([template.replace("{}", name) for name in names for template in templates])
-    return normalize(sentences.view(len(names), len(templates), -1).mean(1), dim=-1)
+    means = [teacher.encode_texts([template.replace("{}", name) for template in templates]).mean(0) for name in names]
+    return normalize(torch.stack(means), dim=-1)
 
 
 def open_text(folder: Path, key: str) -> TextBank:

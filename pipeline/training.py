@@ -22,6 +22,7 @@ from storage.atomic import write_text
 from storage.checkpoints import load_training_state, save_training_state
 
 CURVES = "curves.jsonl"
+UNDECAYED = (nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 LOG_EVERY = 10  # steps between two rows of the curves, each the mean over them
 
 
@@ -38,9 +39,9 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 def parameter_groups(
     modules: Mapping[str, nn.Module], schedule: Schedule, *, own_lr: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """AdamW's groups, by the published recipes: no decay on norms, biases, embeddings and scalars; slower backbone.
+    """AdamW's groups by Mask2Former's recipe: no decay on norms and embeddings, nor on scalars such as the logit scale (D1).
 
-    `own_lr`: factors on the learning rate of single parameters by the end of their name, such as the logit scale's (D1).
+    `own_lr`: factors on the learning rate of all parameters whose name holds the given text, the first that fits.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for prefix, module in modules.items():
@@ -48,10 +49,9 @@ def parameter_groups(
             for name, parameter in owner.named_parameters(recurse=False):
                 if not parameter.requires_grad:
                     continue
-                full = f"{prefix}.{owner_name}.{name}"
-                factor = schedule.backbone_lr if ".backbone." in full else 1.0
-                factor *= next((f for end, f in (own_lr or {}).items() if full.endswith(end)), 1.0)
-                plain = parameter.ndim < 2 or isinstance(owner, nn.Embedding)
+                full = ".".join(filter(None, (prefix, owner_name, name)))
+                factor = next((f for part, f in (own_lr or {}).items() if part in full), 1.0)
+                plain = parameter.ndim == 0 or isinstance(owner, UNDECAYED)
                 groups.setdefault((factor, 0.0 if plain else schedule.weight_decay), []).append(parameter)
     return [
         {"params": parameters, "lr": schedule.lr * factor, "full_lr": schedule.lr * factor, "weight_decay": decay}
@@ -69,13 +69,13 @@ def train(
     batches: Callable[[int], Iterator[Any]],
     losses: Callable[[Any, torch.Generator], dict[str, Tensor]],
     runtime: Runtime,
-) -> list[dict[str, float]]:
+) -> None:
     """Minimise the sum of `losses` (already weighted, by name) over `schedule.steps` steps.
 
-    `modules` are what is saved: everything that learns, buffers included. `batches(start)` yields the batches from number `start` on.
-    `folder` is where the resumable state lies while the stage is under way, and where the curves go at its end.
+    `modules` are what is saved: everything that learns, buffers included. `batches(start)` yields the batches from number `start` on,
+    each with the `image_ids` it holds. `folder` is where the resumable state lies while the stage is under way, and where the curves
+    go at its end: every `LOG_EVERY` steps the mean of each loss, their "total", and the "lr".
 
-    Returns the curves: every `LOG_EVERY` steps the mean of each loss, their "total", and the "lr".
     Raises ValueError when a loss is not finite; the last saved state stays.
     """
     optimiser = torch.optim.AdamW(groups, lr=schedule.lr)
@@ -99,9 +99,8 @@ def train(
             total = torch.stack(list(terms.values())).sum()
             values = {key: term.item() for key, term in terms.items()}
             if wrong := [key for key, value in values.items() if not math.isfinite(value)]:
-                images = getattr(batch, "image_ids", "unknown")
                 raise ValueError(
-                    f"{name}: loss {wrong[0]} is {values[wrong[0]]} at step {step} (images {images}); "
+                    f"{name}: loss {wrong[0]} is {values[wrong[0]]} at step {step} (images {batch.image_ids}); "
                     f"the last saved state is kept; lower --{name}.lr or look at these images"
                 )
             optimiser.zero_grad()
@@ -129,7 +128,6 @@ def train(
                 save_training_state(folder, now)
             bar.update()
     write_text(folder / CURVES, "".join(json.dumps(row) + "\n" for row in curves))
-    return curves
 
 
 def read_curves(folder: Path) -> list[dict[str, float]]:

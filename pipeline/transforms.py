@@ -3,42 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.views import STRIDE, AugmentConfig, ResizeConfig
+
 PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53]).view(
     3, 1, 1
 )  # ImageNet's, in 0..255, as the published networks use
 PIXEL_STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
-STRIDE = 32  # the network's input is padded to a multiple of this
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """Training views: `size` pixels square; the image is scaled to fit `size` times a factor drawn from `jitter`, then cropped
-    or padded at random, and mirrored half of the time (`flip`)."""
-
-    size: int = 1024
-    jitter: tuple[float, float] = (0.1, 2.0)
-    flip: bool = True
-
-    def __post_init__(self) -> None:
-        if self.size < STRIDE or self.size % STRIDE:
-            raise ValueError(f"augment: size must be a multiple of {STRIDE}, not {self.size}")
-        if not 0 < self.jitter[0] <= self.jitter[1]:
-            raise ValueError(f"augment: jitter must be a rising pair of positive factors, not {self.jitter}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResizeConfig:
-    """Test views: the short side becomes `short` pixels unless the long one would exceed `longest`."""
-
-    short: int = 800
-    longest: int = 1333
 
 
 def normalise(image: Tensor) -> Tensor:
@@ -69,7 +45,7 @@ def resize_for_test(image: Tensor, config: ResizeConfig) -> tuple[Tensor, tuple[
     """
     height, width = image.shape[-2:]
     factor = min(config.short / min(height, width), config.longest / max(height, width))
-    size = (round(height * factor), round(width * factor))
+    size = (max(round(height * factor), 1), max(round(width * factor), 1))
     padded = [-(-s // STRIDE) * STRIDE for s in size]
     return _pad(_resize(normalise(image), size), *padded), size
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,16 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.runtime import Runtime
 from pipeline.schedule import Schedule
-from storage.keys import Recipe, Ref
+from pipeline.views import AugmentConfig, ResizeConfig
+from storage.keys import Recipe, Ref, sha256_file
 from storage.store import Build, Store
 
 if TYPE_CHECKING:
+    from pipeline.loader import TrainingData
     from pipeline.model import Model
     from pipeline.text import TextBank
 
 STAGE, VERSION = "v2c", 1
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-SLACK = 0.5  # PQ points
 log = logging.getLogger(__name__)
 
 
@@ -39,6 +41,12 @@ class SegmenterConfig:
     decoder_layers: int = 9
     decoder_ffn: int = 2048
 
+    def __post_init__(self) -> None:
+        if self.dim % self.heads or self.dim % 8:
+            raise ValueError(
+                f"segmenter: dim {self.dim} must be a multiple of heads {self.heads} and of 8; change one of them"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
@@ -54,8 +62,9 @@ class V2CConfig(Schedule):
 
     `class_weight`, `bce_weight`, `dice_weight`, `points`: L_match and the matcher. `gamma`, `tau`, `bank`: Eq. 2 and 3 (D3), not in
     the paper. `target_attention` off = plain mean over the queries (table 5's first row). `text_centering`: D1.
-    `scale_lr`: factor on the learning rate of the logit scale and bias (D1). `jitter`, `crop`, `flip`: training views;
-    `short`, `longest`: test views. `calibration_images`: training images on which object_threshold is chosen (D8).
+    `backbone_lr`, `scale_lr`: factors on the learning rates of the backbone, and of the logit scale and bias (D1). `augment`: training
+    views; `resize`: test views. `calibration_images`: training images on which object_threshold is chosen, `threshold_slack`: in PQ
+    points, see `choose_threshold` (D8).
     """
 
     segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)
@@ -72,14 +81,13 @@ class V2CConfig(Schedule):
     bank: int = 4096
     instance_negatives: Literal["image", "batch"] = "image"
     text_centering: bool = False
+    backbone_lr: float = 0.1
     scale_lr: float = 10.0
-    crop: int = 1024
-    jitter: tuple[float, float] = (0.1, 2.0)
-    flip: bool = True
-    short: int = 800
-    longest: int = 1333
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    resize: ResizeConfig = field(default_factory=ResizeConfig)
     overlap_threshold: float = 0.8
     calibration_images: int = 500
+    threshold_slack: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,10 +105,14 @@ def recipe(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref) -> Recipe:
 
 
 def _weights_identity(weights: str | None) -> str | None:
-    """A local backbone file counts by its content, not by its path."""
-    from storage.keys import sha256_file
-
-    return f"sha256:{sha256_file(Path(weights))}" if weights and Path(weights).is_file() else weights
+    """A local backbone file counts by its content, not by its path. Raises ValueError when it is not there."""
+    if weights is None or weights == "imagenet":
+        return weights
+    if not Path(weights).is_file():
+        raise ValueError(
+            f"backbone weights {weights} not found; use 'imagenet' or correct --v2c.segmenter.backbone-weights"
+        )
+    return f"sha256:{sha256_file(Path(weights))}"
 
 
 def run(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref, store: Store, runtime: Runtime) -> Ref:
@@ -114,17 +126,20 @@ def run(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref, store: Store,
         from pipeline.steps import V2CStep
         from pipeline.text import open_text
         from pipeline.training import parameter_groups, train
-        from pipeline.transforms import AugmentConfig
         from storage.checkpoints import remove_training_state
 
         device = runtime.torch_device()
         bank = open_text(store.open(text).path, text.key)
-        views = AugmentConfig(size=config.crop, jitter=config.jitter, flip=config.flip)
         data = TrainingData(
-            store.open(shards).path, store.open(tokens).path, bank, views, seed=config.seed, workers=runtime.decoders
+            store.open(shards).path,
+            store.open(tokens).path,
+            bank,
+            config.augment,
+            seed=config.seed,
+            workers=runtime.decoders,
         )
         torch.manual_seed(config.seed)
-        model = build_model(_architecture(config, bank), _facts(config, bank))
+        model = build_model(_architecture(config, bank), _facts(config, bank), bank.embedding)
         if config.text_centering:
             model.projector.text_center.copy_(bank.embedding[torch.tensor(bank.seen)].mean(0))
         modules = {"segmenter": model.segmenter.to(device).train(), "projector": model.projector.to(device).train()}
@@ -134,7 +149,13 @@ def run(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref, store: Store,
             schedule=config,
             modules=modules,
             groups=parameter_groups(
-                modules, config, own_lr={".log_scale": config.scale_lr, "projector..bias": config.scale_lr}
+                modules,
+                config,
+                own_lr={
+                    "segmenter.backbone.": config.backbone_lr,
+                    "projector.log_scale": config.scale_lr,
+                    "projector.bias": config.scale_lr,
+                },
             ),
             batches=lambda start: data.batches(config.batch, start=start),
             losses=V2CStep(model.segmenter, model.projector, bank, data.global_tokens().to(device), config),
@@ -146,6 +167,7 @@ def run(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref, store: Store,
         model.facts["object_threshold"] = threshold
         save_model(build.path, model)
         remove_training_state(build.path)
+        build.provenance["device"] = str(device)
         build.counts |= {
             "images": len(data),
             "steps": config.steps,
@@ -166,50 +188,49 @@ def _facts(config: V2CConfig, bank: TextBank) -> dict[str, Any]:
     return {
         "stage": STAGE,
         "classes": bank.classes(),
-        "resize": {"short": config.short, "longest": config.longest},
-        "augment": {"size": config.crop, "jitter": list(config.jitter), "flip": config.flip},
+        "templates": bank.templates,
+        "resize": asdict(config.resize),
+        "augment": asdict(config.augment),
         "matching": {name: getattr(config, name) for name in ("class_weight", "bce_weight", "dice_weight", "points")},
         "overlap_threshold": config.overlap_threshold,
     }
 
 
 def choose_threshold(
-    model: Model, bank: TextBank, data: Any, config: V2CConfig, runtime: Runtime
+    model: Model, bank: TextBank, data: TrainingData, config: V2CConfig, runtime: Runtime
 ) -> tuple[float, dict[str, float]]:
-    """D8: the lowest object threshold whose PQ over the SEEN classes on the first training images is within `SLACK` of the best one;
-    and every threshold's sPQ. The curve is flat over a wide range, and unseen classes score lower than seen ones: of thresholds that
-    serve the seen classes alike the lowest loses least.
+    """D8: an object threshold for SEEN classes, chosen on the first training images; and every threshold's sPQ there.
 
-    The classifier chooses among all classes, as it will in use; no validation image is looked at.
+    The lowest one whose sPQ is within `threshold_slack` of the best: the curve is flat over a wide range, and unseen classes score lower
+    than seen ones, so of thresholds that serve the seen classes alike the lowest loses least. Stage 1 has not heard the unseen names,
+    so it chooses among the seen ones only; segments of unseen classes, if the protocol leaves any, count as void.
     """
-    import itertools
-
     import numpy as np
+    import torch
 
     from pipeline.inference import classes_of, outputs, panoptic_map
     from pipeline.metrics import PanopticQuality
-    from pipeline.transforms import ResizeConfig
     from storage.shards import decode_ids
 
     device = next(model.projector.parameters()).device
-    classes = classes_of(bank.embedding, bank.classes(), device)
-    qualities = {threshold: PanopticQuality(bank.ids) for threshold in THRESHOLDS}
+    classes = classes_of(bank.embedding, bank.classes(), device).only(torch.tensor(bank.seen, device=device))
+    seen_ids = set(classes.ids.tolist())
+    qualities = {threshold: PanopticQuality(sorted(seen_ids)) for threshold in THRESHOLDS}
     samples = itertools.islice(data.plain_samples(), config.calibration_images)
     with runtime.bar(min(config.calibration_images, len(data)), "choosing the object threshold", "image") as bar:
-        for sample, output in outputs(
-            model.segmenter, samples, ResizeConfig(short=config.short, longest=config.longest), batch=config.batch
-        ):
+        for sample, output in outputs(model.segmenter, samples, config.resize, batch=config.batch):
             logits = model.logits(output.features, classes.text)
-            gt = decode_ids(sample)
+            segments = [s for s in sample.segments if s.category_id in seen_ids]
+            ids = decode_ids(sample)
+            ids = np.where(np.isin(ids, [s.id for s in segments]), ids, 0)
             for threshold, quality in qualities.items():
-                ids, segments = panoptic_map(
+                guess, guessed = panoptic_map(
                     output, logits, classes, object_threshold=threshold, overlap_threshold=config.overlap_threshold
                 )
-                quality.update(gt, sample.segments, ids, segments, image=sample.image_id)
+                quality.update(ids, segments, guess, guessed, image=sample.image_id)
             bar.update()
-    by_threshold = {
-        threshold: quality.result().mean(np.array(bank.seen)).pq for threshold, quality in qualities.items()
-    }
-    chosen = min(threshold for threshold, pq in by_threshold.items() if pq >= max(by_threshold.values()) - SLACK)
+    by_threshold = {threshold: quality.result().mean().pq for threshold, quality in qualities.items()}
+    enough = max(by_threshold.values()) - config.threshold_slack
+    chosen = min(threshold for threshold, pq in by_threshold.items() if pq >= enough)
     log.info("object_threshold %.2f: sPQ %.1f on training images", chosen, by_threshold[chosen])
     return chosen, {str(threshold): round(pq, 2) for threshold, pq in by_threshold.items()}

@@ -38,12 +38,6 @@ class Ref:
     def __str__(self) -> str:
         return f"{self.kind}/{self.key}"
 
-    @classmethod
-    def parse(cls, text: str) -> Ref:
-        """The inverse of `str(ref)`. Raises ValueError when `text` is no "kind/key"."""
-        kind, _, key = text.partition("/")
-        return cls(kind=kind, key=key)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:

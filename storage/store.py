@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 State = Literal["fresh", "partial", "missing", "locked"]
 MANIFEST = "manifest.json"
+LARGE = 10**9  # bytes that take seconds to hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +131,10 @@ class Store:
         clean(partial)
         build = Build(path=partial)
         work(build)
-        files = {}
-        for file in _files(partial):
+        written, files = _files(partial), {}
+        if (size := sum(file.stat().st_size for file in written)) > LARGE:
+            log.info("%s: hashing %.1f GB", recipe.stage, size / 1e9)
+        for file in written:
             fsync(file)
             files[file.relative_to(partial).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
         manifest = Manifest(
@@ -175,15 +178,6 @@ class Store:
         """Every complete artefact, sorted by kind and key."""
         found = self.root.glob(f"*/{'[0-9a-f]' * KEY_LENGTH}/{MANIFEST}")
         return [Ref(kind=path.parent.parent.name, key=path.parent.name) for path in sorted(found)]
-
-    def partials(self) -> list[Ref]:
-        """Every artefact of which there is a partial folder, also of those being built now."""
-        found = self.root.glob(f"*/.{'[0-9a-f]' * KEY_LENGTH}.partial")
-        return [Ref(kind=path.parent.name, key=path.name[1 : 1 + KEY_LENGTH]) for path in sorted(found)]
-
-    def manifests(self) -> list[Manifest]:
-        """The manifest of every complete artefact, sorted by kind and key. Raises ValueError for a damaged one."""
-        return [self._manifest(ref) for ref in self.refs()]
 
     def find(self, key_prefix: str) -> Ref:
         """The one complete artefact whose key, or whose "kind/key", starts with `key_prefix`.

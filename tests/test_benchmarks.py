@@ -30,7 +30,7 @@ FILE: dict[str, Any] = {
     "categories": [{"id": 7, "name": "star", "isthing": 1}, {"id": 2, "name": "fog", "isthing": 0}],
     "unseen_ids": [2],
     "unseen_names": ["fog"],
-    "protocol": "pixel-ignore: explained",
+    "protocol": "none: explained",
 }
 
 
@@ -41,7 +41,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         name="mine",
         categories=(Category(id=7, name="star", isthing=True), Category(id=2, name="fog", isthing=False)),
         unseen_ids=(2,),
-        protocol="pixel-ignore",
+        protocol="none",
     )
     assert load_benchmark(str(path)).seen == [True, False]
 
@@ -50,6 +50,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda f: f.update(protocol="maybe"), "protocol 'maybe' is unknown"),
+        (lambda f: f.update(protocol="pixel-ignore: x"), "protocol 'pixel-ignore' is not implemented in training yet"),
         (lambda f: f.update(unseen_ids=[3]), r"unseen_ids \[3\] are no category ids"),
         (lambda f: f.update(unseen_ids=[2, 2]), "unseen id 2 is listed twice"),
         (lambda f: f.update(unseen_names=["star"]), "unseen_names are not the names"),

@@ -173,8 +173,8 @@ def test_the_image_filter_leaves_no_trace_of_an_unseen_class(shards: tuple[Store
     assert tokens.manifest.counts["val"] == {"images": 5, "encoded": 5, "instances": sum(len(s.segments) for s in val)}
 
 
-def test_other_protocols_keep_every_image(shards: tuple[Store, Ref]) -> None:
-    tokens = encode(shards, benchmark=replace(BENCHMARK, protocol="pixel-ignore"))
+def test_no_protocol_keeps_every_image(shards: tuple[Store, Ref]) -> None:
+    tokens = encode(shards, benchmark=replace(BENCHMARK, protocol="none"))
     assert all(kept for _, _, kept, _, _ in rows(shards, tokens))
     assert tokens.manifest.counts["train"]["left_out_by_image_filter"] == 0
 
@@ -187,7 +187,7 @@ def test_a_filter_that_leaves_nothing_is_refused(shards: tuple[Store, Ref]) -> N
 
 @pytest.mark.parametrize(
     ("protocol", "expected"),
-    [("image-filter", [True, False, False, True]), ("pixel-ignore", [True] * 4), ("none", [True] * 4)],
+    [("image-filter", [True, False, False, True]), ("none", [True] * 4)],
 )
 def test_who_is_kept_for_training(protocol: Protocol, expected: list[bool]) -> None:
     seen, unseen = BENCHMARK.categories[BENCHMARK.seen.index(True)].id, BENCHMARK.unseen_ids[-1]

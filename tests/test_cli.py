@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from coco_factory import make_coco
 from PIL import Image
 
 from flows import stages
-from flows.cli import main
+from flows.cli import _mistake, main
 from flows.presets import PRESETS, preset
 from flows.stages import Request, configure
 from pipeline.line import STAGES, CocoConfig, line
-from storage.keys import Ref
 from storage.store import Store
 
 DEMO = ("--preset", "demo")
@@ -104,20 +107,37 @@ def test_overrides_change_their_field_and_nothing_else(name: str) -> None:
 
 
 def test_overrides_take_tuples_switches_and_choices() -> None:
-    flags = ["--v2c.jitter", "0.5", "2", "--v2c.no-flip", "--g2s.decay", "step", "--v2c.segmenter.backbone", "resnet18"]
+    flags = [
+        "--v2c.augment.jitter",
+        "0.5",
+        "2",
+        "--v2c.augment.no-flip",
+        "--g2s.decay",
+        "step",
+        "--v2c.segmenter.backbone",
+        "resnet18",
+    ]
     changed = stages.override(preset("demo"), flags)
-    assert changed.v2c.jitter == (0.5, 2.0)
-    assert not changed.v2c.flip
+    assert changed.v2c.augment.jitter == (0.5, 2.0)
+    assert not changed.v2c.augment.flip
     assert changed.g2s.decay == "step"
     assert changed.v2c.segmenter.backbone == "resnet18"
 
 
-def test_skip_bad_is_short_for_the_flag_of_the_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plans = []
-    for words in (("--skip-bad",), ("--shard.skip-bad",), ()):
-        assert main(("plan", *DEMO, "--store", str(tmp_path), *words)) == 0
-        plans.append(capsys.readouterr().out)
-    assert plans[0] == plans[1] != plans[2]
+@pytest.mark.parametrize("flag", ["--skip-bad", "--shard.skip-bad"])
+def test_skip_bad_makes_the_same_artefact_and_is_told_again(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    coco = make_coco(tmp_path / "coco")
+    (coco / "train2017" / f"{12:012d}.jpg").unlink()
+    words = ("run", "--preset", "coco-sample", "--coco", str(coco), "--store", str(tmp_path / "s"), "--until", "shard")
+    assert main(words) == 2
+    assert "train image 12" in capsys.readouterr().err
+    for again in ((flag,), ()):  # the strict run finds the artefact that was made, and may not be silent about it
+        caplog.clear()
+        assert main((*words, *again)) == 0
+        warning = caplog.record_tuples[-1]
+        assert warning[:2] == ("flows.stages", logging.WARNING) and "1 bad image left out" in warning[2]
 
 
 def test_coco_folder_comes_from_the_flag_or_else_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +207,16 @@ def test_plan_tells_fresh_from_missing(small_store: Store, capsys: pytest.Captur
     assert rows[5][3:] == ["-", "-"]
 
 
+def test_plan_says_where_estimates_come_from(
+    small_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for store, stages_alike in ((tmp_path, False), (small_store.root, True)):
+        assert main(("plan", *TREE, "--shard.samples-per-tar", "5", "--store", str(store))) == 0
+        told = capsys.readouterr().out.partition("stages to build")[2]
+        assert "no estimate" in told  # of v2c, for one
+        assert ("~ is what" in told) == stages_alike
+
+
 def test_plan_estimates_from_the_last_artefact_alike(small_store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(("plan", *TREE, "--store", str(small_store.root), "--shard.samples-per-tar", "5")) == 0
     rows = capsys.readouterr().out.splitlines()
@@ -212,10 +242,33 @@ def test_a_second_run_builds_nothing_and_says_so(small_store: Store, capsys: pyt
     assert all("fresh, nothing to do" in row for row in rows)
 
 
-def test_force_builds_again_what_it_names(small_store: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(("run", *SMALL, "--store", str(small_store.root), "--until", "text", "--force", "shard")) == 0
+@pytest.mark.parametrize(("stage", "built"), [("scenes", [True, True, False]), ("shard", [False, True, False])])
+def test_force_builds_again_what_it_names_and_all_that_reads_it(
+    stage: str, built: list[bool], small_store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(("run", *SMALL, "--store", str(small_store.root), "--until", "text", "--force", stage)) == 0
     rows = capsys.readouterr().out.splitlines()
-    assert ["built in" in row for row in rows] == [False, True, False]
+    assert ["built in" in row for row in rows] == built
+
+
+def test_force_follows_the_line_to_its_end() -> None:
+    steps = line(small_config())
+    again = stages.forced(steps, ["queries"])
+    assert [step.stage for step in again] == ["queries", "g2s", "cpa", "evaluate"]
+    assert [step.stage for step in stages.forced(steps[:6], ["cache-clip"])] == ["cache-clip", "v2c", "queries"]
+    assert stages.forced(steps, []) == []
+
+
+def test_force_removes_nothing_when_an_input_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The forced artefact is complete, so that without --force nobody would miss what it was made from."""
+    store, steps = Store(tmp_path), line(small_config())
+    tokens = steps[3]
+    store.build(tokens.recipe, lambda build: (build.path / "x").touch())
+    words = ("run", *SMALL, "--store", str(tmp_path), "--from", "cache-clip", "--until", "cache-clip")
+    assert main(words) == 0
+    capsys.readouterr()
+    assert "what stage shard makes" in fails(capsys, *words, "--force", "cache-clip")
+    assert store.state(tokens.recipe.ref) == "fresh"
 
 
 def test_stage_without_its_inputs_names_the_stage_and_the_command(
@@ -227,7 +280,7 @@ def test_stage_without_its_inputs_names_the_stage_and_the_command(
     assert "--data.train-images 24" in told  # with the same overrides, or it would make another artefact
     told = fails(capsys, "run", *TREE, "--store", str(small_store.root), "--from", "queries")
     assert "stage cache-clip makes" in told
-    assert not small_store.partials()
+    assert not list(small_store.root.glob("*/.*.partial"))
 
 
 def test_stage_builds_just_that_stage(small_store: Store, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,8 +344,45 @@ def test_interrupt_is_status_130_and_the_build_goes_on_later(tmp_path: Path) -> 
     _, told = process.communicate(timeout=30)
     assert process.returncode == 130
     assert told.splitlines()[-1].startswith("zs-seg: stopped")
-    assert [ref.kind for ref in Store(tmp_path).partials()] == ["scenes"]
+    assert [path.parent.name for path in tmp_path.glob("*/.*.partial")] == ["scenes"]
     assert not Store(tmp_path).refs()
+
+
+def test_a_file_that_the_system_refuses_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    long = "x" * 300
+    told = fails(capsys, "predict", "--checkpoint", long, "--images", str(tmp_path / "a.png"), "--out", str(tmp_path))
+    assert long in told and "File name too long" in told
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
+            "lower --v2c.batch or --v2c.augment.size",
+        ),
+        (PermissionError(13, "Permission denied", "/data/a.jpg"), "/data/a.jpg: Permission denied"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (RuntimeError("a bug"), ""),
+    ],
+)
+def test_what_the_user_can_mend_is_told_and_a_bug_is_not_hidden(error: Exception, told: str) -> None:
+    assert told in _mistake(error)
+    assert bool(_mistake(error)) == bool(told)
+
+
+@pytest.mark.parametrize("facts", [None, "[]", "{", '{"stage": "g2s"}', '{"ids": [1]}'])
+def test_predict_refuses_a_folder_that_is_no_checkpoint(
+    facts: str | None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    folder = tmp_path / "text"
+    folder.mkdir()
+    if facts is not None:
+        (folder / "meta.json").write_text(facts)
+    words = ("--images", str(tmp_path / "a.png"), "--out", str(tmp_path / "out"))
+    assert f"{folder} is no checkpoint" in fails(capsys, "predict", "--checkpoint", str(folder), *words)
 
 
 @pytest.mark.slow
@@ -312,7 +402,7 @@ def test_all_stages_report_and_prediction(
     assert {"inductive", "transductive"} <= report.keys()
     assert "</html>" in (tmp_path / "runs/demo/report.html").read_text()
 
-    lineage = {stage: Ref.parse(entry["ref"]) for stage, entry in report["lineage"].items()}
+    lineage = {stage: small_store.find(entry["ref"]) for stage, entry in report["lineage"].items()}
     scenes = small_store.open(lineage["scenes"]).path / "val2017"
     words = ("predict", "--checkpoint", lineage["cpa"].key, "--threads", "1", *store)
     assert main((*words, "--images", str(scenes), "--out", "seen")) == 0
@@ -330,6 +420,13 @@ def test_all_stages_report_and_prediction(
     named = json.loads((tmp_path / "named/panoptic.json").read_text())["categories"]
     assert [category["name"] for category in named[-2:]] == ["cyan square", "green cross"]
     assert named[:-2] == predicted["categories"]
+    shutil.copytree(small_store.path(lineage["cpa"]), tmp_path / "copied")
+    elsewhere = ("predict", "--checkpoint", "copied", "--threads", "1", "--store", "no-store", "--images", one)
+    for names, out in (("", "seen"), ("cyan square, green cross", "named")):
+        assert main((*elsewhere, "--out", "alone", "--names", names)) == 0
+        alone, there = (json.loads((tmp_path / f / "panoptic.json").read_text()) for f in ("alone", out))
+        assert alone["categories"] == there["categories"]
+        assert alone["annotations"][0] in there["annotations"]
     capsys.readouterr()
     assert "red circle" in fails(capsys, *words, "--images", one, "--out", "named", "--names", "red circle")
     (tmp_path / "broken.jpg").write_bytes(b"no image")

@@ -194,7 +194,7 @@ def test_another_text_bank_is_refused_and_the_first_difference_named(
     categories = BENCHMARK.categories
     bank = TextBank(
         key="0" * 16, embedding=torch.eye(4), ids=[c.id for c in categories], names=[c.name for c in categories],
-        isthing=[c.isthing for c in categories], seen=BENCHMARK.seen, teacher={"name": "small"},
+        isthing=[c.isthing for c in categories], seen=BENCHMARK.seen, teacher={"name": "small"}, templates=["{}"],
     )  # fmt: skip
     facts = json.loads(json.dumps({"classes": bank.classes()}))  # as a checkpoint holds it
     require_same_classes(facts, bank)
@@ -210,7 +210,9 @@ def tiny_model(seed: int) -> Model:
         "encoder_layers": 1, "encoder_ffn": 16, "encoder_points": 2, "decoder_layers": 1, "decoder_ffn": 16,
     }  # fmt: skip
     torch.manual_seed(seed)
-    model = build_model({"segmenter": segmenter, "projector": {"dim": 16, "text_dim": 4, "hidden": 8, "layers": 2}}, {})
+    model = build_model(
+        {"segmenter": segmenter, "projector": {"dim": 16, "text_dim": 4, "hidden": 8, "layers": 2}}, {}, torch.eye(4)
+    )
     model.segmenter.eval()
     return model
 
@@ -317,7 +319,7 @@ def test_each_setting_from_its_own_checkpoint(world: tuple[Store, dict[str, Step
                 thresholds = {name: model.facts[name] for name in ("object_threshold", "overlap_threshold")}
                 ids, segments = panoptic_map(output, logits, classes, seen_offset=offset, **thresholds)
                 quality.update(gt, shown.segments, ids, segments, image=shown.image_id)
-                truth = np.full(gt.shape, 255)
+                truth = np.full(gt.shape, -1)
                 for segment in shown.segments:
                     truth[gt == segment.id] = bank.ids.index(segment.category_id)
                 confusion.update(truth, semantic_map(output, logits, classes, seen_offset=offset), image=shown.image_id)

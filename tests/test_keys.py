@@ -138,13 +138,14 @@ def test_what_has_no_canonical_form_is_refused(value: object) -> None:
 def test_ref_reads_as_it_prints() -> None:
     ref = Ref(kind="checkpoint", key="0123456789abcdef")
     assert str(ref) == "checkpoint/0123456789abcdef"
-    assert Ref.parse(str(ref)) == ref
 
 
-@pytest.mark.parametrize("text", ["checkpoint", "checkpoint/0123", "../0123456789abcdef", "a/0123456789ABCDEF", ""])
-def test_what_is_no_ref_is_refused(text: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "key"), [("checkpoint", ""), ("checkpoint", "0123"), ("..", "0" * 16), ("a", "0123456789ABCDEF"), ("", "")]
+)
+def test_what_is_no_ref_is_refused(kind: str, key: str) -> None:
     with pytest.raises(ValueError, match="names no artefact"):
-        Ref.parse(text)
+        Ref(kind=kind, key=key)
 
 
 def test_sha256_of_a_file(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tiny import build, tiny_config
 from pipeline import loader
 from pipeline.loader import TrainingData
 from pipeline.text import TextBank, open_text
-from pipeline.transforms import AugmentConfig, ResizeConfig
+from pipeline.views import AugmentConfig, ResizeConfig
 from storage.shards import Shards, read_shard
 from storage.store import Store
 

@@ -44,7 +44,7 @@ def result(*category_ids: int) -> dict[str, Any]:
     quality.update(IDS, gt, IDS, found, image=1)
     index = {1: 0, 2: 1, 3: 2}
     truth, guess = (class_map(IDS, segments, index, image=1) for segments in (gt, found))
-    confusion.update(truth, np.where(guess == 255, 0, guess), image=1)
+    confusion.update(truth, np.maximum(guess, 0), image=1)
     return scores(quality.result(), confusion, categories=CATEGORIES, seen=SEEN)
 
 

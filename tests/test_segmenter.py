@@ -35,9 +35,8 @@ def small_segmenter(**changes: object) -> Segmenter:
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 96), (160, 32)])
-@pytest.mark.parametrize("mask_dim", [None, 12])
-def test_shapes_and_gradients(height: int, width: int, mask_dim: int | None) -> None:
-    segmenter = small_segmenter(mask_dim=mask_dim)
+def test_shapes_and_gradients(height: int, width: int) -> None:
+    segmenter = small_segmenter()
     features, masks = segmenter(torch.randn(2, 3, height, width))
     assert features.shape == (5, 2, 5, 32)
     assert masks.shape == (5, 2, 5, height // 4, width // 4)
@@ -202,9 +201,9 @@ def test_masked_attention_equals_a_loop() -> None:
 
 def test_attention_masks_pass_no_gradient() -> None:
     """The mask features reach the features only through the attention masks, which are detached."""
-    decoder = QueryDecoder(queries=4, dim=16, heads=2, layers=2, ffn=16, mask_dim=8)
+    decoder = QueryDecoder(queries=4, dim=16, heads=2, layers=2, ffn=16)
     levels = [torch.randn(1, n, 16) for n in (2, 8, 32)]
-    mask_features = torch.randn(1, 8, 8, 16, requires_grad=True)
+    mask_features = torch.randn(1, 16, 8, 16, requires_grad=True)
     features, masks = decoder(levels, mask_features)
     assert torch.autograd.grad(features.sum(), mask_features, retain_graph=True, allow_unused=True) == (None,)
     assert torch.autograd.grad(masks.sum(), mask_features)[0].abs().sum() > 0
@@ -274,7 +273,7 @@ def test_decoders_equal_transformers(height: int, width: int) -> None:
     )
     # width 256: the reference's GroupNorm always has 32 groups.  decoder_layers counts the query-only output.
     config = transformers.Mask2FormerConfig(
-        backbone_config=body, feature_size=256, mask_feature_size=64, hidden_dim=256, encoder_feedforward_dim=96,
+        backbone_config=body, feature_size=256, mask_feature_size=256, hidden_dim=256, encoder_feedforward_dim=96,
         dim_feedforward=80, encoder_layers=2, decoder_layers=5, num_queries=7, num_attention_heads=8,
     )  # fmt: skip
     reference = transformers.Mask2FormerModel(config).eval()
@@ -283,8 +282,8 @@ def test_decoders_equal_transformers(height: int, width: int) -> None:
             if parameter.dim() == 1 or "attention_weights" in name or "sampling_offsets" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
 
-    pixel = PixelDecoder(channels=channels, dim=256, heads=8, layers=2, ffn=96, points=4, mask_dim=64)
-    query = QueryDecoder(queries=7, dim=256, heads=8, layers=4, ffn=80, mask_dim=64)
+    pixel = PixelDecoder(channels=channels, dim=256, heads=8, layers=2, ffn=96, points=4)
+    query = QueryDecoder(queries=7, dim=256, heads=8, layers=4, ffn=80)
     pixel_weights, query_weights = decoder_weights(reference)
     pixel.load_state_dict(pixel_weights)
     query.load_state_dict(query_weights)

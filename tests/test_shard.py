@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
 import signal
 import struct
@@ -127,8 +128,9 @@ def test_what_is_in_the_key_and_what_is_not(coco: Path) -> None:
     assert key(source=replace(source, root="/elsewhere")) == key()
     assert key(source=replace(source, fingerprint="0" * 64)) != key()
     assert key(source=Ref(kind="scenes", key="0" * 16)) != key()
-    for change in ({"samples_per_tar": 3}, {"skip_bad": True}, {"limit": 1}):
+    for change in ({"samples_per_tar": 3}, {"limit": 1}):
         assert key(replace(CONFIG, **change)) != key()
+    assert key(replace(CONFIG, skip_bad=True)) == key()  # a strict build that finishes is a skipping one
 
 
 def test_the_fingerprint_sees_annotations_names_and_sizes(coco: Path) -> None:
@@ -277,7 +279,7 @@ def test_a_bad_image_stops_the_build_or_is_skipped(coco: Path, store: Store, nam
     with pytest.raises(ValueError, match=rf"train image 12 .*{reason}.*; .* --skip-bad$") as caught:
         shard(coco, store)
     assert "\n" not in str(caught.value) and str(coco) in str(caught.value)
-    assert store.manifests() == []
+    assert store.refs() == []
 
     artefact = store.open(shard(coco, store, replace(CONFIG, skip_bad=True)))
     assert [sample.image_id for sample in samples(artefact.path, "train")] == [10, 11, 13, 14]
@@ -285,6 +287,24 @@ def test_a_bad_image_stops_the_build_or_is_skipped(coco: Path, store: Store, nam
     assert (skipped["split"], skipped["image_id"]) == ("train", 12)
     assert re.search(reason, skipped["reason"]) and str(coco) not in skipped["reason"]
     assert artefact.manifest.counts["train"]["images"] == 4
+
+
+def test_without_bad_images_a_skipping_build_is_a_strict_one(coco: Path, tmp_path: Path) -> None:
+    one, two = Store(tmp_path / "one"), Store(tmp_path / "two")
+    strict, skipping = shard(coco, one), shard(coco, two, replace(CONFIG, skip_bad=True))
+    assert strict == skipping
+    assert tree(one.path(strict)) == tree(two.path(skipping))
+    assert one.open(strict).manifest.config == two.open(skipping).manifest.config
+
+
+def test_a_strict_build_does_not_trust_what_a_skipping_one_left(coco: Path, store: Store) -> None:
+    (coco / JPEG).unlink()
+    for path in (coco / "val2017").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="no val image"):
+        shard(coco, store, replace(CONFIG, skip_bad=True))
+    with pytest.raises(ValueError, match="train image 12 lacks its file"):
+        shard(coco, store)
 
 
 def test_a_large_jpeg_cut_after_some_bytes(coco: Path, store: Store) -> None:
@@ -314,11 +334,28 @@ def test_all_bad_is_an_error_even_when_skipping(coco: Path, store: Store) -> Non
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="no val image can be used, the first has a file .* is no JPEG; re-download"):
         shard(coco, store, replace(CONFIG, skip_bad=True))
-    assert store.manifests() == []
+    assert store.refs() == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad annotations and folders: always an error.
+
+
+def test_a_folder_whose_name_the_system_refuses() -> None:
+    with pytest.raises(ValueError, match="cannot be read .*--coco") as caught:
+        coco_source("x" * 300)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_without_permission(coco: Path) -> None:
+    (coco / "val2017").chmod(0)
+    try:
+        with pytest.raises(ValueError, match="val2017 cannot be read .*--coco"):
+            coco_source(coco)
+    finally:
+        (coco / "val2017").chmod(0o700)
+
 
 TRAIN_JSON = "annotations/panoptic_train2017.json"
 
@@ -401,7 +438,7 @@ def test_bad_data_is_one_line(coco: Path, store: Store, name: str, skip_bad: boo
     with pytest.raises(ValueError, match=message) as caught:
         shard(coco, store, replace(CONFIG, skip_bad=skip_bad))
     assert "\n" not in str(caught.value)
-    assert store.manifests() == []
+    assert store.refs() == []
 
 
 def test_names_with_line_breaks_stay_on_one_line(coco: Path, store: Store) -> None:

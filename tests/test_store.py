@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from storage.keys import Recipe, Ref
-from storage.store import Build, Store
+from storage.store import LARGE, Build, Store
 
 ROOT = Path(__file__).parents[1]
 RECIPE = Recipe(kind="tokens", stage="cache-clip", version=3, config={"size": 4}, inputs={})
@@ -82,7 +83,7 @@ def test_build_open_and_manifest(store: Store) -> None:
     assert manifest.provenance["device"] == "cpu"
     assert "numpy" in manifest.provenance["packages"]
     assert store.verify(REF) == []
-    assert store.manifests() == [manifest]
+    assert store.refs() == [REF]
     assert [path.name for path in (store.root / "tokens").iterdir()] == [REF.key]  # neither lock nor partial stay
 
 
@@ -105,8 +106,7 @@ def test_a_failed_build_leaves_its_work_and_nothing_complete(store: Store) -> No
     with pytest.raises(RuntimeError, match="no luck"):
         store.build(RECIPE, fail)
     assert store.state(REF) == "partial"
-    assert store.partials() == [REF]
-    assert store.manifests() == []
+    assert store.refs() == []
     with pytest.raises(ValueError, match=f"{REF} is partial.*zs-seg run"):
         store.open(REF)
 
@@ -272,13 +272,14 @@ def test_find(store: Store) -> None:
 def test_remove(store: Store) -> None:
     store.remove(REF)  # nothing there is fine
     store.build(RECIPE, work)
+    cut_off = Recipe(kind="text", stage="s", version=1, config=None, inputs={})
     with pytest.raises(RuntimeError):
-        store.build(Recipe(kind="text", stage="s", version=1, config=None, inputs={}), lambda build: fail())
+        store.build(cut_off, lambda build: fail())
     store.remove(REF)
     assert store.state(REF) == "missing"
-    (partial,) = store.partials()
-    store.remove(partial)
-    assert store.partials() == []
+    assert store.state(cut_off.ref) == "partial"
+    store.remove(cut_off.ref)
+    assert store.state(cut_off.ref) == "missing"
     assert sorted(path for path in store.root.rglob("*") if path.is_file()) == []
 
 
@@ -310,6 +311,19 @@ def test_a_full_disk_is_told_and_work_goes_on_afterwards(store: Store) -> None:
     assert store.verify(REF) == []
 
 
+def test_hashing_a_large_artefact_is_said(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    def write(size: int, build: Build) -> None:
+        with (build.path / "large").open("wb") as file:
+            file.truncate(size)  # a hole, quickly read
+
+    caplog.set_level("INFO", logger="storage")
+    for size, told in ((1000, False), (LARGE + 10**8, True)):
+        caplog.clear()
+        recipe = Recipe(kind="tokens", stage="cache-clip", version=3, config={"size": size}, inputs={})
+        store.build(recipe, partial(write, size))
+        assert ("cache-clip: hashing 1.1 GB" in caplog.messages) == told
+
+
 def test_an_unreadable_file_elsewhere_is_not_blamed_on_the_store(store: Store, tmp_path: Path) -> None:
     def read(build: Build) -> None:
         raise PermissionError(13, "Permission denied", str(tmp_path / "photo.jpg"))
@@ -328,5 +342,5 @@ def test_a_read_only_store(store: Store) -> None:
 
 def test_state_and_plan_write_nothing(store: Store) -> None:
     store.state(REF)
-    assert store.manifests() == [] and store.partials() == []
+    assert store.refs() == []
     assert not os.path.exists(store.root)

@@ -20,7 +20,7 @@ from models import teacher as teacher_module
 from models.teacher import SMALL_CLIP, Fill, Teacher, load_teacher
 from pipeline.runtime import Runtime
 from pipeline.scene_names import stuff_names, thing_names
-from pipeline.teaching import SMALL_WEIGHTS, TeacherConfig
+from pipeline.teaching import TeacherConfig
 from pipeline.world import draw_scene
 
 
@@ -158,7 +158,7 @@ def test_the_shipped_weights_are_never_replaced_by_random_ones(
 
 
 def test_weights_from_a_local_file(tmp_path: Path, tiny_clip: str, teacher: Teacher) -> None:
-    path = shutil.copy(SMALL_WEIGHTS, tmp_path / "mine.safetensors")
+    path = shutil.copy(SMALL_CLIP / "open_clip_model.safetensors", tmp_path / "mine.safetensors")
     other = load_teacher(name=tiny_clip, pretrained=str(path), fill="mean")
     assert torch.equal(other.encode_texts(["red circle"]), teacher.encode_texts(["red circle"]))
 

