@@ -18,7 +18,7 @@ from pipeline.views import AugmentConfig, ResizeConfig
 SMALL_TEACHER = TeacherConfig(name="small", pretrained="shipped", fill="mean")
 SMALL_SEGMENTER = SegmenterConfig(
     backbone="test_resnet",
-    backbone_weights=None,
+    backbone_weights="shipped",
     frozen_batchnorm=False,
     queries=20,
     dim=64,

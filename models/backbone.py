@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 STRIDES = (4, 8, 16, 32)
+SHIPPED = Path(__file__).parent / "small_backbone"  # <timm name>.safetensors, made by pipeline/train_backbone.py
 
 
 class Backbone(nn.Module):
     """The four feature maps of a timm network, strides 4, 8, 16, 32.
 
-    `weights` is None (random), "imagenet" (timm's default pretrained weights, downloaded from its hub and cached) or
-    the path of a local file that holds `timm.create_model(name).state_dict()`, as .safetensors or as a torch file of
+    `weights` is None (random), "imagenet" (timm's default pretrained weights, downloaded from its hub and cached),
+    "shipped" (the package's own, of the small network that generated scenes are for) or the path of a local file that holds `timm.create_model(name).state_dict()`, as .safetensors or as a torch file of
     plain tensors. A classifier in the file is ignored.
 
     With `frozen_batchnorm` the affine parameters and running statistics of every BatchNorm stay as loaded, also after
@@ -68,7 +69,8 @@ def _create(name: str, weights: str | None) -> nn.Module:
     if weights is None:
         return timm.create_model(name, pretrained=False, **features)
     if weights != "imagenet":
-        overlay = {"state_dict": _read_weights(name, Path(weights))}
+        path = SHIPPED / f"{name}.safetensors" if weights == "shipped" else Path(weights)
+        overlay = {"state_dict": _read_weights(name, path)}
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **features)
     try:
         return timm.create_model(name, pretrained=True, **features)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from models.teacher import SMALL_CLIP, Teacher
 from pipeline.scene_names import SHAPES, stuff_names, thing_names
 from pipeline.world import Scene, draw_scene
+from storage.atomic import replacing, write_text
 
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of {}")
 
@@ -37,7 +38,8 @@ class TeacherTraining:
     seed: int = 0
     size: int = 96  # pixels of a drawn scene
     scenes: int = 12_000  # drawn once, shown many times, mirrored half of the time
-    steps: int = 2_000
+    steps: int = 750
+    cycle: int = 2_000  # steps of the learning rate's whole cycle; it stops at `steps`, where it was good enough
     instances: int = 112  # masked instances a batch
     wholes: int = 16  # whole scenes a batch
     lr: float = 2e-3
@@ -113,8 +115,8 @@ def main(config: TeacherTraining) -> None:
     optimiser = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}], lr=config.lr
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.lr, total_steps=config.steps, pct_start=0.05)
-    started = time.time()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.lr, total_steps=config.cycle, pct_start=0.05)
+    started, right, total = time.time(), 0.0, 0
     bar = tqdm(range(config.steps), desc="training", mininterval=10)
     for step in bar:
         clip.train()
@@ -134,17 +136,15 @@ def main(config: TeacherTraining) -> None:
             clip.eval()
             right, total = accuracy(teacher, held_out, things + stuff)
             tqdm.write(f"step {step + 1}: {right:.4f} of {total} held-out masked instances right")
-            save_file(
-                {k: v.half().contiguous() for k, v in clip.state_dict().items()},
-                config.out / "open_clip_model.safetensors",
-            )
-            facts = {
-                "steps": step + 1,
-                "held_out_accuracy": right,
-                "instances": total,
-                "minutes": (time.time() - started) / 60,
-            }
-            (config.out / "training.json").write_text(json.dumps({"fill": "mean", **facts}, indent=1) + "\n")
+    with replacing(config.out / "open_clip_model.safetensors") as path:
+        save_file({name: value.half().contiguous() for name, value in clip.state_dict().items()}, path)
+    facts = {
+        "steps": config.steps,
+        "held_out_accuracy": right,
+        "instances": total,
+        "minutes": (time.time() - started) / 60,
+    }
+    write_text(config.out / "training.json", json.dumps({"fill": "mean", **facts}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 STAGE, VERSION = "v2c", 1
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+SMALL_BACKBONE = Path(__file__).parents[1] / "models" / "small_backbone"
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmenterConfig:
     """Mask2Former's parts; the defaults are the published R50 network. `backbone` is a timm name, `backbone_weights` None for
-    random, "imagenet", or a local file. Weights that were trained on COCO have seen the unseen classes: never load them."""
+    random, "imagenet", "shipped" (the small one for generated scenes), or a local file. Weights that were trained on COCO have seen the unseen classes: never load them."""
 
     backbone: str = "resnet50"
     backbone_weights: str | None = "imagenet"
@@ -97,22 +98,24 @@ class V2CConfig(Schedule):
 
 def recipe(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref) -> Recipe:
     content = asdict(config)
-    content["segmenter"]["backbone_weights"] = _weights_identity(config.segmenter.backbone_weights)
+    content["segmenter"]["backbone_weights"] = _weights_identity(config.segmenter)
     return Recipe(
         kind="checkpoint", stage=STAGE, version=VERSION, config=content,
         inputs={"shards": shards, "tokens": tokens, "text": text},
     )  # fmt: skip
 
 
-def _weights_identity(weights: str | None) -> str | None:
-    """A local backbone file counts by its content, not by its path. Raises ValueError when it is not there."""
-    if weights is None or weights == "imagenet":
-        return weights
-    if not Path(weights).is_file():
+def _weights_identity(config: SegmenterConfig) -> str | None:
+    """A backbone file counts by its content, not by its path. Raises ValueError when it is not there."""
+    if config.backbone_weights in (None, "imagenet"):
+        return config.backbone_weights
+    shipped = SMALL_BACKBONE / f"{config.backbone}.safetensors"
+    path = shipped if config.backbone_weights == "shipped" else Path(config.backbone_weights)
+    if not path.is_file():
         raise ValueError(
-            f"backbone weights {weights} not found; use 'imagenet' or correct --v2c.segmenter.backbone-weights"
+            f"backbone weights {path} not found; correct --v2c.segmenter.backbone-weights, or use 'imagenet'"
         )
-    return f"sha256:{sha256_file(Path(weights))}"
+    return f"sha256:{sha256_file(path)}"
 
 
 def run(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref, store: Store, runtime: Runtime) -> Ref:

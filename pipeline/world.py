@@ -6,6 +6,7 @@ class can be held out while each of its two words is seen elsewhere: that is wha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +47,7 @@ def _placement(
     whole = {}
     for _ in range(int(rng.integers(2, 5))):
         name = things[rng.integers(len(things))]
-        mask = _shape_mask(rng, name.split(" ")[1], size)
+        mask = shape_mask(rng, name.split(" ")[1], size)
         segment = len(names) + 1
         ids[mask] = segment
         names[segment] = name
@@ -61,11 +62,15 @@ def _paint(rng: np.random.Generator, ids: np.ndarray, names: dict[int, str]) -> 
     image = np.empty((size, size, 3), dtype=np.float32)
     for segment, name in names.items():
         first, second = name.split(" ")
-        surface = _surface(rng, first, size) if second in SHAPES else _texture(rng, name, size)
+        surface = _surface(rng, first, size) if second in SHAPES else textured(rng, TINTS[first], second, size)
         np.copyto(image, surface, where=(ids == segment)[..., None], casting="same_kind")
-    image *= rng.uniform(0.85, 1.12)
-    image += 6.0 * rng.standard_normal(image.shape, dtype=np.float32)
-    return np.clip(image, 0, 255).astype(np.uint8)
+    return photograph(rng, image)
+
+
+def photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """One light and some sensor noise over a painted image (S, S, 3) -> uint8."""
+    lit = image.astype(np.float32) * rng.uniform(0.85, 1.12)
+    return np.clip(lit + 6.0 * rng.standard_normal(image.shape, dtype=np.float32), 0, 255).astype(np.uint8)
 
 
 def _ground(rng: np.random.Generator, size: int, stuff: list[str]) -> tuple[np.ndarray, dict[int, str]]:
@@ -94,9 +99,8 @@ def _turned(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray
     return y * np.cos(angle) + x * np.sin(angle) + shift[0], x * np.cos(angle) - y * np.sin(angle) + shift[1]
 
 
-def _texture(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
-    """A stuff surface (size, size, 3), float: the tint, darkened where the texture's pattern is on."""
-    tint, texture = name.split(" ")
+def textured(rng: np.random.Generator, tint: Sequence[float], texture: str, size: int) -> np.ndarray:
+    """A stuff surface (size, size, 3), float: the tint (RGB in 0..255), darkened where the texture's pattern is on."""
     u, v = _turned(rng, size)
     period = rng.uniform(9, 14)
     if texture == "stripes":
@@ -108,7 +112,7 @@ def _texture(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
     else:  # fog: smooth low-frequency noise
         coarse = Image.fromarray(rng.uniform(0, 1, (6, 6)).astype(np.float32))
         on = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
-    base = np.array(TINTS[tint]) * rng.uniform(0.92, 1.08)
+    base = np.array(tint) * rng.uniform(0.92, 1.08)
     return base * (1.0 - 0.4 * np.asarray(on, dtype=float)[..., None])
 
 
@@ -126,7 +130,7 @@ def _surface(rng: np.random.Generator, appearance: str, size: int) -> np.ndarray
     return np.where(on[..., None], np.array(INK), np.array(PAPER)).astype(float)
 
 
-def _shape_mask(rng: np.random.Generator, shape: str, size: int) -> np.ndarray:
+def shape_mask(rng: np.random.Generator, shape: str, size: int) -> np.ndarray:
     """The shape's pixels (size, size) bool: radius 0.16 to 0.27 of the image, turned and placed at random inside it."""
     radius = rng.uniform(0.16, 0.27) * size
     cy, cx = rng.uniform(0.8 * radius, size - 0.8 * radius, size=2)
