@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -68,7 +69,7 @@ class Probe(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.backbone = timm.create_model(name, num_classes=0)
+        self.backbone: Any = timm.create_model(name, num_classes=0)
         self.parts = (len(SHAPES), len(TEXTURES), 6)
         self.head = nn.Linear(self.backbone.num_features, sum(self.parts))
 
