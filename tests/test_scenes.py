@@ -100,3 +100,15 @@ def test_mostly_seen_images_in_training_and_all_classes_in_validation(tmp_path: 
 def test_wrong_settings_are_refused_by_name(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ScenesConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_backbone_is_trained_on_colours_that_no_class_has() -> None:
+    from pipeline.scene_names import APPEARANCES, TINTS
+    from pipeline.train_backbone import APART, strange_colour
+
+    named = [colour for colour in APPEARANCES.values() if colour is not None]
+    for others in (named, list(TINTS.values())):
+        drawn = np.stack([strange_colour(np.random.default_rng(seed), others) for seed in range(200)])
+        distance = np.linalg.norm(drawn[:, None] - np.array(others), axis=-1).min(1)
+        assert distance.min() > APART
+        assert drawn.std(0).min() > 30  # and yet they are of all kinds
