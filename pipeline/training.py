@@ -108,7 +108,7 @@ def train(
             if schedule.clip:
                 nn.utils.clip_grad_norm_(parameters, schedule.clip)
             optimiser.step()
-            recent.append({**values, "total": sum(values.values()), "lr": optimiser.param_groups[0]["lr"]})
+            recent.append({**values, "total": sum(values.values()), "lr": schedule.lr * schedule.factor(step)})
             done = step + 1
             if done % LOG_EVERY == 0 or done == schedule.steps:
                 curves.append({"step": done, **{key: sum(r[key] for r in recent) / len(recent) for key in recent[0]}})
