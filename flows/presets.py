@@ -44,7 +44,7 @@ def demo() -> Config:
         v2c=V2CConfig(
             segmenter=SMALL_SEGMENTER,
             projector=ProjectorConfig(layers=1),
-            steps=2000,
+            steps=1600,
             batch=16,
             lr=1e-3,
             warmup=50,
