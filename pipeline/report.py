@@ -347,7 +347,8 @@ tbody tr + tr > * {{ border-top: 1px solid var(--line); }}
 figure {{ margin: 0; }}
 figcaption {{ font-weight: 600; font-size: 14px; }}
 figure img {{ width: 100%; max-width: 480px; }}
-.two {{ display: grid; grid-template-columns: 2fr 3fr; gap: 18px; align-items: start; }}
+.two {{ display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); gap: 18px; align-items: start; }}
+.two td {{ overflow-wrap: anywhere; }} .two td:last-child:not(:nth-child(2)) {{ white-space: nowrap; }}
 .plain {{ font-size: 13.5px; }}
 .plain th {{ font-weight: 400; color: var(--dim); }}
 code {{ font-family: ui-monospace, "Liberation Mono", monospace; font-size: 12.5px; }}
