@@ -287,7 +287,7 @@ def test_the_line_ends_in_a_report(world: tuple[Store, dict[str, Step]], report:
     for setting in ("inductive", "control", "transductive", "ceiling"):
         assert set(SCORES) < report[setting].keys()
         assert all(0 <= report[setting][name] <= 100 for name in SCORES)
-        assert len(report[setting]["per_class"]) == 40
+        assert len(report[setting]["per_class"]) == 56
         assert artefact.manifest.counts[setting] == {
             key: round(report[setting][key], 3) for key in ("sPQ", "uPQ", "hPQ")
         }
@@ -360,7 +360,7 @@ def evaluate_again(world: tuple[Store, dict[str, Step]], **others: Ref) -> Ref:
     }  # fmt: skip
     inputs = {name: steps[stage].recipe.ref for name, stage in stages.items()} | others
     config = replace(tiny_config().evaluate, pictures=0)
-    return evaluate.run(config, benchmark=scenes.benchmark(scenes.ScenesConfig()), store=store, runtime=QUIET, **inputs)
+    return evaluate.run(config, benchmark=scenes.benchmark(tiny_config().data), store=store, runtime=QUIET, **inputs)
 
 
 @pytest.mark.slow

@@ -123,8 +123,9 @@ def weights_of(store: Store, stage: str) -> str:
 
 
 RUN_AND_HANG = """
-import sys, time
+import sys, time, torch
 from pathlib import Path
+torch.set_num_threads(1)  # as the tests around it: another number of threads may round otherwise
 from pipeline import training
 from pipeline.runtime import Runtime
 from storage.store import Store
