@@ -203,6 +203,12 @@ def test_another_text_bank_is_refused_and_the_first_difference_named(
     assert "\n" not in str(caught.value) and "zs-seg run --from v2c" in str(caught.value)
 
 
+def _world() -> Benchmark:
+    data = tiny_config().data
+    assert isinstance(data, scenes.ScenesConfig)
+    return scenes.benchmark(data)
+
+
 def tiny_model(seed: int) -> Model:
     config = tiny_config().v2c.segmenter
     segmenter = {
@@ -360,7 +366,7 @@ def evaluate_again(world: tuple[Store, dict[str, Step]], **others: Ref) -> Ref:
     }  # fmt: skip
     inputs = {name: steps[stage].recipe.ref for name, stage in stages.items()} | others
     config = replace(tiny_config().evaluate, pictures=0)
-    return evaluate.run(config, benchmark=scenes.benchmark(tiny_config().data), store=store, runtime=QUIET, **inputs)
+    return evaluate.run(config, benchmark=_world(), store=store, runtime=QUIET, **inputs)
 
 
 @pytest.mark.slow
