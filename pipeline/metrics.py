@@ -90,6 +90,17 @@ class PanopticResult:
         return PanopticMean(pq=pq, sq=sq, rq=rq, classes=int(chosen.sum()), absent=missing)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Matches:
+    """What one image adds to panoptic quality, as class indices: of every match (n,) with its IoU, of the unmatched
+    predictions that count, and of the missed ground truth."""
+
+    tp: NDArray[np.int64]
+    iou: NDArray[np.float64]
+    fp: NDArray[np.int64]
+    fn: NDArray[np.int64]
+
+
 class PanopticQuality:
     """Accumulates panoptic quality over images.
 
@@ -114,7 +125,26 @@ class PanopticQuality:
         *,
         image: str | int,
     ) -> None:
-        """Counts one image.
+        """Counts one image; arguments and errors as in `match`."""
+        self.add(self.match(gt_ids, gt_segments, ids, segments, image=image))
+
+    def add(self, matches: Matches) -> None:
+        """Counts one image that `match` has compared."""
+        np.add.at(self._iou_sum, matches.tp, matches.iou)
+        np.add.at(self._tp, matches.tp, 1)
+        np.add.at(self._fp, matches.fp, 1)
+        np.add.at(self._fn, matches.fn, 1)
+
+    def match(
+        self,
+        gt_ids: NDArray[np.integer],
+        gt_segments: Sequence[Segment],
+        ids: NDArray[np.integer],
+        segments: Sequence[PredictedSegment],
+        *,
+        image: str | int,
+    ) -> Matches:
+        """Compares one image's prediction with its ground truth and counts nothing.
 
         Args:
             gt_ids: (H, W) ground-truth segment ids, 0 = void.
@@ -159,10 +189,12 @@ class PanopticQuality:
         false_negative = ~match.any(1) & ~crowd
 
         matched, _ = match.nonzero()
-        np.add.at(self._iou_sum, gt_class[matched], inter[match] / union[match])
-        np.add.at(self._tp, gt_class[matched], 1)
-        np.add.at(self._fp, class_[false_positive], 1)
-        np.add.at(self._fn, gt_class[false_negative], 1)
+        return Matches(
+            tp=gt_class[matched],
+            iou=inter[match] / union[match],
+            fp=class_[false_positive],
+            fn=gt_class[false_negative],
+        )
 
     def result(self) -> PanopticResult:
         """The counts so far."""
@@ -218,9 +250,14 @@ class ConfusionMatrix:
         hit = self.counts.diagonal()
         return 100 * hit / np.maximum(self.counts.sum(0) + self.counts.sum(1) - hit, 1)
 
-    def mean(self, subset: ArrayLike | None = None) -> float:
-        """Mean IoU in percent over the boolean mask `subset` (K,), by default all classes; absent classes count 0."""
+    def mean(self, subset: ArrayLike | None = None, *, absent: Literal["zero", "skip"] = "zero") -> float:
+        """Mean IoU in percent over the boolean mask `subset` (K,), by default all classes.
+
+        Absent classes count 0 (`zero`: sIoU and uIoU) or are left out (`skip`: the usual mIoU).
+        """
         chosen = np.ones(len(self.counts), bool) if subset is None else np.asarray(subset, bool)
+        if absent == "skip":
+            chosen = chosen & ~self.absent
         return float(self.iou[chosen].mean()) if chosen.any() else 0.0
 
 
@@ -290,6 +327,32 @@ def scores(
     }
 
 
+def semantic_scores(
+    confusion: ConfusionMatrix, *, categories: Sequence[Category], seen: Sequence[bool]
+) -> dict[str, Any]:
+    """The scores of a semantic benchmark in percent and a row per class with its pixels in the ground truth.
+
+    mIoU leaves classes out that neither occur nor are predicted; in sIoU and uIoU they count 0, and `absent_seen` /
+    `absent_unseen` say how many there are. `accuracy` is the share of pixels that are right.
+    """
+    is_seen = np.array(seen, bool)
+    seen_iou, unseen_iou = confusion.mean(is_seen), confusion.mean(~is_seen)
+    pixels = confusion.counts.sum(1)
+    return {
+        "mIoU": confusion.mean(absent="skip"),
+        "sIoU": seen_iou,
+        "uIoU": unseen_iou,
+        "hIoU": harmonic_mean(seen_iou, unseen_iou),
+        "accuracy": 100 * float(confusion.counts.trace() / max(pixels.sum(), 1)),
+        "absent_seen": int((confusion.absent & is_seen).sum()),
+        "absent_unseen": int((confusion.absent & ~is_seen).sum()),
+        "per_class": [
+            {"id": category.id, "name": category.name, "seen": bool(known), "IoU": float(iou), "pixels": int(count)}
+            for category, known, iou, count in zip(categories, is_seen, confusion.iou, pixels, strict=True)
+        ],
+    }
+
+
 def _classes(
     segments: Sequence[_AnySegment], class_index: Mapping[int, int], *, what: str, image: str | int
 ) -> NDArray[np.int64]:
@@ -310,16 +373,18 @@ def _rows(
     known = np.array([0, *(segment.id for segment in segments)], np.int64)
     order = np.argsort(known, kind="stable")
     ordered = known[order]
-    if (repeated := ordered[1:][ordered[1:] == ordered[:-1]]).size:
+    if wrong := [*ordered[ordered < 0], *ordered[1:][ordered[1:] == ordered[:-1]]]:
         raise ValueError(
-            f"image {image}: {what}: segment id {repeated[0]} is listed twice or is 0, which is void; "
+            f"image {image}: {what}: segment id {wrong[0]} is listed twice, is 0, which is void, or is negative; "
             f"give every segment a positive id of its own"
         )
-    pixels = ids.reshape(-1).astype(np.int64)
-    place = np.minimum(np.searchsorted(ordered, pixels), len(ordered) - 1)
-    if (stray := pixels[ordered[place] != pixels]).size:
+    pixels = ids.reshape(-1)
+    starts = np.flatnonzero(np.append(True, pixels[1:] != pixels[:-1])[: pixels.size])  # of runs of one id
+    runs = pixels[starts].astype(np.int64)  # few: searching for them costs next to nothing
+    place = np.minimum(np.searchsorted(ordered, runs), len(ordered) - 1)
+    if (stray := runs[ordered[place] != runs]).size:
         raise ValueError(
             f"image {image}: {what}: the PNG has pixels of id {stray[0]} but no such segment is listed; "
             f"re-download the annotations or drop the image"
         )
-    return order[place]
+    return np.repeat(order[place], np.diff(starts, append=pixels.size))

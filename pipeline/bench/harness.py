@@ -1,0 +1,86 @@
+"""What every benchmark shares: a row of its table, the alternation of ours and the reference, and how rows are told."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storage.atomic import write_text
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
+PACKAGES = ("torch", "transformers", "timm", "hotcoco", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement of ours and of the reference, in `unit` ("s", "MB": less is better)."""
+
+    name: str
+    ours: float
+    reference: float
+    unit: str
+    device: str
+    dtype: str
+
+    @property
+    def ratio(self) -> float:
+        """ours / reference."""
+        return self.ours / self.reference
+
+
+def alternate(
+    ours: Callable[[], Any],
+    reference: Callable[[], Any],
+    *,
+    repeat: int,
+    warmup: int = 1,
+    sync: Callable[[], None] = lambda: None,
+) -> tuple[float, float]:
+    """Median wall seconds of both, called in turn `repeat` times after `warmup` unmeasured turns, so that what else the
+    machine does hits both alike. `sync` waits for the device."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for turn in range(warmup + repeat):
+        for call, taken in zip((ours, reference), seconds, strict=True):
+            sync()
+            start = time.perf_counter()
+            call()
+            sync()
+            if turn >= warmup:
+                taken.append(time.perf_counter() - start)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def machine(device: torch.device) -> str:
+    """The device in words: the GPU's name, or the CPU's with the number of threads."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """The rows as a JSON list, each with its ratio and the versions of the packages that matter."""
+    versions = {name: version(name) for name in PACKAGES}
+    write_text(path, json.dumps([asdict(row) | {"ratio": row.ratio, "versions": versions} for row in rows], indent=1))
+
+
+def table(rows: Iterable[Row]) -> Table:
+    """The rows for the terminal."""
+    from rich.table import Table
+
+    shown = Table("name", "ours", "reference", "ratio", "unit", "dtype")
+    for row in rows:
+        shown.add_row(row.name, f"{row.ours:.4g}", f"{row.reference:.4g}", f"{row.ratio:.3f}", row.unit, row.dtype)
+    return shown
