@@ -102,7 +102,7 @@ def read_split(root: Path, split: str, benchmark: Benchmark) -> list[Entry]:
     images = _by_id(path, data, "images", "id")
     annotations = _by_id(path, data, "annotations", "image_id")
     if not images:
-        raise ValueError(f"{path}: holds no images; pass a --coco FOLDER that has some")
+        raise ValueError(f"{path}: holds no images; pass a folder that has some with --coco (of evaluate: --data)")
     return [
         _entry(path, image_id, images.get(image_id), annotations.get(image_id), benchmark)
         for image_id in sorted(images.keys() | annotations.keys())
@@ -208,7 +208,7 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise ValueError(
-            f"{path} not found; unpack COCO's panoptic annotations there, or pass --coco FOLDER"
+            f"{path} not found; unpack COCO's panoptic annotations there, or pass another folder with --coco (of evaluate: --data)"
         ) from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); mend its permissions") from error

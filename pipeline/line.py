@@ -65,7 +65,7 @@ def line(config: Config) -> list[Step]:
         benchmark = scenes.benchmark(config.data)
         source = add(scenes, config.data)
     else:
-        benchmark = benchmarks.load_benchmark(config.data.benchmark)
+        benchmark = _for_training(benchmarks.load_benchmark(config.data.benchmark))
         source = shard.coco_source(config.data.root)
     teacher = config.teacher
     shards = add(shard, config.shard, source=source, benchmark=benchmark)
@@ -80,3 +80,12 @@ def line(config: Config) -> list[Step]:
         inductive=stage_1, generator=generator, transductive=stage_3,
     )  # fmt: skip
     return steps
+
+
+def _for_training(benchmark: benchmarks.Benchmark) -> benchmarks.Benchmark:
+    if benchmark.task == "semantic" or benchmark.protocol == "pixel-ignore":
+        raise ValueError(
+            f"benchmark {benchmark.name} ({benchmark.task}, protocol {benchmark.protocol}) is for `zs-seg evaluate`; training on "
+            "label maps and with pixel-ignore is not there yet, choose a panoptic benchmark with image-filter or none"
+        )
+    return benchmark

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pipeline.benchmarks import Category
 from pipeline.runtime import Runtime
-from pipeline.teaching import TeacherConfig
 from storage.store import Store
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
-    from torch import Tensor
 
     from pipeline.metrics import PredictedSegment
-    from pipeline.model import Model
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -34,7 +29,7 @@ def run(
     store: Store,
     runtime: Runtime,
 ) -> Path:
-    """Segment `images` (files, or folders of them) and write COCO panoptic predictions and an overlay each into `out`.
+    """Segment `images` (files, or folders of them) and write COCO panoptic and RLE predictions and an overlay each into `out`.
 
     `checkpoint` is a key in the store or a checkpoint's folder, which may lie anywhere: it holds all that is needed.
     `names` are added to its classes as unseen things, and encoded by its own teacher; `teacher_weights` is the
@@ -42,14 +37,15 @@ def run(
 
     Returns the path of `<out>/panoptic.json`. Raises ValueError where an input is missing, broken or does not fit.
     """
-    files, weights = find_images(images), _checkpoint_folder(store, checkpoint)  # mistakes before the slow imports
+    files, weights = find_images(images), checkpoint_folder(store, checkpoint)  # mistakes before the slow imports
 
     import torch
 
+    from pipeline.export import ImagePrediction, write_coco_panoptic
     from pipeline.inference import classes_of, outputs, panoptic_map
     from pipeline.model import load_model
-    from pipeline.prediction import ImagePrediction, write_coco_panoptic
     from pipeline.views import ResizeConfig
+    from pipeline.vocabulary import extend
 
     folder = Path(out)
     try:
@@ -74,7 +70,24 @@ def run(
                 bar.update()
 
     image_ids = number(files)
-    return write_coco_panoptic(folder, predictions(), categories=vocabulary.categories)
+    return write_coco_panoptic(folder, predictions(), categories=vocabulary.categories, rle=True)
+
+
+def checkpoint_folder(store: Store, checkpoint: str) -> Path:
+    """The folder of a v2c or cpa checkpoint: `checkpoint` itself, or that of a key in the store.
+
+    Raises ValueError where there is none.
+    """
+    folder = Path(checkpoint) if Path(checkpoint).is_dir() else store.open(store.find(checkpoint)).path
+    try:
+        stage = json.loads((folder / "meta.json").read_bytes()).get("stage")
+    except (OSError, ValueError, AttributeError):
+        stage = None
+    if stage not in ("v2c", "cpa"):
+        raise ValueError(
+            f"{folder} is no checkpoint of v2c or cpa; pass another --checkpoint, `zs-seg list` shows them"
+        )
+    return folder
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:
@@ -120,64 +133,6 @@ def read_image(path: Path) -> np.ndarray:
         raise ValueError(f"{path} cannot be read as an image ({reason}); replace it or leave it out") from error
 
 
-@dataclass(frozen=True, kw_only=True)
-class Vocabulary:
-    """The classes to choose from: unit rows (K, D), and `ids`, `names`, `isthing`, `seen` of each in `facts`."""
-
-    embedding: Tensor
-    facts: dict[str, Any]
-
-    @property
-    def categories(self) -> tuple[Category, ...]:
-        columns = zip(self.facts["ids"], self.facts["names"], self.facts["isthing"], strict=True)
-        return tuple(Category(id=i, name=name, isthing=isthing) for i, name, isthing in columns)
-
-
-def extend(model: Model, names: Sequence[str], teacher_weights: str, runtime: Runtime) -> Vocabulary:
-    """A checkpoint's classes and, behind them, `names`, encoded with the same sentences by the same teacher.
-
-    Raises ValueError for a name that is there already or twice, and when the teacher's weights are not those.
-    """
-    import torch
-
-    from pipeline.text import embed_names
-
-    facts, embedding = model.facts["classes"], model.text.cpu()
-    columns = {name: list(facts[name]) for name in ("ids", "names", "isthing", "seen")}
-    for name in names:
-        if name in columns["names"]:
-            raise ValueError(f"--names: the checkpoint knows {name!r} already, or it is given twice; leave it out")
-        for column, value in (("ids", max(columns["ids"]) + 1), ("names", name), ("isthing", True), ("seen", False)):
-            columns[column].append(value)
-    if names:
-        teacher = teacher_of(facts["teacher"], teacher_weights).load(runtime)
-        added = embed_names(teacher, list(names), tuple(model.facts["templates"]))
-        embedding = torch.cat([embedding, added.cpu()])
-    return Vocabulary(embedding=embedding, facts=columns)
-
-
-def teacher_of(identity: dict[str, Any], weights: str) -> TeacherConfig:
-    """The config of the teacher with this identity; `weights` is its local weights file, if it had one.
-
-    Raises ValueError when the weights at hand are not those the identity names by their hash.
-    """
-    pretrained = identity["pretrained"]
-    if pretrained.startswith("sha256:"):
-        pretrained = weights or ("shipped" if identity["name"] == "small" else "")
-        if not pretrained:
-            raise ValueError(
-                f"the checkpoint's teacher {identity['name']} had local weights; pass --teacher.pretrained FILE"
-            )
-    seed = identity.get("seed", 0)  # only random weights have one
-    config = TeacherConfig(name=identity["name"], pretrained=pretrained, fill=identity["fill"], seed=seed)
-    if config.identity != identity:
-        raise ValueError(
-            f"the weights at hand of teacher {identity['name']} are not those the checkpoint was trained with "
-            f"({identity['pretrained'][:23]}...); pass these with --teacher.pretrained FILE"
-        )
-    return config
-
-
 def overlay(
     image: np.ndarray, ids: np.ndarray, segments: Sequence[PredictedSegment], name_of: dict[int, str]
 ) -> Image.Image:
@@ -207,16 +162,3 @@ def overlay(
             fill="white", stroke_fill="black", stroke_width=2, anchor="mm", font=font,
         )  # fmt: skip
     return picture
-
-
-def _checkpoint_folder(store: Store, checkpoint: str) -> Path:
-    folder = Path(checkpoint) if Path(checkpoint).is_dir() else store.open(store.find(checkpoint)).path
-    try:
-        stage = json.loads((folder / "meta.json").read_bytes()).get("stage")
-    except (OSError, ValueError, AttributeError):
-        stage = None
-    if stage not in ("v2c", "cpa"):
-        raise ValueError(
-            f"{folder} is no checkpoint of v2c or cpa; pass another --checkpoint, `zs-seg list` shows them"
-        )
-    return folder

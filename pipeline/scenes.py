@@ -75,7 +75,7 @@ def recipe(config: ScenesConfig) -> Recipe:
         kind="scenes",
         stage=STAGE,
         version=VERSION,
-        config={"scenes": config, "benchmark": benchmark(config)},
+        config={"scenes": config, "benchmark": benchmark(config).content},
         inputs={},
     )
 

@@ -38,6 +38,7 @@ __all__ = [
     "Source",
     "coco_source",
     "fingerprint_coco",
+    "load_sample",
     "recipe",
     "run",
 ]
@@ -169,11 +170,13 @@ def _chunks(entries: list[Entry], size: int) -> Iterator[list[Entry]]:
 
 
 def _load(root: Path, folder: str, done: dict[int, Sample], entry: Entry) -> Sample | str:
-    """The image's sample, checked now or `done` before; or what is wrong with it, to be read after "image 42 "."""
+    return done[entry.image_id] if entry.image_id in done else load_sample(root, folder, entry)
+
+
+def load_sample(root: Path, folder: str, entry: Entry) -> Sample | str:
+    """The image's sample, checked; or what is wrong with it, to be read after "image 42 "."""
     from storage.shards import Sample, Segment, decode_ids
 
-    if entry.image_id in done:
-        return done[entry.image_id]
     if entry.problem:
         return entry.problem
     jpeg_name, png_name = f"{folder}/{entry.image}", f"annotations/panoptic_{folder}/{entry.png}"

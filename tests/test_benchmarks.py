@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.benchmarks import Benchmark, Category, load_benchmark
+from pipeline.benchmarks import Benchmark, Category, LabelFiles, load_benchmark
+from pipeline.line import CocoConfig, Config, line
+
+SHARED_FACTS = Path(__file__).parents[2] / "shared" / "facts"  # what the classes were copied from; not everywhere
 
 
 def test_the_coco_panoptic_split() -> None:
@@ -24,6 +27,55 @@ def test_the_coco_panoptic_split() -> None:
     for position, category in enumerate(benchmark.categories):
         assert benchmark.index[category.id] == position
     assert [category.id for category in benchmark.categories] == sorted(benchmark.index)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "unseen", "ignored", "first", "last"),
+    [
+        ("coco-stuff-zss", 171, 15, (255,), (0, "person"), (181, "wood")),
+        ("voc20", 20, 0, (0, 255), (1, "aeroplane"), (20, "tv")),
+        ("pc59", 59, 0, (0,), (1, "aeroplane"), (59, "wood")),
+        ("ade150", 150, 0, (0,), (1, "wall"), (150, "flag")),
+    ],
+)
+def test_the_semantic_benchmarks(
+    name: str, classes: int, unseen: int, ignored: tuple[int, ...], first: tuple[int, str], last: tuple[int, str]
+) -> None:
+    benchmark = load_benchmark(name)
+    assert benchmark.task == "semantic" and benchmark.files
+    assert (len(benchmark.categories), benchmark.seen.count(False)) == (classes, unseen)
+    assert benchmark.files.ignored == ignored
+    assert [(c.id, c.name) for c in (benchmark.categories[0], benchmark.categories[-1])] == [first, last]
+    assert all(c.name == c.name.strip() for c in benchmark.categories)
+
+
+@pytest.mark.skipif(not SHARED_FACTS.is_dir(), reason="the files that the classes were copied from are not here")
+def test_the_classes_are_those_of_the_papers() -> None:
+    stuff = json.loads((SHARED_FACTS / "coco_stuff_zss.json").read_text())
+    ours = load_benchmark("coco-stuff-zss")
+    rows = [(c["png_value"], c["name"], bool(c["isthing"])) for c in stuff["categories"]]
+    assert [(c.id, c.name, c.isthing) for c in ours.categories] == rows
+    assert list(ours.unseen_ids) == stuff["unseen_png_values"]
+    cross = json.loads((SHARED_FACTS / "cross_datasets.json").read_text())
+    for name in ("voc20", "pc59", "ade150"):
+        assert load_benchmark(name).names == [label.strip() for label in cross[name]["classes"]]  # ADE's "bed "
+    assert json.loads((SHARED_FACTS / "coco_panoptic_zps.json").read_text()) == json.loads(
+        (Path(__file__).parents[1] / "pipeline" / "facts" / "coco_panoptic_zps.json").read_text()
+    )
+
+
+@pytest.mark.parametrize("name", ["coco-stuff-zss", "voc20", "mine.json"])
+def test_training_on_label_maps_and_with_pixel_ignore_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.json").write_text(json.dumps(FILE | {"protocol": "pixel-ignore"}))
+    assert load_benchmark("mine.json").task == "panoptic"
+    with pytest.raises(
+        ValueError,
+        match=f"benchmark {name.removesuffix('.json')} .* is for `zs-seg evaluate`; training .* is not there yet",
+    ):
+        line(Config(preset="mine", data=CocoConfig(root="/no/such", benchmark=name)))
 
 
 FILE: dict[str, Any] = {
@@ -46,11 +98,63 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     assert load_benchmark(str(path)).seen == [True, False]
 
 
+SEMANTIC: dict[str, Any] = {
+    "task": "semantic",
+    "categories": [{"id": 7, "name": "star"}, {"id": 2, "name": "fog"}],
+    "unseen_ids": [2],
+    "protocol": "none",
+    "images": "photos/*.jpg",
+    "labels": ["maps/*.png", "masks/*.png"],
+}
+
+
+def test_a_semantic_file_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(SEMANTIC))
+    assert load_benchmark(str(path)) == Benchmark(
+        name="mine",
+        categories=(Category(id=7, name="star", isthing=False), Category(id=2, name="fog", isthing=False)),
+        unseen_ids=(2,),
+        protocol="none",
+        files=LabelFiles(images=("photos/*.jpg",), labels=("maps/*.png", "masks/*.png"), splits={"val": "val"}),
+    )
+    more = {"ignored": [0, 255], "lists": "lists/{split}.txt", "roots": ["a", "b"], "splits": {"test": "t"}}
+    path.write_text(json.dumps(SEMANTIC | more))
+    assert load_benchmark(str(path)).files == LabelFiles(
+        images=("photos/*.jpg",),
+        labels=("maps/*.png", "masks/*.png"),
+        ignored=(0, 255),
+        lists=("lists/{split}.txt",),
+        roots=("a", "b"),
+        splits={"test": "t"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "depth"}, "task 'depth' is unknown; use one of panoptic, semantic"),
+        ({"task": "panoptic"}, "'isthing' is missing"),
+        ({"labels": 3}, "missing or malformed"),
+        ({"images": "photos/a.jpg"}, r"benchmark mine: images \['photos/a\.jpg'\] must be paths with one \* each"),
+        ({"labels": ["*/*.png"]}, r"labels \['\*/\*\.png'\] must be paths with one \* each"),
+        ({"ignored": [0, 7]}, r"values \[7\] are categories and ignored"),
+        ({"categories": [{"id": -1, "name": "star"}], "unseen_ids": []}, "value -1 is negative"),
+        ({"ignored": [-1]}, "value -1 is negative"),
+    ],
+)
+def test_a_semantic_file_at_odds_with_itself(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(SEMANTIC | change))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_benchmark(str(path))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda f: f.update(protocol="maybe"), "protocol 'maybe' is unknown"),
-        (lambda f: f.update(protocol="pixel-ignore: x"), "protocol 'pixel-ignore' is not implemented in training yet"),
         (lambda f: f.update(unseen_ids=[3]), r"unseen_ids \[3\] are no category ids"),
         (lambda f: f.update(unseen_ids=[2, 2]), "unseen id 2 is listed twice"),
         (lambda f: f.update(unseen_names=["star"]), "unseen_names are not the names"),

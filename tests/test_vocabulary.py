@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.predict import teacher_of
 from pipeline.teaching import TeacherConfig
+from pipeline.vocabulary import teacher_of
 
 
 def test_the_teacher_comes_back_from_its_identity(tmp_path: Path) -> None:
