@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models import load_state_dict
+import torch.nn.functional as F
+from timm.layers.format import Format
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from models.backbone_weights import read_weights
 
 STRIDES = (4, 8, 16, 32)
 SHIPPED = Path(__file__).parent / "small_backbone"  # <timm name>.safetensors, made by pipeline/train_backbone.py
 
 
 class Backbone(nn.Module):
-    """The four feature maps of a timm network, strides 4, 8, 16, 32.
+    """The four feature maps of a timm network, strides 4, 8, 16, 32: ResNets (the paper's are resnet50 and, with a deep
+    stem, resnet101c), Swin, ConvNeXt and others. Swin takes images of any size, partitions, pads and shifts its windows at
+    every size, and each of its maps passes a LayerNorm, all as in the published segmenters over Swin.
 
     `weights` is None (random), "imagenet" (timm's default pretrained weights, downloaded from its hub and cached),
-    "shipped" (the package's own, of the small network that generated scenes are for) or the path of a local file that holds `timm.create_model(name).state_dict()`, as .safetensors or as a torch file of
-    plain tensors. A classifier in the file is ignored.
+    "shipped" (the package's own, of the small network that generated scenes are for) or the path of a local file that
+    holds `timm.create_model(name).state_dict()`, as .safetensors or as a torch file of plain tensors. A classifier in the
+    file is ignored; one of COCO's categories is refused, see `read_weights`.
 
     With `frozen_batchnorm` the affine parameters and running statistics of every BatchNorm stay as loaded, also after
     `.train()`, as in the published ResNet settings; on a network without BatchNorm it changes nothing.
 
     Raises ValueError for a name that timm does not know, a network without these strides, weights that cannot be
-    downloaded, and a file that is missing, unreadable, or made for another network.
+    downloaded, and a file that is missing, unreadable, made for another network, or trained on COCO's categories.
     """
 
     def __init__(self, name: str, *, weights: str | None = None, frozen_batchnorm: bool = False) -> None:
@@ -43,6 +51,8 @@ class Backbone(nn.Module):
             )
         self.net.to(memory_format=torch.channels_last)  # a third faster on CPU, and what tensor cores want
         self.channels: tuple[int, ...] = tuple(info.channels())
+        last = getattr(self.net, "output_fmt", Format.NCHW) == Format.NHWC  # Swin and its like
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.channels) if last else None
         self.frozen_batchnorm = frozen_batchnorm
         if frozen_batchnorm:
             for norm in self._batchnorms():
@@ -61,16 +71,37 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> [(B, channels[i], H / STRIDES[i], W / STRIDES[i])]."""
-        return self.net(images.contiguous(memory_format=torch.channels_last))
+        maps = self.net(images.contiguous(memory_format=torch.channels_last))
+        if self.norms is None:
+            return maps
+        return [norm(map_).permute(0, 3, 1, 2) for norm, map_ in zip(self.norms, maps, strict=True)]
 
 
 def _create(name: str, weights: str | None) -> nn.Module:
-    features: dict[str, Any] = {"features_only": True, "out_indices": (-4, -3, -2, -1)}
+    if not name.startswith("swin") or name.startswith("swinv2_cr"):
+        return _create_features(name, weights)
+    net = _create_features(name, weights, strict_img_size=False, always_partition=True)
+    blocks: Any = [module for module in net.modules() if hasattr(module, "shift_size")]
+    for block in blocks:
+        block._attn = functools.partial(_padded_attention, block._attn, block.window_size)
+    return net
+
+
+def _padded_attention(attention: Callable[[Tensor], Tensor], window: tuple[int, int], x: Tensor) -> Tensor:
+    """Swin's windowed attention on maps (B, H, W, C) filled up to whole windows first, as published. timm shifts first, and
+    so mixes cells from opposite borders where a map is no multiple of the window."""
+    height, width = x.shape[1:3]
+    filled = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))
+    return attention(filled)[:, :height, :width]
+
+
+def _create_features(name: str, weights: str | None, **arguments: Any) -> nn.Module:
+    features: dict[str, Any] = {"features_only": True, "out_indices": (-4, -3, -2, -1), **arguments}
     if weights is None:
         return timm.create_model(name, pretrained=False, **features)
     if weights != "imagenet":
         path = SHIPPED / f"{name}.safetensors" if weights == "shipped" else Path(weights)
-        overlay = {"state_dict": _read_weights(name, path)}
+        overlay = {"state_dict": read_weights(name, path)}
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **features)
     try:
         return timm.create_model(name, pretrained=True, **features)
@@ -81,29 +112,3 @@ def _create(name: str, weights: str | None) -> nn.Module:
             f"backbone_weights 'imagenet' of {name!r} ({source}) could not be loaded ({type(error).__name__}); fetch "
             f"them on a connected machine and set backbone_weights to that local .safetensors or .pth file"
         ) from error
-
-
-def _read_weights(name: str, path: Path) -> dict[str, Tensor]:
-    """The tensors of a local weights file, checked against the network they are for."""
-    if not path.is_file():
-        raise ValueError(f"backbone_weights {path}: no such file; use 'imagenet', none, or the path of a weights file")
-    try:
-        weights = load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # safetensors, zip, pickle and key errors alike: the file is not what it should be
-        raise ValueError(
-            f"backbone_weights {path}: not readable as .safetensors or a torch file of plain tensors "
-            f"({type(error).__name__}); save timm.create_model({name!r}).state_dict() there"
-        ) from error
-    with torch.device("meta"):
-        expected = timm.create_model(name, num_classes=0).state_dict()
-    wrong = [
-        key
-        for key, tensor in expected.items()
-        if not key.endswith("num_batches_tracked") and (key not in weights or weights[key].shape != tensor.shape)
-    ]
-    if wrong:
-        raise ValueError(
-            f"backbone_weights {path}: {len(wrong)} of {len(expected)} tensors of {name!r} are missing or of another "
-            f"shape, the first is {wrong[0]!r}; save timm.create_model({name!r}).state_dict() there"
-        )
-    return weights

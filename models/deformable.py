@@ -1,45 +1,100 @@
-"""Multi-scale deformable attention (Zhu et al. 2021, Eq. 3) in plain PyTorch: each query reads a few points a level."""
+"""Multi-scale deformable attention (Zhu et al. 2021, Eq. 3): each query reads a few points a level.
+
+The sampling is one operator with its own backward: a Triton kernel on CUDA where Triton is installed, PyTorch elsewhere. As
+an operator it is opaque to `torch.compile`, so it breaks no graph.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-Shapes = tuple[tuple[int, int], ...]
+from models import deformable_torch
+from models.deformable_torch import Shapes
+from models.linear import linear
+
+TRITON = importlib.util.find_spec("triton") is not None
 
 
-def sample_levels(value: Tensor, shapes: Shapes, grids: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Weighted sum of bilinear samples from several feature maps; a sample outside its map counts as zero.
+def sample_levels(value: Tensor, shapes: Shapes, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of bilinear samples from several feature maps; what lies outside a map counts as zero.
 
-    value: (B, M, D, S), the maps of all levels flattened and joined, S = sum of h * w over `shapes` (h, w)
-    grids: one a level, (B, M, P, 2, Q), points (x, y), where -1 and 1 are a map's outer borders
-    weights: (B, M, levels, P, Q)
-    -> (B, M * D, Q)
+    value: (B, S, M, D), the maps of all levels flattened and joined, S = sum of h * w over `shapes` (h, w)
+    x, y: (B, Q, M, levels, P), places in cells of the level's map, where a cell's centre is at an integer
+    weights: (B, Q, M, levels, P)
+    -> (B, Q, M * D). All of one floating type, float32 or float64; differentiable once.
     """
-    maps = value.flatten(0, 1).split([h * w for h, w in shapes], dim=-1)  # (B M, D, h w) a level
-    total = torch.zeros((), dtype=value.dtype, device=value.device)
-    for map_, shape, grid, weight in zip(maps, shapes, grids, weights.unbind(2), strict=True):
-        points = grid.flatten(0, 1).transpose(-1, -2)  # (B M, P, Q, 2), the queries contiguous: the fast case
-        samples = F.grid_sample(map_.unflatten(-1, shape), points, padding_mode="zeros", align_corners=False)
-        total = total + (samples * weight.flatten(0, 1).unsqueeze(1)).sum(2)
-    return total.view(value.shape[0], -1, weights.shape[-1])
+    return torch.ops.zs_seg.deformable_sample(value, [side for shape in shapes for side in shape], x, y, weights)
 
 
-@functools.lru_cache(maxsize=32)
-def token_grid(shapes: Shapes, device: torch.device) -> Tensor:
-    """Centre of each token's own cell, as (x, y) in [-1, 1]: (2, S) float32, the levels joined in the order given."""
+def _kernels(value: Tensor) -> Any:
+    """The module whose `sample` and `sample_backward` are the fastest where `value` is."""
+    if not (TRITON and value.is_cuda):
+        return deformable_torch
+    from models import deformable_triton
+
+    return deformable_triton
+
+
+def _pairs(sides: Sequence[int]) -> Shapes:
+    return tuple(zip(sides[::2], sides[1::2], strict=True))
+
+
+@torch.library.custom_op("zs_seg::deformable_sample", mutates_args=())
+def _sample(value: Tensor, sides: Sequence[int], x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    return _kernels(value).sample(value, _pairs(sides), x, y, weights)
+
+
+@torch.library.custom_op("zs_seg::deformable_sample_backward", mutates_args=())
+def _sample_backward(
+    grad: Tensor, value: Tensor, sides: Sequence[int], x: Tensor, y: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _kernels(value).sample_backward(grad, value, _pairs(sides), x, y, weights)
+
+
+@_sample.register_fake
+def _(value: Tensor, sides: Sequence[int], x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    return value.new_empty(*weights.shape[:2], value.shape[2] * value.shape[3])
+
+
+@_sample_backward.register_fake
+def _(
+    grad: Tensor, value: Tensor, sides: Sequence[int], x: Tensor, y: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return value.new_empty(value.shape), x.new_empty(x.shape), y.new_empty(y.shape), weights.new_empty(weights.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    value, ctx.sides, *places = inputs
+    ctx.save_for_backward(value, *places)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    value, *places = ctx.saved_tensors
+    d_value, *d_places = torch.ops.zs_seg.deformable_sample_backward(grad, value, ctx.sides, *places)
+    return d_value, None, *d_places
+
+
+_sample.register_autograd(_backward, setup_context=_save)
+
+
+@functools.lru_cache(maxsize=16)
+def token_places(shapes: Shapes, device: torch.device) -> tuple[Tensor, Tensor]:
+    """x and y of each token's own centre in cells of every map, cell centres at integers: (S, levels) float32 each."""
     with torch.inference_mode(False):  # a cached inference tensor could not be used in training later
-        centres = []
+        own = []
         for h, w in shapes:
-            y = (torch.arange(h, device=device) * 2 + 1) / h - 1
-            x = (torch.arange(w, device=device) * 2 + 1) / w - 1
-            centres.append(torch.cartesian_prod(y, x).flip(-1))
-        return torch.cat(centres).T.contiguous()
+            y = (torch.arange(h, device=device) + 0.5) / h
+            x = (torch.arange(w, device=device) + 0.5) / w
+            own.append(torch.cartesian_prod(y, x))
+        places = torch.cat(own)[:, None] * torch.tensor(shapes, device=device) - 0.5  # (S, levels, 2)
+        return places[..., 1].contiguous(), places[..., 0].contiguous()
 
 
 class DeformableAttention(nn.Module):
@@ -78,20 +133,18 @@ class DeformableAttention(nn.Module):
         """tokens (B, S, C), positions (S, C) added for offsets and weights only, shapes (h, w) a level -> (B, S, C)."""
         split = (self.heads, self.levels, self.points)
         queries = tokens + positions
-        offsets = _channels_first(self.sampling_offsets, queries).unflatten(1, (*split, 2))  # (B, M, levels, P, 2, S)
-        weights = _channels_first(self.attention_weights, queries).unflatten(1, (self.heads, -1)).softmax(2)
-        value = _channels_first(self.value_proj, tokens).unflatten(1, (self.heads, -1))  # (B, M, D, S)
-        centres = token_grid(shapes, tokens.device)
-        grids = [
-            centres + offset * centres.new_tensor([2 / w, 2 / h])[:, None]
-            for offset, (h, w) in zip(offsets.unbind(2), shapes, strict=True)
-        ]
-        dtype = grids[0].dtype
-        samples = sample_levels(value.to(dtype), shapes, grids, weights.to(dtype).unflatten(2, split[1:]))
-        return self.output_proj(samples.transpose(1, 2))
-
-
-def _channels_first(linear: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer whose output is written transposed, (B, S, in) -> (B, out, S), as sampling wants it."""
-    weight = linear.weight.expand(x.shape[0], -1, -1)
-    return torch.baddbmm(linear.bias[:, None], weight, x.transpose(1, 2))
+        value = linear(tokens, self.value_proj.weight, self.value_proj.bias).unflatten(
+            2, (self.heads, -1)
+        )  # (B, S, M, D)
+        offsets = linear(queries, self.sampling_offsets.weight, self.sampling_offsets.bias).unflatten(2, (*split, 2))
+        # softmax over rows of 12 numbers is slow on a CPU, over columns it is not
+        weights = (
+            linear(queries, self.attention_weights.weight, self.attention_weights.bias).transpose(1, 2).contiguous()
+        )
+        weights = weights.unflatten(1, (self.heads, -1)).softmax(2).flatten(1, 2).transpose(1, 2).unflatten(2, split)
+        x, y = (
+            place.repeat_interleave(self.points, 1).view(-1, 1, *split[1:]) + offset
+            for place, offset in zip(token_places(shapes, tokens.device), offsets.unbind(-1), strict=True)
+        )
+        samples = sample_levels(value.to(x.dtype), shapes, x, y, weights.to(x.dtype))
+        return linear(samples, self.output_proj.weight, self.output_proj.bias)

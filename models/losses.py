@@ -72,7 +72,7 @@ def sample_logits(mask_logits: Tensor, points: Tensor) -> Tensor:
     Points are (x, y) in [0, 1] over the whole map (align_corners False, zeros outside), so maps of different sizes are
     asked at the same place.
     """
-    grid = 2.0 * points[:, :, None].to(mask_logits.dtype) - 1.0
+    grid = (2.0 * points[:, :, None].to(mask_logits.dtype)).sub_(1.0)
     return F.grid_sample(mask_logits, grid, align_corners=False).squeeze(3)
 
 
@@ -171,6 +171,41 @@ def mask_losses(
     score = logits.sigmoid()
     dice = 1.0 - (2.0 * (score * truth).sum(1) + 1.0) / (score.sum(1) + truth.sum(1) + 1.0)
     return bce / normaliser, dice.sum() / normaliser
+
+
+@_full_precision
+def full_mask_losses(
+    mask_logits: Tensor,
+    masks: Tensor,
+    *,
+    rows: Tensor,
+    normaliser: float | Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> tuple[Tensor, Tensor]:
+    """MaskFormer's mask losses, over every pixel of predictions resized to the masks: focal and dice.
+
+    Per row focal = mean over the pixels, dice as in `mask_losses`; each summed over the rows and divided by
+    `normaliser`. Takes several float maps of a mask's size a row; `mask_losses` takes `points` numbers.
+
+    Args:
+        mask_logits: (N, h, w) predictions of the matched queries. masks: (S, H, W) bool, each segment once.
+        rows: (N,) int64, which of `masks` each prediction belongs to.
+        normaliser: the number of matched segments of the global batch, at least 1.
+
+    Returns:
+        (focal, dice), scalars; zeros that keep the graph when N = 0.
+    """
+    if mask_logits.shape[0] == 0:
+        nothing = mask_logits.sum() * 0.0
+        return nothing, nothing
+    size = (masks.shape[-2], masks.shape[-1])
+    logits = F.interpolate(mask_logits[:, None], size=size, mode="bilinear", align_corners=False).flatten(1)
+    truth = masks[rows].flatten(1)
+    focal = focal_loss(logits, truth, normaliser=logits.shape[1], alpha=alpha, gamma=gamma)
+    score = logits.sigmoid()
+    dice = 1.0 - (2.0 * (score * truth).sum(1) + 1.0) / (score.sum(1) + truth.sum(1) + 1.0)
+    return focal / normaliser, dice.sum() / normaliser
 
 
 # ---------------------------------------------------------------------------------------------------- contrast (V2T)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,12 +12,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from models.losses import at_least_float32, sample_logits, sample_masks
+from models.mask_logits import MaskLogits
 
 
 @torch.no_grad()
 def match(
     class_logits: Tensor,
-    mask_logits: Tensor,
+    mask_logits: Tensor | MaskLogits,
     labels: Sequence[Tensor],
     masks: Sequence[Tensor],
     *,
@@ -27,12 +29,14 @@ def match(
     generator: torch.Generator,
     alpha: float = 0.25,
     gamma: float = 2.0,
+    mask_loss: Literal["points", "full"] = "points",
 ) -> Tensor:
     """Assign segments to queries at least cost, for all layers and images.
 
     The cost of (query, segment) is the loss it would bring: class_weight * (focal loss of the segment's class as
     positive minus as negative) + bce_weight * BCE + dice_weight * dice, the last two over `points` uniform points that
-    all layers of an image share.
+    all layers of an image share. With `mask_loss` "full", as in MaskFormer, bce_weight weighs a focal loss, and both it
+    and dice are over all pixels of the predicted maps, the segments resized to these (nearest).
 
     Args:
         class_logits: (L, B, Q, K), over the K classes that may be learnt. mask_logits: (L, B, Q, h, w).
@@ -61,16 +65,25 @@ def match(
     image, place = image.to(device), place.to(device)
     label = torch.zeros(batch, max(counts), dtype=torch.int64, device=device)
     label[image, place] = torch.cat(list(labels))
-    truth = torch.zeros(batch, max(counts), points, device=device)
-    truth[image, place] = sample_masks(torch.cat(list(masks)), torch.arange(len(image), device=device), where[image])
+    if mask_loss == "full":
+        size = (mask_logits.pixels if isinstance(mask_logits, MaskLogits) else mask_logits).shape[-2:]
+        small = F.interpolate(torch.cat(list(masks))[:, None].to(torch.uint8), size=size, mode="nearest")
+        shown = small.flatten(1).float()
+    else:
+        shown = sample_masks(torch.cat(list(masks)), torch.arange(len(image), device=device), where[image])
+    truth = torch.zeros(batch, max(counts), shown.shape[1], device=device)
+    truth[image, place] = shown
 
     with torch.autocast(device.type, enabled=False):
         # layer by layer: the sampled logits of all layers would be gigabytes at full size
         costs = []
-        for classes, maps in zip(class_logits, mask_logits, strict=True):
+        logits = _all_pixels(mask_logits) if mask_loss == "full" else _at_points(mask_logits, where)
+        for classes, values in zip(class_logits, logits, strict=True):
             own = at_least_float32(classes).gather(2, label[:, None].expand(-1, queries, -1))
-            sampled = sample_logits(at_least_float32(maps), where)
-            cost = _mask_cost(sampled, truth, bce_weight, dice_weight)
+            if mask_loss == "full":
+                cost = _full_mask_cost(values, truth, bce_weight, dice_weight, alpha, gamma)
+            else:
+                cost = _mask_cost(values, truth, bce_weight, dice_weight)
             costs.append(cost + class_weight * _focal_cost(own, alpha, gamma))
     cost = torch.stack(costs).cpu().numpy()  # (L, B, Q, most), the only copy from the device
     if not np.isfinite(cost).all():
@@ -82,6 +95,18 @@ def match(
                 query, segment = linear_sum_assignment(cost[layer, b, :, :count])
                 found[layer, b, query] = segment
     return torch.from_numpy(found).to(device)
+
+
+def _at_points(mask_logits: Tensor | MaskLogits, where: Tensor) -> Iterator[Tensor]:
+    """L x (B, Q, P) logits at points (B, P, 2)."""
+    if isinstance(mask_logits, MaskLogits):
+        return mask_logits.sample(where)
+    return (sample_logits(at_least_float32(maps), where) for maps in mask_logits)
+
+
+def _all_pixels(mask_logits: Tensor | MaskLogits) -> Iterator[Tensor]:
+    """L x (B, Q, h w)."""
+    return (at_least_float32(mask_logits[layer]).flatten(2) for layer in range(len(mask_logits)))
 
 
 def _focal_cost(logits: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -104,3 +129,15 @@ def _mask_cost(logits: Tensor, truth: Tensor, bce_weight: float, dice_weight: fl
     bce = (softplus.sum(2, keepdim=True) - logits @ truth) / logits.shape[2]
     dice = 1.0 - (2.0 * (score @ truth) + 1.0) / (score.sum(2, keepdim=True) + truth.sum(1, keepdim=True) + 1.0)
     return bce_weight * bce + dice_weight * dice
+
+
+def _full_mask_cost(
+    logits: Tensor, truth: Tensor, focal_weight: float, dice_weight: float, alpha: float, gamma: float
+) -> Tensor:
+    """Every query with every segment over all pixels: (B, Q, P) and (B, O, P) -> (B, Q, O), P = h w."""
+    truth = truth.to(logits.dtype).transpose(1, 2)
+    background = -(1.0 - alpha) * torch.exp(gamma * F.logsigmoid(logits)) * F.logsigmoid(-logits)
+    focal = _focal_cost(logits, alpha, gamma) @ truth + background.sum(2, keepdim=True)
+    score = logits.sigmoid()
+    dice = 1.0 - (2.0 * (score @ truth) + 1.0) / (score.sum(2, keepdim=True) + truth.sum(1, keepdim=True) + 1.0)
+    return focal_weight * focal / logits.shape[2] + dice_weight * dice

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.deformable import DeformableAttention, Shapes
+from models.linear import feed_forward
 
 LEVELS = 3  # strides 32, 16, 8: the maps that attention works on, in this order
 
@@ -52,7 +53,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, shapes: Shapes) -> Tensor:
         tokens = self.attention_norm(tokens + self.attention(tokens, positions, shapes))
-        return self.ffn_norm(tokens + self.ffn(tokens))
+        return self.ffn_norm(tokens + feed_forward(tokens, self.ffn))
 
 
 class PixelDecoder(nn.Module):

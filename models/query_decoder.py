@@ -1,7 +1,7 @@
 """Masked-attention query decoder of Mask2Former (Cheng et al. 2022).
 
 Attention masks come from mask features that were resized once a level, not from full-size masks that are resized once a
-layer: both are linear, so the result is the same, and the full-size masks of all outputs are one product at the end.
+layer: both are linear, so the result is the same, and full-size masks are computed only where they are asked for.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.deformable import Shapes
+from models.linear import linear
+from models.mask_logits import MaskLogits
 from models.pixel_decoder import LEVELS, sine_positions
 
 
@@ -33,7 +35,7 @@ class Attention(nn.Module):
         """query (B, Q, C), key and value (B, S, C), allowed (B, Q, S) bool, True = may look -> (B, Q, C)."""
         weights, biases = self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3)
         q, k, v = (
-            F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
         mask = None if allowed is None else allowed.unsqueeze(1)
@@ -77,9 +79,9 @@ class QueryDecoder(nn.Module):
             nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim)
         )
 
-    def forward(self, levels: Sequence[Tensor], mask_features: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, levels: Sequence[Tensor], mask_features: Tensor) -> tuple[Tensor, MaskLogits]:
         """levels [(B, h w, dim)] at strides 32, 16, 8, mask_features (B, dim, H/4, W/4)
-        -> features (L, B, Q, dim) after the final norm, masks (L, B, Q, H/4, W/4) logits, L = layers + 1.
+        -> features (L, B, Q, dim) after the final norm, and masks of L x B x Q maps (H/4, W/4), L = layers + 1.
         """
         height, width = mask_features.shape[-2:]
         shapes: Shapes = tuple((height * 4 // stride, width * 4 // stride) for stride in (32, 16, 8))
@@ -102,8 +104,7 @@ class QueryDecoder(nn.Module):
             x = layer(x, positions, keys[level], values[level], allowed)
             features.append(self.norm(x))
             embeddings.append(self.mask_mlp(features[-1]))
-        masks = torch.einsum("lbqc,bchw->lbqhw", torch.stack(embeddings), mask_features)
-        return torch.stack(features), masks
+        return torch.stack(features), MaskLogits(torch.stack(embeddings), mask_features)
 
 
 def attention_mask(logits: Tensor) -> Tensor:

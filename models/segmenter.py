@@ -1,34 +1,45 @@
-"""The segmenter: backbone, pixel decoder and query decoder of Mask2Former, without its class head (see `projector`)."""
+"""The segmenter: backbone, pixel decoder and query decoder of Mask2Former or MaskFormer, without the class head, in whose
+place stands the `projector`."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from models.backbone import Backbone
+from models.mask_logits import MaskLogits
+from models.maskformer import DETRDecoder, FPNPixelDecoder
 from models.pixel_decoder import PixelDecoder
 from models.query_decoder import QueryDecoder
 
 
 class SegmenterOutput(NamedTuple):
-    """What every decoder output says, L = decoder layers + 1; the first comes from the queries alone, the last is F."""
+    """What every decoder output says; the last one is F. Mask2Former: L = decoder layers + 1, the first comes from the
+    queries alone. MaskFormer: L = decoder layers."""
 
     features: Tensor  # (L, B, Q, C) after the final norm
-    masks: Tensor  # (L, B, Q, H/4, W/4) logits
+    masks: Tensor | MaskLogits  # (L, B, Q, H/4, W/4) logits
 
 
 class Segmenter(nn.Module):
-    def __init__(self, backbone: Backbone, pixel_decoder: PixelDecoder, query_decoder: QueryDecoder) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        pixel_decoder: PixelDecoder | FPNPixelDecoder,
+        query_decoder: QueryDecoder | DETRDecoder,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.pixel_decoder = pixel_decoder
         self.query_decoder = query_decoder
 
-    def forward(self, images: Tensor) -> SegmenterOutput:
-        """images (B, 3, H, W), normalised, H and W multiples of 32."""
+    def forward(self, images: Tensor, *, dense: bool = True) -> SegmenterOutput:
+        """images (B, 3, H, W), normalised, H and W multiples of 32. With `dense` masks are a tensor of all outputs' maps,
+        without they are MaskLogits, which computes only those that it is asked for."""
         assert images.shape[-2] % 32 == 0 and images.shape[-1] % 32 == 0, f"image size {tuple(images.shape[-2:])}"
-        return SegmenterOutput(*self.query_decoder(*self.pixel_decoder(self.backbone(images))))
+        features, masks = self.query_decoder(*self.pixel_decoder(self.backbone(images)))
+        return SegmenterOutput(features, masks.dense() if dense else masks)
 
 
 def build_segmenter(
@@ -44,27 +55,30 @@ def build_segmenter(
     encoder_points: int,
     decoder_layers: int,
     decoder_ffn: int,
+    architecture: Literal["mask2former", "maskformer"] = "mask2former",
 ) -> Segmenter:
-    """Mask2Former over a timm backbone; the published R50 network is 100 queries, dim 256, 8 heads, 6 encoder layers of
-    FFN 1024 and 4 points, 9 decoder layers of FFN 2048.
+    """A segmenter over a timm backbone. The published R50 networks have 100 queries, dim 256, 8 heads, and decoder FFN 2048;
+    Mask2Former 6 encoder layers of FFN 1024 and 4 points, 9 decoder layers; MaskFormer (COCO panoptic) 6 encoder layers of
+    FFN 2048, 6 decoder layers.
 
-    backbone_weights: None (random), "imagenet" or a local file, see `Backbone`.
-    Raises ValueError for a width that the heads or the norms cannot divide, and what `Backbone` raises.
+    backbone_weights: None (random), "imagenet", "shipped" or a local file, see `Backbone`.
+    encoder_points: points a level of Mask2Former's deformable attention; MaskFormer's encoder has none.
+    Raises ValueError for another architecture, for a width that the heads or the norms cannot divide, and what `Backbone`
+    raises.
     """
+    if architecture not in ("mask2former", "maskformer"):
+        raise ValueError(
+            f"architecture {architecture!r} is not one of 'mask2former' and 'maskformer'; choose one of them"
+        )
     if dim % 8 or (dim > 256 and dim % 32):
         raise ValueError(f"dim {dim} must be a multiple of 8, and of 32 above 256, for GroupNorm; choose such a width")
     if dim % heads:
         raise ValueError(f"dim {dim} must be a multiple of heads {heads}; choose another number of heads")
     body = Backbone(backbone, weights=backbone_weights, frozen_batchnorm=frozen_batchnorm)
-    return Segmenter(
-        body,
-        PixelDecoder(
-            channels=body.channels,
-            dim=dim,
-            heads=heads,
-            layers=encoder_layers,
-            ffn=encoder_ffn,
-            points=encoder_points,
-        ),
-        QueryDecoder(queries=queries, dim=dim, heads=heads, layers=decoder_layers, ffn=decoder_ffn),
-    )
+    pixels: Any = {
+        "channels": body.channels, "dim": dim, "heads": heads, "layers": encoder_layers, "ffn": encoder_ffn,
+    }  # fmt: skip
+    readers: Any = {"queries": queries, "dim": dim, "heads": heads, "layers": decoder_layers, "ffn": decoder_ffn}
+    if architecture == "maskformer":
+        return Segmenter(body, FPNPixelDecoder(**pixels), DETRDecoder(**readers))
+    return Segmenter(body, PixelDecoder(**pixels, points=encoder_points), QueryDecoder(**readers))

@@ -93,7 +93,7 @@ def _write_group(path: Path, tar: int, data: TrainingData, model: Model, bank: T
         for items in _runs(data.items(tar, view=view, resize=resize), config.batch):
             batch = collate(items).to(device)
             with torch.no_grad():
-                output = model.segmenter(batch.images)
+                output = model.segmenter(batch.images, dense=False)
                 logits = model.logits(output.features[-1:], text)
             assigned = match(
                 logits, output.masks[-1:], [seen_row[label] for label in batch.labels], batch.masks,

@@ -55,7 +55,7 @@ class V2CStep:
         config = self.config
         batch = batch.to(self.device)
         labels = [self.seen_row[label] for label in batch.labels]
-        output = self.segmenter(batch.images)
+        output = self.segmenter(batch.images, dense=False)
         v = self.projector(output.features)  # (L, B, Q, D)
         logits = self.projector.logits(v, self.text)  # (L, B, Q, K_s)
         assigned = match(
@@ -68,6 +68,7 @@ class V2CStep:
             dice_weight=config.dice_weight,
             points=config.points,
             generator=generator,
+            mask_loss=config.mask_loss,
         )  # (L, B, Q): segment of the image, or -1
         segments = max(sum(len(label) for label in labels), 1)
         layer, image, query = (assigned >= 0).nonzero(as_tuple=True)
@@ -75,18 +76,17 @@ class V2CStep:
         row = first[image] + assigned[layer, image, query]  # of all segments of the batch, one after the other
         target = torch.full_like(assigned, -1)
         target[layer, image, query] = torch.cat(labels)[row]
-        bce, dice = losses.mask_losses(
-            output.masks[layer, image, query],
-            torch.cat(batch.masks),
-            rows=row,
-            points=config.points,
-            normaliser=segments,
-            generator=generator,
-        )
+        predicted, masks = output.masks[layer, image, query], torch.cat(batch.masks)
+        if config.mask_loss == "full":
+            mask, dice = losses.full_mask_losses(predicted, masks, rows=row, normaliser=segments)
+        else:
+            mask, dice = losses.mask_losses(
+                predicted, masks, rows=row, points=config.points, normaliser=segments, generator=generator
+            )
         terms = {
             "class": config.class_weight
             * losses.focal_loss(logits, one_hot(target, len(self.text)), normaliser=segments),
-            "bce": config.bce_weight * bce,
+            "bce" if config.mask_loss == "points" else "mask": config.bce_weight * mask,
             "dice": config.dice_weight * dice,
         }
         last = layer == len(assigned) - 1

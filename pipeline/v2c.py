@@ -27,9 +27,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class SegmenterConfig:
-    """Mask2Former's parts; the defaults are the published R50 network. `backbone` is a timm name, `backbone_weights` None for
-    random, "imagenet", "shipped" (the small one for generated scenes), or a local file. Weights that were trained on COCO have seen the unseen classes: never load them."""
+    """The segmenter's parts; the defaults are the published R50 Mask2Former, `MASKFORMER` the published R50 MaskFormer. `backbone` is a
+    timm name, `backbone_weights` None for random, "imagenet", "shipped" (the small one for generated scenes), or a local file. Weights
+    trained on COCO have seen the unseen classes; a file that shows it is refused. `encoder_points`: Mask2Former's alone."""
 
+    architecture: Literal["mask2former", "maskformer"] = "mask2former"
     backbone: str = "resnet50"
     backbone_weights: str | None = "imagenet"
     frozen_batchnorm: bool = True
@@ -43,10 +45,17 @@ class SegmenterConfig:
     decoder_ffn: int = 2048
 
     def __post_init__(self) -> None:
+        if self.architecture not in ("mask2former", "maskformer"):
+            raise ValueError(
+                f"segmenter: architecture {self.architecture!r} is not one of 'mask2former' and 'maskformer'; choose one of them"
+            )
         if self.dim % self.heads or self.dim % 8:
             raise ValueError(
                 f"segmenter: dim {self.dim} must be a multiple of heads {self.heads} and of 8; change one of them"
             )
+
+
+MASKFORMER = SegmenterConfig(architecture="maskformer", encoder_ffn=2048, decoder_layers=6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +70,8 @@ class ProjectorConfig:
 class V2CConfig(Schedule):
     """Stage 1. L_v2c = L_match + w_g L_g + w_l L_l (paper Eq. 5); a weight of 0 switches a loss off.
 
-    `class_weight`, `bce_weight`, `dice_weight`, `points`: L_match and the matcher. `gamma`, `tau`, `bank`: Eq. 2 and 3 (D3), not in
+    `class_weight`, `bce_weight`, `dice_weight`, `points`: L_match and the matcher. `mask_loss` "points" is Mask2Former's, BCE and dice at
+    `points` points; "full" MaskFormer's, focal (weighed by `bce_weight`, published 20) and dice (1) over all pixels. `gamma`, `tau`, `bank`: Eq. 2 and 3 (D3), not in
     the paper. `target_attention` off = plain mean over the queries (table 5's first row). `text_centering`: D1.
     `backbone_lr`, `scale_lr`: factors on the learning rates of the backbone, and of the logit scale and bias (D1). `augment`: training
     views; `resize`: test views. `calibration_images`: training images on which object_threshold is chosen, `threshold_slack`: in PQ
@@ -74,6 +84,7 @@ class V2CConfig(Schedule):
     bce_weight: float = 5.0
     dice_weight: float = 5.0
     points: int = 12544
+    mask_loss: Literal["points", "full"] = "points"
     global_weight: float = 1.0
     instance_weight: float = 1.0
     target_attention: bool = True
@@ -92,6 +103,8 @@ class V2CConfig(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.mask_loss not in ("points", "full"):
+            raise ValueError(f"v2c: mask_loss {self.mask_loss!r} is not one of 'points' and 'full'; choose one of them")
         if self.tau <= 0 or self.bank < 1 or self.points < 1 or self.calibration_images < 1:
             raise ValueError("v2c: tau must be above 0; bank, points and calibration_images at least 1")
 
@@ -194,7 +207,9 @@ def _facts(config: V2CConfig, bank: TextBank) -> dict[str, Any]:
         "templates": bank.templates,
         "resize": asdict(config.resize),
         "augment": asdict(config.augment),
-        "matching": {name: getattr(config, name) for name in ("class_weight", "bce_weight", "dice_weight", "points")},
+        "matching": {
+            name: getattr(config, name) for name in ("class_weight", "bce_weight", "dice_weight", "points", "mask_loss")
+        },
         "overlap_threshold": config.overlap_threshold,
     }
 
@@ -222,6 +237,7 @@ def choose_threshold(
     samples = itertools.islice(data.plain_samples(), config.calibration_images)
     with runtime.bar(min(config.calibration_images, len(data)), "choosing the object threshold", "image") as bar:
         for sample, output in outputs(model.segmenter, samples, config.resize, batch=config.batch):
+            output = output.resize()  # once, for all thresholds
             logits = model.logits(output.features, classes.text)
             segments = [s for s in sample.segments if s.category_id in seen_ids]
             ids = decode_ids(sample)

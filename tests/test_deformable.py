@@ -1,62 +1,88 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from models.deformable import DeformableAttention, sample_levels, token_grid
+from models import deformable_torch
+from models.deformable import DeformableAttention, sample_levels, token_places
 
 SHAPES = ((2, 3), (4, 6))
+TRITON_SAMPLES = Path(__file__).parent / "triton_samples.py"
 
 
 def random_inputs(
-    queries: int = 5, heads: int = 2, width: int = 3, points: int = 4
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """fp64 value, grids (some points outside the maps) and weights."""
+    queries: int = 5, heads: int = 2, width: int = 3, points: int = 4, shapes: deformable_torch.Shapes = SHAPES
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """fp64 value, x, y (a third of the places outside the maps) and weights, of two images."""
     generator = torch.Generator().manual_seed(0)
 
     def rand(*size: int) -> Tensor:
         return torch.rand(*size, generator=generator, dtype=torch.float64)
 
-    value = rand(2, heads, width, sum(h * w for h, w in SHAPES)) - 0.5
-    grids = [(rand(2, heads, points, 2, queries) - 0.5) * 2.6 for _ in SHAPES]
-    return value, grids, rand(2, heads, len(SHAPES), points, queries)
+    places = (2, queries, heads, len(shapes), points)
+    height, breadth = torch.tensor(shapes, dtype=torch.float64)[:, :, None].unbind(1)
+    value = rand(2, sum(h * w for h, w in shapes), heads, width) - 0.5
+    return value, rand(*places) * (breadth + 3) - 2, rand(*places) * (height + 3) - 2, rand(*places)
 
 
-def slow_sample(value: Tensor, grids: list[Tensor], weights: Tensor) -> Tensor:
+def slow_sample(value: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     """One point, one corner, one channel vector at a time."""
-    batch, heads, width, _ = value.shape
-    _, _, levels, points, queries = weights.shape
-    out = torch.zeros(batch, heads, width, queries, dtype=value.dtype)
+    batch, queries, heads, levels, points = weights.shape
+    out = torch.zeros(batch, queries, heads, value.shape[3], dtype=value.dtype)
     for b in range(batch):
-        for m in range(heads):
-            for q in range(queries):
+        for q in range(queries):
+            for m in range(heads):
                 start = 0
                 for level in range(levels):
                     h, w = SHAPES[level]
                     for p in range(points):
-                        gx, gy = grids[level][b, m, p, :, q].tolist()
-                        x, y = (gx + 1) / 2 * w - 0.5, (gy + 1) / 2 * h - 0.5  # in cells, cell centres at integers
-                        for row in (math.floor(y), math.floor(y) + 1):
-                            for column in (math.floor(x), math.floor(x) + 1):
+                        i = (b, q, m, level, p)
+                        for row in (math.floor(y[i]), math.floor(y[i]) + 1):
+                            for column in (math.floor(x[i]), math.floor(x[i]) + 1):
                                 if 0 <= row < h and 0 <= column < w:
-                                    share = (1 - abs(x - column)) * (1 - abs(y - row)) * weights[b, m, level, p, q]
-                                    out[b, m, :, q] += share * value[b, m, :, start + row * w + column]
+                                    share = (1 - abs(x[i] - column)) * (1 - abs(y[i] - row)) * weights[i]
+                                    out[b, q, m] += share * value[b, start + row * w + column, m]
                     start += h * w
-    return out.flatten(1, 2)
+    return out.flatten(2)
 
 
 def test_sampling_equals_a_loop_over_points() -> None:
-    value, grids, weights = random_inputs()
-    torch.testing.assert_close(sample_levels(value, SHAPES, grids, weights), slow_sample(value, grids, weights))
+    value, x, y, weights = random_inputs()
+    assert ((x < -1) | (x > 6)).any() and (y < 0).any()
+    torch.testing.assert_close(sample_levels(value, SHAPES, x, y, weights), slow_sample(value, x, y, weights))
+
+
+def test_places_on_cells_borders_and_far_away() -> None:
+    value, x, y, weights = random_inputs(queries=6)
+    x[:, 0], y[:, 0] = 0.0, 1.0
+    x[:, 1], y[:, 1] = -1.0, -1.0
+    x[..., 0, 0][:, 2], y[..., 0, 0][:, 2] = 3.0, 2.0  # one cell beyond the coarse map's end
+    x[..., 1, 0][:, 2], y[..., 1, 0][:, 2] = 6.0, 4.0
+    expected = slow_sample(value, x, y, weights)
+    torch.testing.assert_close(sample_levels(value, SHAPES, x, y, weights), expected)
+    x[:, 3], y[:, 4] = 1e30, -1e30
+    found = sample_levels(value, SHAPES, x, y, weights)
+    assert not found[:, 3:5].any()
+    torch.testing.assert_close(found[:, :3], expected[:, :3])
 
 
 def test_sampling_gradients() -> None:
-    value, grids, weights = random_inputs(queries=2, points=2)
-    leaves = [tensor.requires_grad_() for tensor in (value, *grids, weights)]
-    assert torch.autograd.gradcheck(lambda v, *rest: sample_levels(v, SHAPES, rest[:2], rest[2]), leaves)
+    """All four, also of queries that are not the tokens, and of places outside the maps."""
+    leaves = [tensor.requires_grad_() for tensor in random_inputs(queries=3, points=2)]
+    assert torch.autograd.gradcheck(lambda v, x, y, w: sample_levels(v, SHAPES, x, y, w), leaves)
+
+
+def test_sampling_is_a_sound_operator() -> None:
+    """Schema, shapes without data, autograd and tracing, as torch.compile relies on them."""
+    value, x, y, weights = (tensor.requires_grad_() for tensor in random_inputs(queries=2))
+    torch.library.opcheck(torch.ops.zs_seg.deformable_sample.default, (value, [2, 3, 4, 6], x, y, weights))
 
 
 def test_module_equals_a_loop_over_points() -> None:
@@ -73,12 +99,12 @@ def test_module_equals_a_loop_over_points() -> None:
     centres = torch.cat(
         [torch.tensor([[(i + 0.5) / w, (j + 0.5) / h] for j in range(h) for i in range(w)]) for h, w in SHAPES]
     ).double()
-    grids = []
+    places = torch.empty_like(offsets)
     for level, (h, w) in enumerate(SHAPES):
-        place = centres[None, :, None, None] + offsets[:, :, :, level] / torch.tensor([w, h])  # (B, S, M, P, 2)
-        grids.append((2 * place - 1).permute(0, 2, 3, 4, 1))
-    value = module.value_proj(tokens).view(2, count, 2, 4).permute(0, 2, 3, 1)
-    expected = module.output_proj(slow_sample(value, grids, weights.permute(0, 2, 3, 4, 1)).transpose(1, 2))
+        own = centres * torch.tensor([w, h]) - 0.5  # in cells, cell centres at integers
+        places[:, :, :, level] = own[None, :, None, None] + offsets[:, :, :, level]
+    value = module.value_proj(tokens).view(2, count, 2, 4)
+    expected = module.output_proj(slow_sample(value, places[..., 0], places[..., 1], weights))
 
     torch.testing.assert_close(module(tokens, positions, SHAPES), expected, rtol=1e-6, atol=1e-6)
 
@@ -93,11 +119,48 @@ def test_start_looks_around_each_token() -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_cached_grid_serves_training_after_inference(mode: type) -> None:
-    token_grid.cache_clear()
+def test_cached_places_serve_training_after_inference(mode: type) -> None:
+    token_places.cache_clear()
     module = DeformableAttention(dim=8, heads=2, levels=2, points=2)
     tokens, positions = torch.randn(1, 30, 8), torch.randn(30, 8)
     with mode():
         module(tokens, positions, SHAPES)
     module(tokens, positions, SHAPES).sum().backward()
     assert module.value_proj.weight.grad is not None
+
+
+# Triton
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["interpret", "compile"])
+def test_triton_kernels_without_a_gpu(task: str) -> None:
+    """Triton's interpreter runs them on CPU tensors and they equal the PyTorch ones; and its compiler takes them down to
+    an H100's machine code. In a process of their own, since Triton reads the switch when a kernel is defined."""
+    pytest.importorskip("triton")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if task == "interpret" else {})
+    ran = subprocess.run(
+        [sys.executable, str(TRITON_SAMPLES), task], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["ok"] * (6 if task == "interpret" else 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_triton_kernels_equal_pytorch_on_the_gpu() -> None:
+    """In float64, at the published sizes of one 256 px image."""
+    from models import deformable_triton
+
+    shapes = ((8, 8), (16, 16), (32, 32))
+    inputs = [tensor.cuda() for tensor in random_inputs(queries=1344, heads=8, width=32, shapes=shapes)]
+    value, x, y, weights = inputs
+    grad = torch.randn(2, 1344, 256, dtype=torch.float64, device="cuda")
+    torch.testing.assert_close(
+        sample_levels(value, shapes, x, y, weights), deformable_torch.sample(value, shapes, x, y, weights)
+    )
+    for found, expected in zip(
+        deformable_triton.sample_backward(grad, value, shapes, x, y, weights),
+        deformable_torch.sample_backward(grad, value, shapes, x, y, weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected)

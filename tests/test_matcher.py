@@ -14,7 +14,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerHung
 from models.losses import focal_loss
 from models.matcher import match
 
-WEIGHTS = {"class_weight": 2.0, "bce_weight": 5.0, "dice_weight": 5.0}
+WEIGHTS: dict[str, Any] = {"class_weight": 2.0, "bce_weight": 5.0, "dice_weight": 5.0}
 COUNTS = (2, 0, 3, 1)
 L, B, Q, K = 3, len(COUNTS), 5, 7
 

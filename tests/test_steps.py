@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ class Canned(nn.Module):
         super().__init__()
         self.features, self.masks = nn.Parameter(features), nn.Parameter(masks)
 
-    def forward(self, images: Tensor) -> SegmenterOutput:
+    def forward(self, images: Tensor, *, dense: bool = True) -> SegmenterOutput:
         return SegmenterOutput(self.features, self.masks)
 
 
@@ -161,7 +162,11 @@ def slow_v2c(step: V2CStep, seed: int) -> dict[str, float]:
     v = step.projector(features)
     logits = step.projector.logits(v, text)
     labels = [torch.tensor([seen_index[k] for k in label.tolist()], dtype=torch.int64) for label in data.labels]
-    weights = {"class_weight": config.class_weight, "bce_weight": config.bce_weight, "dice_weight": config.dice_weight}
+    weights: Any = {
+        "class_weight": config.class_weight,
+        "bce_weight": config.bce_weight,
+        "dice_weight": config.dice_weight,
+    }
     assigned = match(logits, masks, labels, data.masks, points=config.points, generator=draws, **weights)
     layers = range(len(logits))
     targets = torch.zeros_like(logits)

@@ -1,0 +1,63 @@
+"""Mask logits kept as the product they are, so that only what is asked for is ever computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.deformable import sample_levels
+from models.losses import at_least_float32
+
+
+@dataclass(frozen=True)
+class MaskLogits:
+    """Logit of a query at a pixel = its embedding . the pixel's features: L x B x Q maps of (h, w).
+
+    All maps of a training step would be gigabytes; prediction wants those of one output, the losses those of the matched
+    queries, the matcher a few points of all. It is indexed like the tensor (L, B, Q, h, w) that it stands for.
+    """
+
+    embeddings: Tensor  # (L, B, Q, C)
+    pixels: Tensor  # (B, C, h, w)
+
+    def dense(self) -> Tensor:
+        """(L, B, Q, h, w)."""
+        return torch.einsum("lbqc,bchw->lbqhw", self.embeddings, self.pixels)
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def __getitem__(self, index: Any) -> Any:
+        """[layer] -> the tensor (B, Q, h, w) of one output; [slice] -> the MaskLogits of these outputs; [layer, image,
+        query], three index tensors (N,) -> the tensor (N, h, w)."""
+        if isinstance(index, int):
+            return torch.einsum("bqc,bchw->bqhw", self.embeddings[index], self.pixels)
+        if isinstance(index, slice):
+            return MaskLogits(self.embeddings[index], self.pixels)
+        _, image, _ = index
+        return self._rows(self.embeddings[index], image)
+
+    def _rows(self, embeddings: Tensor, image: Tensor) -> Tensor:
+        """(N, C) with the pixels of their images (N,) -> (N, h, w)."""
+        images, _, *size = self.pixels.shape
+        if images == 1:
+            return (embeddings @ self.pixels[0].flatten(1)).unflatten(1, size)
+        order = image.argsort(stable=True)
+        counts = torch.bincount(image, minlength=images).tolist()
+        parts = zip(embeddings[order].split(counts), self.pixels.flatten(2), strict=True)
+        maps = torch.cat([part @ pixels for part, pixels in parts])
+        return maps.index_select(0, order.argsort()).unflatten(1, size)
+
+    def sample(self, points: Tensor) -> Iterator[Tensor]:
+        """Bilinear values in float32 at (B, P, 2) points (x, y) in [0, 1], one output after the other: L x (B, Q, P)."""
+        pixels = at_least_float32(self.pixels)
+        height, width = pixels.shape[-2:]
+        x, y = (points.to(pixels.dtype) * points.new_tensor([width, height]) - 0.5)[:, :, None, None, None].unbind(-1)
+        cells = pixels.flatten(2).transpose(1, 2).unsqueeze(2)  # (B, h w, 1, C)
+        sampled = sample_levels(cells, ((height, width),), x, y, torch.ones_like(x)).transpose(1, 2)
+        for embeddings in at_least_float32(self.embeddings):
+            yield embeddings @ sampled
