@@ -1,7 +1,8 @@
-"""Stage "evaluate": both checkpoints and the teacher's ceiling on the validation images, as one report."""
+"""Stage "evaluate": both checkpoints on the validation images, their ceilings, and where quality is lost, as one report."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,27 +17,35 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from pipeline.inference import Classes, Output
     from pipeline.metrics import PredictedSegment
     from pipeline.model import Model
     from pipeline.pictures import Picture
     from storage.shards import Sample
 
-STAGE, VERSION = "evaluate", 1
+STAGE, VERSION = "evaluate", 2
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """`batch` images share a forward pass where sizes agree. `pictures`: overlays in the report, of the first validation images that
-    show an unseen class. `control_offset`: the seen_offset of the control row, calibrated stacking of stage 1 without any training."""
+    show an unseen class. `control_offset`: the seen_offset of the control row, calibrated stacking of stage 1 without any training.
+    `sweep_images`: the diagnostic curves are of so many validation images, the first ones; `object_thresholds`, `seen_offsets`: their
+    points, to which the headline's own setting is added."""
 
     batch: int = 8
     pictures: int = 8
     control_offset: float = 0.1
+    sweep_images: int = 500
+    object_thresholds: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+    seen_offsets: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.pictures < 0:
-            raise ValueError("evaluate: batch must be at least 1, and pictures 0 or more")
+        if self.batch < 1 or self.sweep_images < 1 or self.pictures < 0:
+            raise ValueError("evaluate: batch and sweep_images must be at least 1, and pictures 0 or more")
+        for name in ("object_thresholds", "seen_offsets"):
+            if any(not 0 <= value <= 1 for value in getattr(self, name)):
+                raise ValueError(f"evaluate: {name} must lie in 0..1")
 
 
 def recipe(
@@ -55,7 +64,11 @@ def recipe(
         "inductive": inductive, "generator": generator, "transductive": transductive,
     }  # fmt: skip
     return Recipe(
-        kind="report", stage=STAGE, version=VERSION, config={"evaluate": config, "benchmark": benchmark}, inputs=inputs
+        kind="report",
+        stage=STAGE,
+        version=VERSION,
+        config={"evaluate": config, "benchmark": benchmark.content},
+        inputs=inputs,
     )
 
 
@@ -76,7 +89,9 @@ def run(
 
     def work(build: Build) -> None:
         from pipeline.inference import classes_of, outputs
+        from pipeline.judge import Judge
         from pipeline.model import load_model, require_same_classes
+        from pipeline.published import beside_the_paper
         from pipeline.report import write_report
         from pipeline.text import open_text
         from pipeline.training import read_curves
@@ -91,58 +106,54 @@ def run(
             require_same_classes(model.facts, bank)
         stage_1 = models["inductive"]
         _require_same_segmenter(stage_1, models["transductive"])
-        classes = classes_of(bank.embedding, bank.classes(), device)
-        rows = {name: _Row(benchmark) for name in ("inductive", "transductive", "control", "ceiling")}
-        right: dict[bool, list[bool]] = {True: [], False: []}
         pictures: list[Picture] = []
         samples = _samples(store, shards, tokens)
         resize = ResizeConfig(**stage_1.facts["resize"])
-        with runtime.bar(sum(_counts(store, shards)), "evaluating", "image") as bar:
+        count = sum(_counts(store, shards))
+        with runtime.bar(count, "evaluating", "image") as bar:
+            judge = Judge(
+                benchmark,
+                models,
+                classes_of(bank.embedding, bank.classes(), device),
+                control_offset=config.control_offset,
+                sweep_images=config.sweep_images,
+                object_thresholds=config.object_thresholds,
+                seen_offsets=config.seen_offsets,
+            )
             for (sample, own), output in outputs(stage_1.segmenter, samples, resize, batch=config.batch):
-                gt = _GroundTruth(sample, benchmark)
-                maps = {}
-                for name, model in models.items():
-                    logits = model.logits(output.features, classes.text)
-                    maps[name] = rows[name].predict(gt, output, logits, classes, model.facts)
-                    if name == "inductive":
-                        rows["control"].predict(
-                            gt, output, logits, classes, model.facts, seen_offset=config.control_offset
-                        )
-                guess = (own.to(device) @ classes.text.T).argmax(1).tolist()
-                rows["ceiling"].rename(gt, guess)
-                for segment, k in zip(sample.segments, guess, strict=True):
-                    if segment.iscrowd:
-                        continue
-                    position = benchmark.index[segment.category_id]
-                    right[benchmark.seen[position]].append(k == position)
+                maps = judge.update(sample, own, output)
                 if len(pictures) < config.pictures and any(
                     not benchmark.seen[benchmark.index[s.category_id]] for s in sample.segments
                 ):
-                    pictures.append(_picture(gt, maps, benchmark))
+                    pictures.append(_picture(sample, maps, benchmark))
                 bar.update()
-        accuracy = {"instances": sum(map(len, right.values()))}
-        accuracy |= {
-            name: 100 * sum(right[flag]) / max(len(right[flag]), 1)
-            for name, flag in (("seen", True), ("unseen", False))
-        }
+        results, warnings = judge.results(), marks(bank.teacher, benchmark)
         report = {
             "benchmark": benchmark.name,
-            "marks": marks(bank.teacher, benchmark),
-            **{name: row.scores() for name, row in rows.items()},
-            "teacher_accuracy": accuracy,
+            "marks": warnings,
+            **results,
+            "published": beside_the_paper(benchmark.name, results, images=count, marks=warnings),
             "settings": {
                 "object_threshold": stage_1.facts["object_threshold"],
+                "object_threshold_chosen_on": "seen classes of training images",
                 "overlap_threshold": stage_1.facts["overlap_threshold"],
+                "seen_offset": 0.0,
                 "control_offset": config.control_offset,
-                "images": sum(_counts(store, shards)),
+                "images": count,
                 "teacher": f"{bank.teacher['name']} / {bank.teacher['pretrained']}",
             },
         }
         stages = (("v2c", inductive), ("g2s", generator), ("cpa", transductive))
         curves = {stage: read_curves(store.open(ref).path) for stage, ref in stages}
         write_report(build.path, report, curves=curves, pictures=pictures)
-        build.counts |= {name: {key: round(report[name][key], 3) for key in ("sPQ", "uPQ", "hPQ")} for name in rows}
-        build.counts["images"] = report["settings"]["images"]
+        log.info(
+            "ceilings: %d crowd segments take no part; %d segments have no query over them",
+            *results["left_out"].values(),
+        )
+        build.counts |= {
+            name: {key: round(results[name][key], 3) for key in ("sPQ", "uPQ", "hPQ")} for name in judge.rows
+        }
+        build.counts |= {"images": count, "sweep_images": results["sweeps"]["images"], "left_out": results["left_out"]}
 
     inputs = {
         "shards": shards,
@@ -202,80 +213,11 @@ def _samples(store: Store, shards: Ref, tokens: Ref) -> Iterator[tuple[tuple[Sam
             yield (sample, own), torch.from_numpy(decode_image(sample)).permute(2, 0, 1)
 
 
-class _GroundTruth:
-    """A sample's ids (H, W) and class indices (H, W), -1 where nothing is annotated."""
-
-    def __init__(self, sample: Sample, benchmark: Benchmark) -> None:
-        from pipeline.metrics import class_map
-        from storage.shards import decode_ids
-
-        self.sample, self.benchmark = sample, benchmark
-        self.ids = decode_ids(sample)
-        self.classes = class_map(self.ids, sample.segments, benchmark.index, image=sample.image_id)
-
-
-class _Row:
-    """One row of the report under way."""
-
-    def __init__(self, benchmark: Benchmark) -> None:
-        from pipeline.metrics import ConfusionMatrix, PanopticQuality
-
-        self.benchmark = benchmark
-        self.quality = PanopticQuality([c.id for c in benchmark.categories])
-        self.confusion = ConfusionMatrix(len(benchmark.categories))
-
-    def predict(
-        self,
-        gt: _GroundTruth,
-        output: Output,
-        logits: Tensor,
-        classes: Classes,
-        facts: dict[str, Any],
-        *,
-        seen_offset: float = 0.0,
-    ) -> tuple[np.ndarray, list[PredictedSegment]]:
-        """Score one image by its class logits; returns the panoptic map."""
-        from pipeline.inference import panoptic_map, semantic_map
-
-        thresholds = {name: facts[name] for name in ("object_threshold", "overlap_threshold")}
-        ids, segments = panoptic_map(output, logits, classes, seen_offset=seen_offset, **thresholds)
-        self.quality.update(gt.ids, gt.sample.segments, ids, segments, image=gt.sample.image_id)
-        self.confusion.update(
-            gt.classes, semantic_map(output, logits, classes, seen_offset=seen_offset), image=gt.sample.image_id
-        )
-        return ids, segments
-
-    def rename(self, gt: _GroundTruth, guess: list[int]) -> None:
-        """Score one image whose masks are the true ones and whose segments, crowds apart, are named by class index `guess`."""
-        import numpy as np
-
-        from pipeline.metrics import PredictedSegment, class_map
-
-        named = [
-            PredictedSegment(id=s.id, category_id=self.benchmark.categories[k].id, score=1.0)
-            for s, k in zip(gt.sample.segments, guess, strict=True)
-            if not s.iscrowd
-        ]
-        ids = np.where(np.isin(gt.ids, [s.id for s in named]), gt.ids, 0)
-        self.quality.update(gt.ids, gt.sample.segments, ids, named, image=gt.sample.image_id)
-        classes = class_map(ids, named, self.benchmark.index, image=gt.sample.image_id)
-        self.confusion.update(
-            np.where(ids > 0, gt.classes, -1), np.where(ids > 0, classes, 0), image=gt.sample.image_id
-        )
-
-    def scores(self) -> dict[str, Any]:
-        from pipeline.metrics import scores
-
-        return scores(
-            self.quality.result(), self.confusion, categories=self.benchmark.categories, seen=self.benchmark.seen
-        )
-
-
 def _picture(
-    gt: _GroundTruth, maps: dict[str, tuple[np.ndarray, list[PredictedSegment]]], benchmark: Benchmark
+    sample: Sample, maps: dict[str, tuple[np.ndarray, list[PredictedSegment]]], benchmark: Benchmark
 ) -> Picture:
     from pipeline.pictures import Picture
-    from storage.shards import decode_image
+    from storage.shards import decode_ids, decode_image
 
     def labels(segments: Any) -> dict[int, tuple[str, bool]]:
         return {
@@ -283,8 +225,8 @@ def _picture(
         }
 
     return Picture(
-        image=decode_image(gt.sample),
-        ground_truth=(gt.ids, labels(gt.sample.segments)),
+        image=decode_image(sample),
+        ground_truth=(decode_ids(sample), labels(sample.segments)),
         inductive=(maps["inductive"][0], labels(maps["inductive"][1])),
         transductive=(maps["transductive"][0], labels(maps["transductive"][1])),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.segmenter import Segmenter
 from pipeline.metrics import PredictedSegment
-from pipeline.prediction import panoptic, semantic
+from pipeline.prediction import Chosen, ResizedMasks, choose, classify, merge, panoptic, resize_masks, semantic
 from pipeline.transforms import resize_for_test
 from pipeline.views import ResizeConfig
 
@@ -21,13 +21,21 @@ Tag = TypeVar("Tag")
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What the segmenter says about one image: features (Q, C), mask logits (Q, h, w), and the sizes the masks go back through."""
+    """What the segmenter says about one image: features (Q, C), mask logits (Q, h, w), and the sizes the masks go back through.
+
+    `resized`: the masks at the original size, where many maps are made of this image (see `resize`); the maps are the same without.
+    """
 
     features: Tensor
     masks: Tensor
     padded_size: tuple[int, int]
     image_size: tuple[int, int]
     original_size: tuple[int, int]
+    resized: ResizedMasks | None = None
+
+    def resize(self) -> Output:
+        """The same with its masks resized once and kept."""
+        return replace(self, resized=resize_masks(self.masks, **self.sizes))
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -60,14 +68,15 @@ def outputs(
     def flush() -> Iterator[tuple[Tag, Output]]:
         if not group:
             return
-        result = segmenter(torch.stack([view for _, view, _, _ in group]).to(device))
+        result = segmenter(torch.stack([view for _, view, _, _ in group]).to(device), dense=False)
+        features, masks = result.features[-1], result.masks[-1]
         for i, (tag, view, size, original) in enumerate(group):
             height, width = view.shape[-2:]
             yield (
                 tag,
                 Output(
-                    features=result.features[-1, i],
-                    masks=result.masks[-1, i],
+                    features=features[i],
+                    masks=masks[i],
                     padded_size=(height, width),
                     image_size=size,
                     original_size=original,
@@ -94,8 +103,12 @@ def panoptic_map(
     seen_offset: float = 0.0,
 ) -> tuple[np.ndarray, list[PredictedSegment]]:
     """Ids (H, W) and segments from class logits (Q, K); see `prediction.panoptic`."""
+    probabilities = logits.sigmoid()
+    if output.resized is not None:
+        chosen = choose(probabilities, seen=classes.seen, object_threshold=object_threshold, seen_offset=seen_offset)
+        return merged_map(output, chosen, classes, overlap_threshold=overlap_threshold)
     return panoptic(
-        logits.sigmoid(),
+        probabilities,
         output.masks,
         isthing=classes.isthing,
         category_ids=classes.ids,
@@ -107,9 +120,27 @@ def panoptic_map(
     )
 
 
+def merged_map(
+    output: Output, chosen: Chosen, classes: Classes, *, overlap_threshold: float
+) -> tuple[np.ndarray, list[PredictedSegment]]:
+    """Ids (H, W) and segments of the chosen queries; `output` must be resized, see `Output.resize`."""
+    assert output.resized is not None
+    return merge(
+        chosen,
+        output.resized.of(chosen.queries),
+        original_size=output.original_size,
+        isthing=classes.isthing,
+        category_ids=classes.ids,
+        overlap_threshold=overlap_threshold,
+    )
+
+
 def semantic_map(output: Output, logits: Tensor, classes: Classes, *, seen_offset: float = 0.0) -> np.ndarray:
     """Class indices (H, W) from class logits (Q, K); see `prediction.semantic`."""
-    return semantic(logits.sigmoid(), output.masks, seen=classes.seen, seen_offset=seen_offset, **output.sizes)
+    probabilities = logits.sigmoid()
+    if output.resized is not None:
+        return classify(probabilities, output.resized.probabilities, seen=classes.seen, seen_offset=seen_offset)
+    return semantic(probabilities, output.masks, seen=classes.seen, seen_offset=seen_offset, **output.sizes)
 
 
 def classes_of(text: Tensor, facts: dict[str, Any], device: torch.device) -> Classes:

@@ -1,16 +1,15 @@
 """From a segmenter's class probabilities and mask logits to panoptic and semantic maps at the image's original size.
 
 Masks are upsampled to the padded network input, cropped to the resized image and resized to the original size, in that
-order, as logits; the sigmoid comes last. Queries are resized in chunks, so COCO-sized inputs need a few hundred MB.
+order, as logits; the sigmoid comes last. That is most of the work, so it comes in two forms: `panoptic` and `semantic`
+resize what they need in chunks and keep nothing, so any image needs a few hundred MB; who makes many maps of one image
+calls `resize_masks` once, and `choose`, `merge` and `classify` for each map. Both give the same maps to the last bit.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,13 +18,98 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.metrics import PredictedSegment
-from storage.atomic import write_text
-from storage.shards import encode_ids
-
-if TYPE_CHECKING:
-    from pipeline.benchmarks import Category
 
 CHUNK_ELEMENTS = 2**24  # values of one resized or classified chunk: 64 MB of float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What n queries stand for: their indices (n,), ascending, one class index each (n,), one score each (n,) float32."""
+
+    queries: Tensor
+    classes: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizedMasks:
+    """All queries' mask probabilities (Q, H, W) float32 at the original size (123 MB for 100 queries at 480 x 640), and the
+    pixels (Q,) where each is at least 0.5."""
+
+    probabilities: Tensor
+    areas: Tensor
+
+    def of(self, queries: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Chunks of those queries' (probabilities, areas), in order."""
+        queries = queries.to(self.areas.device)
+        for part in queries.split(_per_chunk(self.probabilities.shape[-2:])):
+            yield self.probabilities[part], self.areas[part]
+
+
+@torch.no_grad()
+def choose(class_probabilities: Tensor, *, seen: Tensor, object_threshold: float, seen_offset: float = 0.0) -> Chosen:
+    """The queries whose best class scores above `object_threshold`; arguments as in `panoptic`."""
+    scores = class_probabilities.float()
+    classes = (scores - seen_offset * seen).argmax(1)
+    scores = scores.gather(1, classes[:, None])[:, 0]
+    kept = (scores > object_threshold).nonzero()[:, 0]
+    return Chosen(queries=kept, classes=classes[kept], scores=scores[kept])
+
+
+@torch.no_grad()
+def merge(
+    chosen: Chosen,
+    masks: Iterable[tuple[Tensor, Tensor]],
+    *,
+    original_size: tuple[int, int],
+    isthing: Tensor,
+    category_ids: Tensor,
+    overlap_threshold: float,
+) -> tuple[NDArray[np.int32], list[PredictedSegment]]:
+    """The chosen queries' masks as one panoptic map; arguments and result as in `panoptic`.
+
+    `masks` holds the chosen queries' masks in order, in chunks: probabilities (n, H, W) and areas (n,), see `ResizedMasks`.
+    """
+    count = len(chosen.queries)
+    if not count:
+        return np.zeros(original_size, np.int32), []
+    best: Tensor | None = None
+    winner = inside = torch.empty(0)
+    areas: list[Tensor] = []
+    start = 0
+    for probabilities, own in masks:
+        scores = chosen.scores[start : start + len(own)].to(probabilities.device)
+        value, index = (probabilities * scores[:, None, None]).max(0)
+        inner = probabilities.gather(0, index[None])[0] >= 0.5  # is the winner's mask >= 0.5 here?
+        if best is None:
+            best, winner, inside = value, index, inner
+        else:
+            better = value > best
+            best = torch.where(better, value, best)
+            winner = torch.where(better, index + start, winner)
+            inside = torch.where(better, inner, inside)
+        areas.append(own)
+        start += len(own)
+    assert start == count
+
+    area = winner[inside].bincount(minlength=count)
+    survives = (area > 0) & (area >= overlap_threshold * torch.cat(areas).double())
+    segments: list[PredictedSegment] = []
+    stuff: dict[int, int] = {}  # class -> position in `segments`
+    segment_of_query = np.zeros(count + 1, np.int32)  # the last entry stands for "no query"
+    classes, scores, things, ids = (t.tolist() for t in (chosen.classes, chosen.scores, isthing, category_ids))
+    for query in survives.nonzero()[:, 0].tolist():
+        class_, score = classes[query], scores[query]
+        position = len(segments) if things[class_] else stuff.setdefault(class_, len(segments))
+        if position == len(segments):
+            segments.append(PredictedSegment(id=position + 1, category_id=ids[class_], score=score))
+        elif score > segments[position].score:
+            segments[position] = PredictedSegment(
+                id=position + 1, category_id=segments[position].category_id, score=score
+            )
+        segment_of_query[query] = position + 1
+    owner = torch.where(inside, winner, count).cpu().numpy()
+    return segment_of_query[owner], segments
 
 
 @torch.no_grad()
@@ -67,45 +151,13 @@ def panoptic(
         ids (H, W) with 0 = void, and one segment for every other id, 1, 2, ...; a merged stuff segment has the highest
         score of its queries.
     """
-    scores = class_probabilities.float()
-    classes = (scores - seen_offset * seen).argmax(1)
-    scores = scores.gather(1, classes[:, None])[:, 0]
-    kept = (scores > object_threshold).nonzero()[:, 0]
-    classes, scores = classes[kept], scores[kept]
-
-    best = mask_logits.new_full(original_size, -1, dtype=torch.float32)
-    winner = mask_logits.new_zeros(original_size, dtype=torch.long)
-    inside = mask_logits.new_zeros(original_size, dtype=torch.bool)  # is the winner's mask >= 0.5 here?
-    own_area = torch.zeros_like(kept)
-    step = _per_chunk(padded_size, original_size)
-    for start in range(0, len(kept), step):
-        part = slice(start, start + step)
-        masks = _resize(mask_logits[kept[part]], padded_size, image_size, original_size).sigmoid_()
-        own_area[part] = (masks >= 0.5).flatten(1).sum(1)
-        value, index = (masks * scores[part, None, None]).max(0)
-        better = value > best
-        best = torch.where(better, value, best)
-        winner = torch.where(better, index + start, winner)
-        inside = torch.where(better, masks.gather(0, index[None])[0] >= 0.5, inside)
-
-    area = winner[inside].bincount(minlength=len(kept))
-    survives = (area > 0) & (area >= overlap_threshold * own_area.double())
-
-    segments: list[PredictedSegment] = []
-    stuff: dict[int, int] = {}  # class -> position in `segments`
-    segment_of_query = np.zeros(len(kept) + 1, np.int32)  # the last entry stands for "no query"
-    for query in survives.nonzero()[:, 0].tolist():
-        class_, score = int(classes[query]), float(scores[query])
-        position = len(segments) if isthing[class_] else stuff.setdefault(class_, len(segments))
-        if position == len(segments):
-            segments.append(PredictedSegment(id=position + 1, category_id=int(category_ids[class_]), score=score))
-        elif score > segments[position].score:
-            segments[position] = PredictedSegment(
-                id=position + 1, category_id=segments[position].category_id, score=score
-            )
-        segment_of_query[query] = position + 1
-    owner = torch.where(inside, winner, len(kept)).cpu().numpy()
-    return segment_of_query[owner], segments
+    chosen = choose(class_probabilities, seen=seen, object_threshold=object_threshold, seen_offset=seen_offset)
+    sizes = padded_size, image_size, original_size
+    masks = ((part, _areas(part)) for part in _resized(mask_logits[chosen.queries], *sizes))
+    return merge(
+        chosen, masks, original_size=original_size, isthing=isthing, category_ids=category_ids,
+        overlap_threshold=overlap_threshold,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -123,94 +175,52 @@ def semantic(
 
     Arguments as in `panoptic`; `seen_offset` is subtracted from the seen classes' sums at every pixel.
     """
+    masks = torch.cat(list(_resized(mask_logits, padded_size, image_size, original_size)))
+    return classify(class_probabilities, masks, seen=seen, seen_offset=seen_offset)
+
+
+@torch.no_grad()
+def classify(
+    class_probabilities: Tensor, mask_probabilities: Tensor, *, seen: Tensor, seen_offset: float = 0.0
+) -> NDArray[np.int32]:
+    """`semantic` from mask probabilities (Q, H, W) at the original size."""
     probabilities = class_probabilities.float()
-    step = _per_chunk(padded_size, original_size)
-    masks = torch.cat(
-        [_resize(part, padded_size, image_size, original_size).sigmoid_() for part in mask_logits.split(step)]
-    ).flatten(1)  # (Q, H*W)
     offset = (seen_offset * seen.to(probabilities))[:, None]
     pixels = max(1, CHUNK_ELEMENTS // probabilities.shape[1])
-    classes = torch.cat([(probabilities.T @ part - offset).argmax(0) for part in masks.split(pixels, dim=1)])
-    return classes.view(original_size).cpu().numpy().astype(np.int32)
+    parts = mask_probabilities.flatten(1).split(pixels, dim=1)
+    classes = torch.cat([(probabilities.T @ part - offset).argmax(0) for part in parts])
+    return classes.view(mask_probabilities.shape[1:]).cpu().numpy().astype(np.int32)
 
 
-def _per_chunk(padded_size: tuple[int, int], original_size: tuple[int, int]) -> int:
-    largest = max(padded_size[0] * padded_size[1], original_size[0] * original_size[1])
-    return max(1, CHUNK_ELEMENTS // largest)
+@torch.no_grad()
+def resize_masks(
+    mask_logits: Tensor,
+    *,
+    padded_size: tuple[int, int],
+    image_size: tuple[int, int],
+    original_size: tuple[int, int],
+) -> ResizedMasks:
+    """Every query's mask at the original size; arguments as in `panoptic`."""
+    masks = torch.cat(list(_resized(mask_logits, padded_size, image_size, original_size)))
+    return ResizedMasks(
+        probabilities=masks, areas=torch.cat([_areas(part) for part in masks.split(_per_chunk(original_size))])
+    )
 
 
-def _resize(
+def _areas(probabilities: Tensor) -> Tensor:
+    return (probabilities >= 0.5).flatten(1).sum(1)
+
+
+def _per_chunk(*sizes: tuple[int, ...]) -> int:
+    """Masks a chunk, when the largest of their sizes is one of `sizes`."""
+    return max(1, CHUNK_ELEMENTS // max(height * width for height, width in sizes))
+
+
+def _resized(
     logits: Tensor, padded_size: tuple[int, int], image_size: tuple[int, int], original_size: tuple[int, int]
-) -> Tensor:
-    """(n, h, w) over the padded input -> (n, H, W) over the original image, float32."""
-    padded = F.interpolate(logits[None].float(), padded_size, mode="bilinear", align_corners=False)
-    image = padded[..., : image_size[0], : image_size[1]]
-    return F.interpolate(image, original_size, mode="bilinear", align_corners=False)[0]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImagePrediction:
-    """The panoptic map of one image file: ids (H, W) int32 with 0 = void, and a segment for every other id."""
-
-    image_id: int
-    file_name: str
-    ids: NDArray[np.int32]
-    segments: Sequence[PredictedSegment]
-
-
-def write_coco_panoptic(
-    folder: Path, predictions: Iterable[ImagePrediction], *, categories: Sequence[Category], name: str = "panoptic"
-) -> Path:
-    """Writes predictions in COCO's panoptic format, `<folder>/<name>.json` and `<folder>/<name>/<image>.png`.
-
-    The PNGs hold R + 256 G + 65536 B = segment id. The JSON comes last and at once, so it never names a missing PNG.
-
-    Returns:
-        The path of the JSON.
-
-    Raises:
-        ValueError: two images whose PNGs would have the same name.
-    """
-    pngs = folder / name
-    pngs.mkdir(parents=True, exist_ok=True)
-    images, annotations, source_of = [], [], dict[str, str]()
-    for prediction in predictions:
-        png = f"{Path(prediction.file_name).stem}.png"
-        if png in source_of:
-            raise ValueError(
-                f"images {source_of[png]} and {prediction.file_name} would both be written to {png}; "
-                f"rename one of them or predict them into different folders"
-            )
-        source_of[png] = prediction.file_name
-        (pngs / png).write_bytes(encode_ids(prediction.ids))
-        height, width = prediction.ids.shape
-        images.append({"id": prediction.image_id, "file_name": prediction.file_name, "height": height, "width": width})
-        annotations.append(
-            {
-                "image_id": prediction.image_id,
-                "file_name": png,
-                "segments_info": [
-                    _segment_info(prediction.ids == segment.id, segment) for segment in prediction.segments
-                ],
-            }
-        )
-    content = {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": c.id, "name": c.name, "isthing": int(c.isthing)} for c in categories],
-    }
-    write_text(folder / f"{name}.json", json.dumps(content))
-    return folder / f"{name}.json"
-
-
-def _segment_info(mask: NDArray[np.bool_], segment: PredictedSegment) -> dict[str, object]:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    top, left = int(rows[0]), int(columns[0])
-    return {
-        "id": segment.id,
-        "category_id": segment.category_id,
-        "area": int(mask.sum()),
-        "bbox": [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1],
-        "iscrowd": 0,
-        "score": segment.score,
-    }
+) -> Iterator[Tensor]:
+    """(Q, h, w) logits over the padded input -> chunks (n, H, W) of probabilities over the original image, float32."""
+    for part in logits.split(_per_chunk(padded_size, original_size)):
+        padded = F.interpolate(part[None].float(), padded_size, mode="bilinear", align_corners=False)
+        image = padded[..., : image_size[0], : image_size[1]]
+        yield F.interpolate(image, original_size, mode="bilinear", align_corners=False)[0].sigmoid_()

@@ -10,81 +10,38 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from quarters import BENCHMARK, CLASSES, HEIGHT, THRESHOLDS, WIDTH, perfect, quarters, sample
 from tiny import QUIET, build, tiny_config
 from torch import Tensor
 
 from pipeline import evaluate, scenes
-from pipeline.benchmarks import Benchmark, Category
-from pipeline.evaluate import _GroundTruth, _require_same_segmenter, _Row, marks
+from pipeline.benchmarks import Benchmark
+from pipeline.evaluate import _require_same_segmenter, marks
 from pipeline.inference import Output, classes_of, outputs, panoptic_map, semantic_map
 from pipeline.line import Step
 from pipeline.metrics import ConfusionMatrix, PanopticQuality
 from pipeline.model import Model, build_model, load_model, require_same_classes, save_model
+from pipeline.page import SETTINGS
+from pipeline.scoring import GroundTruth, Row
 from pipeline.text import TextBank, open_text
 from pipeline.transforms import ResizeConfig
 from storage.keys import Recipe, Ref
-from storage.shards import Sample, Segment, Shards, decode_ids, decode_image, encode_ids, read_shard
+from storage.shards import Sample, Shards, decode_ids, decode_image, read_shard
 from storage.store import Build, Store
 from storage.tokens import read_tokens, write_tokens
 
-HEIGHT, WIDTH = 24, 40
-BENCHMARK = Benchmark(
-    name="four",
-    categories=(
-        Category(id=7, name="cat", isthing=True),
-        Category(id=3, name="dog", isthing=True),
-        Category(id=20, name="sky", isthing=False),
-        Category(id=5, name="sea", isthing=False),
-    ),
-    unseen_ids=(3, 20),
-    protocol="image-filter",
-)
-THRESHOLDS = {"object_threshold": 0.3, "overlap_threshold": 0.8}
-CLASSES = classes_of(
-    torch.eye(4), {"ids": [c.id for c in BENCHMARK.categories], "isthing": [c.isthing for c in BENCHMARK.categories], "seen": BENCHMARK.seen},
-    torch.device("cpu"),
-)  # fmt: skip
 SCORES = ["sPQ", "uPQ", "hPQ", "sIoU", "uIoU", "hIoU", "PQ", "SQ", "RQ", "PQ_th", "PQ_st"]
 
 
-def sample(ids: np.ndarray, categories: dict[int, int], crowds: set[int] | None = None) -> Sample:
-    segments = tuple(
-        Segment(id=i, category_id=c, area=int((ids == i).sum()), iscrowd=i in (crowds or set()))
-        for i, c in categories.items()
-    )
-    return Sample(image_id=1, jpeg=b"", png=encode_ids(ids), height=HEIGHT, width=WIDTH, segments=segments)
-
-
-def quarters(*, crowds: set[int] | None = None) -> Sample:
-    """Two cats (240 pixels each) over a dog (240) and sky and sea (120 each)."""
-    ids = np.zeros((HEIGHT, WIDTH), np.int32)
-    ids[:12, :20], ids[:12, 20:], ids[12:, :20], ids[12:, 20:30], ids[12:, 30:] = 101, 102, 103, 104, 105
-    return sample(ids, {101: 7, 102: 7, 103: 3, 104: 20, 105: 5}, crowds)
-
-
-def perfect(shown: Sample, *, spare: int = 3) -> tuple[Output, Tensor]:
-    """One query a segment that is certain of its mask and class, and some that see nothing."""
-    ids = torch.from_numpy(decode_ids(shown))
-    masks = torch.full((len(shown.segments) + spare, *ids.shape), -20.0)
-    logits = torch.full((len(masks), len(BENCHMARK.categories)), -20.0)
-    for query, segment in enumerate(shown.segments):
-        masks[query][ids == segment.id] = 20.0
-        logits[query, BENCHMARK.index[segment.category_id]] = 20.0
-    size = (HEIGHT, WIDTH)
-    return Output(
-        features=torch.zeros(len(masks), 2), masks=masks, padded_size=size, image_size=size, original_size=size
-    ), logits
-
-
 def score(shown: Sample, output: Output, logits: Tensor, **settings: float) -> dict[str, Any]:
-    row = _Row(BENCHMARK)
-    row.predict(_GroundTruth(shown, BENCHMARK), output, logits, CLASSES, THRESHOLDS, **settings)
+    row = Row(BENCHMARK)
+    row.predict(GroundTruth(shown, BENCHMARK), output, logits, CLASSES, THRESHOLDS, **settings)
     return row.scores()
 
 
 def ceiling(shown: Sample, guess: list[int]) -> dict[str, Any]:
-    row = _Row(BENCHMARK)
-    row.rename(_GroundTruth(shown, BENCHMARK), guess)
+    row = Row(BENCHMARK)
+    row.rename(GroundTruth(shown, BENCHMARK), guess)
     return row.scores()
 
 
@@ -156,8 +113,8 @@ def test_crowds_are_no_predictions_in_the_ceiling() -> None:
     for name in range(4):
         guess = right(shown)
         guess[1] = name
-        row = _Row(BENCHMARK)
-        row.rename(_GroundTruth(shown, BENCHMARK), guess)
+        row = Row(BENCHMARK)
+        row.rename(GroundTruth(shown, BENCHMARK), guess)
         assert row.confusion.counts.sum() == HEIGHT * WIDTH - 240
         scores = row.scores()
         assert {key: scores[key] for key in SCORES} == dict.fromkeys(SCORES, pytest.approx(100))
@@ -169,8 +126,8 @@ def test_void_pixels_count_nowhere_in_the_ceiling() -> None:
     ids[:, :3] = 0
     shown = sample(ids, {s.id: s.category_id for s in quarters().segments})
     assert ceiling(shown, right(shown))["hIoU"] == pytest.approx(100)
-    row = _Row(BENCHMARK)
-    row.rename(_GroundTruth(shown, BENCHMARK), right(shown))
+    row = Row(BENCHMARK)
+    row.rename(GroundTruth(shown, BENCHMARK), right(shown))
     assert row.confusion.counts.sum() == HEIGHT * (WIDTH - 3)
 
 
@@ -290,7 +247,7 @@ def test_the_line_ends_in_a_report(world: tuple[Store, dict[str, Step]], report:
     store, steps = world
     artefact = store.open(steps["evaluate"].recipe.ref)
     assert report["benchmark"] == "scenes-test" and report["marks"] == []
-    for setting in ("inductive", "control", "transductive", "ceiling"):
+    for setting in SETTINGS:
         assert set(SCORES) < report[setting].keys()
         assert all(0 <= report[setting][name] <= 100 for name in SCORES)
         assert len(report[setting]["per_class"]) == 56
@@ -298,12 +255,38 @@ def test_the_line_ends_in_a_report(world: tuple[Store, dict[str, Step]], report:
             key: round(report[setting][key], 3) for key in ("sPQ", "uPQ", "hPQ")
         }
     assert report["settings"]["images"] == artefact.manifest.counts["images"] == 10
+    assert report["published"] is None and artefact.manifest.counts["left_out"] == report["left_out"]
     facts = load_model(store.path(steps["v2c"].recipe.ref)).facts
     assert report["settings"]["object_threshold"] == facts["object_threshold"]
     assert report["settings"]["overlap_threshold"] == facts["overlap_threshold"]
     page = (artefact.path / "report.html").read_text()
     assert page.startswith("<!doctype html>") and page.count("data:image/") >= 2
     assert all(f"losses of {stage}" in page for stage in ("v2c", "g2s", "cpa"))
+    assert len((artefact.path / "per_class.csv").read_text().splitlines()) == 57
+
+
+@pytest.mark.slow
+def test_losses_and_sweeps_end_in_the_headline(report: dict[str, Any]) -> None:
+    for name in ("inductive", "transductive"):
+        losses, sweeps = report["losses"][name], report["sweeps"][name]
+        for key in ("sPQ", "uPQ"):
+            assert sum(loss[key] for loss in losses["losses"].values()) == pytest.approx(100 - report[name][key])
+            assert losses["levels"]["masks"][key] == report["true_classes"][key]
+        threshold = report["settings"]["object_threshold"]
+        assert [p["value"] for p in sweeps["seen_offset"]] == list(tiny_config().evaluate.seen_offsets)
+        for curve, value in (("seen_offset", 0.0), ("object_threshold", threshold)):
+            (point,) = (point for point in sweeps[curve] if point["value"] == value)
+            assert {key: report[name][key] for key in ("sPQ", "uPQ", "hPQ")} | {"value": value} == point
+    assert report["sweeps"]["images"] == report["sweeps"]["of"] == 10
+
+
+@pytest.mark.slow
+def test_sweeps_see_only_their_images(world: tuple[Store, dict[str, Step]], report: dict[str, Any]) -> None:
+    store, _ = world
+    ref = evaluate_again(world, config=replace(tiny_config().evaluate, pictures=0, sweep_images=3))
+    again = json.loads((store.open(ref).path / "report.json").read_text())
+    assert (again["sweeps"]["images"], again["sweeps"]["of"]) == (3, 10)
+    assert {key: again[key] for key in SETTINGS} == {key: report[key] for key in SETTINGS}
 
 
 @pytest.mark.slow
@@ -358,14 +341,16 @@ def judged(
     return bad, json.loads((store.open(ref).path / "report.json").read_text())
 
 
-def evaluate_again(world: tuple[Store, dict[str, Step]], **others: Ref) -> Ref:
-    """The last stage once more with other inputs."""
+def evaluate_again(
+    world: tuple[Store, dict[str, Step]], config: evaluate.EvaluateConfig | None = None, **others: Ref
+) -> Ref:
+    """The last stage once more with other inputs or settings."""
     store, steps = world
     stages = {
         "shards": "shard", "tokens": "cache-clip", "text": "text", "inductive": "v2c", "generator": "g2s", "transductive": "cpa",
     }  # fmt: skip
     inputs = {name: steps[stage].recipe.ref for name, stage in stages.items()} | others
-    config = replace(tiny_config().evaluate, pictures=0)
+    config = config or replace(tiny_config().evaluate, pictures=0)
     return evaluate.run(config, benchmark=_world(), store=store, runtime=QUIET, **inputs)
 
 

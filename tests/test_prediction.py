@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.benchmarks import Category
 from pipeline.metrics import PanopticQuality, PredictedSegment
-from pipeline.prediction import ImagePrediction, panoptic, semantic, write_coco_panoptic
+from pipeline.prediction import choose, classify, merge, panoptic, resize_masks, semantic
 from storage.shards import Segment
 
 CATEGORY_IDS = torch.tensor([1, 4, 90, 200])
@@ -120,8 +117,26 @@ def test_panoptic_equals_the_slow_reference(
             seen=SEEN,
             seen_offset=seen_offset,
         )
+        again = decided(case, object_threshold, overlap_threshold, seen_offset)
     assert ids.shape == case["original_size"] and ids.dtype == np.int32
     assert as_sets(ids, segments) == slow_panoptic(case, object_threshold, overlap_threshold, seen_offset)
+    assert again[1] == segments and again[0].dtype == np.int32 and (again[0] == ids).all()
+
+
+def decided(
+    case: dict[str, Any], object_threshold: float, overlap_threshold: float, seen_offset: float
+) -> tuple[np.ndarray, list[PredictedSegment]]:
+    """The same map from masks that were resized beforehand."""
+    chosen = choose(case["class_probabilities"], seen=SEEN, object_threshold=object_threshold, seen_offset=seen_offset)
+    masks = resize_masks(case["mask_logits"], **sizes_of(case))
+    return merge(
+        chosen, masks.of(chosen.queries), original_size=case["original_size"], isthing=ISTHING,
+        category_ids=CATEGORY_IDS, overlap_threshold=overlap_threshold,
+    )  # fmt: skip
+
+
+def sizes_of(case: dict[str, Any]) -> dict[str, Any]:
+    return {name: case[name] for name in ("padded_size", "image_size", "original_size")}
 
 
 @settings(max_examples=60, deadline=None)
@@ -136,6 +151,9 @@ def test_semantic_equals_the_slow_reference(seed: int, queries: int, seen_offset
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.prediction.CHUNK_ELEMENTS", chunk)
         classes = semantic(**case, seen=SEEN, seen_offset=seen_offset)
+        masks = resize_masks(case["mask_logits"], **sizes_of(case))
+        again = classify(case["class_probabilities"], masks.probabilities, seen=SEEN, seen_offset=seen_offset)
+    assert (again == classes).all() and again.dtype == classes.dtype
     assert classes.shape == case["original_size"]
     masks, probabilities = resized(case).astype(np.float64), case["class_probabilities"].double().numpy()
     for (y, x), chosen in np.ndenumerate(classes):
@@ -227,48 +245,3 @@ def test_perfect_masks_give_perfect_pq() -> None:
         quality.update(gt_ids, gt, ids, segments, image=image)
     mean = quality.result().mean()
     assert (mean.pq, mean.absent) == (100, 0)
-
-
-def test_coco_files_hold_the_prediction(tmp_path: Path) -> None:
-    from PIL import Image
-
-    categories = [Category(id=1, name="cat", isthing=True), Category(id=90, name="sky", isthing=False)]
-    ids = np.zeros((4, 6), np.int32)
-    ids[1:3, 2:5], ids[3] = 70001, 3
-    segments = [
-        PredictedSegment(id=70001, category_id=1, score=0.75),
-        PredictedSegment(id=3, category_id=90, score=0.5),
-    ]
-    prediction = ImagePrediction(image_id=12, file_name="street/view.jpg", ids=ids, segments=segments)
-    path = write_coco_panoptic(tmp_path / "out", [prediction], categories=categories)
-
-    content = json.loads(path.read_text())
-    assert path == tmp_path / "out" / "panoptic.json"
-    assert content["images"] == [{"id": 12, "file_name": "street/view.jpg", "height": 4, "width": 6}]
-    assert content["categories"] == [
-        {"id": 1, "name": "cat", "isthing": 1},
-        {"id": 90, "name": "sky", "isthing": 0},
-    ]
-    assert content["annotations"] == [
-        {
-            "image_id": 12,
-            "file_name": "view.png",
-            "segments_info": [
-                {"id": 70001, "category_id": 1, "area": 6, "bbox": [2, 1, 3, 2], "iscrowd": 0, "score": 0.75},
-                {"id": 3, "category_id": 90, "area": 6, "bbox": [0, 3, 6, 1], "iscrowd": 0, "score": 0.5},
-            ],
-        }
-    ]
-    pixels = np.asarray(Image.open(tmp_path / "out" / "panoptic" / "view.png").convert("RGB")).astype(np.int32)
-    assert (pixels @ np.array([1, 256, 65536]) == ids).all()
-
-
-def test_coco_files_refuse_two_images_of_one_name(tmp_path: Path) -> None:
-    blank = np.zeros((2, 2), np.int32)
-    many = [
-        ImagePrediction(image_id=i, file_name=name, ids=blank, segments=[])
-        for i, name in enumerate(("a/x.jpg", "b/x.png"))
-    ]
-    with pytest.raises(ValueError, match="a/x.jpg and b/x.png"):
-        write_coco_panoptic(tmp_path, many, categories=[])
-    assert not (tmp_path / "panoptic.json").exists()

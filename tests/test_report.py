@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
 import re
@@ -21,8 +22,11 @@ from PIL import Image
 
 from pipeline.benchmarks import Category
 from pipeline.metrics import ConfusionMatrix, PanopticQuality, PredictedSegment, class_map, scores
+from pipeline.page import SETTINGS
 from pipeline.pictures import UNSEEN, Picture
-from pipeline.report import _spread, console_table, publish, write_report
+from pipeline.plots import spread
+from pipeline.published import beside_the_paper
+from pipeline.report import console_table, publish, write_report
 from storage.shards import Segment
 
 CATEGORIES = (
@@ -62,9 +66,43 @@ def report() -> dict[str, Any]:
         "control": result(1, 1, 3),
         "transductive": result(1, 2, 3),
         "ceiling": result(1, 2, 3),
+        "true_masks_inductive": result(1, 1, 3),
+        "true_masks_transductive": result(1, 2, 3),
+        "true_classes": result(1, 2, 3),
+        "losses": {"inductive": losses(masks=(10.0, 20.0), seen_bias=(-2.5, 43.21)), "transductive": losses()},
+        "sweeps": {
+            "images": 300,
+            "of": 5000,
+            **{
+                name: {"object_threshold": curve(0.1, 0.5), "seen_offset": curve(0.0, 0.1)}
+                for name in ("inductive", "transductive")
+            },
+        },
+        "left_out": {"crowd segments": 1017, "segments without a query": 3},
+        "published": None,
         "teacher_accuracy": {"seen": 97.25, "unseen": 66.6, "instances": 1234},
-        "settings": {"object_threshold": 0.1},
+        "settings": {
+            "object_threshold": 0.1,
+            "object_threshold_chosen_on": "seen classes of training images",
+            "seen_offset": 0.0,
+        },
     }
+
+
+def losses(**points: tuple[float, float]) -> dict[str, Any]:
+    """A waterfall with those losses, (seen, unseen), and none elsewhere."""
+    levels, found, left = {"truth": {"sPQ": 100.0, "uPQ": 100.0}}, {}, (100.0, 100.0)
+    for name in ("absent", "masks", "classification", "seen_bias", "selection"):
+        lost = points.get(name, (0.0, 0.0))
+        left = left[0] - lost[0], left[1] - lost[1]
+        levels[name] = {"sPQ": left[0], "uPQ": left[1]}
+        found[name] = {"sPQ": lost[0], "uPQ": lost[1]}
+    right = {"segments": 2345, "within_group": 81.25, "over_all": 36.5}
+    return {"levels": levels, "losses": found, "named_right": {"seen": right, "unseen": right}}
+
+
+def curve(*values: float) -> list[dict[str, float]]:
+    return [{"value": v, "sPQ": 60 - v, "uPQ": 30 + v, "hPQ": 40.0} for v in values]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +162,7 @@ def test_json_holds_the_report(folder: Path, report: dict[str, Any]) -> None:
 
 def test_nan_is_refused(tmp_path: Path, report: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        write_report(tmp_path, report | {"settings": {"x": float("nan")}}, curves={}, pictures=[])
+        write_report(tmp_path, report | {"settings": report["settings"] | {"x": float("nan")}}, curves={}, pictures=[])
     assert not list(tmp_path.iterdir())
 
 
@@ -143,7 +181,7 @@ def test_page_stands_alone(folder: Path) -> None:
 
 def test_names_are_escaped_and_marks_shown(folder: Path) -> None:
     parsed = page(folder)
-    assert sum(tag == "b" for tag, _ in parsed.tags) == 2  # the page's own, in the line about the teacher
+    assert sum(tag == "b" for tag, _ in parsed.tags) == 4  # the page's own, about the teacher and the losses
     assert parsed.text.count("<b>&star") >= 3  # class table, ground truth, transductive
     assert "tiny <world>" in parsed.text
     assert "stand-in teacher" in parsed.text and "random weights" in parsed.text
@@ -151,7 +189,10 @@ def test_names_are_escaped_and_marks_shown(folder: Path) -> None:
 
 def test_headline_and_teacher(folder: Path) -> None:
     """Inductive: circle 1 TP 1 FP = 66.7, fog 100, star 0; transductive: everything right."""
-    rows = {row[0].split("unseen names")[0]: row[1:] for row in page(folder).rows if len(row) == 12}
+    rows = {
+        key: next(r[1:] for r in page(folder).rows if len(r) == 12 and r[0].startswith(s.name))
+        for key, s in SETTINGS.items()
+    }
     assert rows["inductive"][:3] == ["83.3", "0.0", "0.0"]
     assert rows["transductive"] == ["100.0"] * 11
     text = page(folder).text
@@ -166,8 +207,69 @@ def test_class_rows(folder: Path) -> None:
     assert [row[0] for row in rows[2:]] == ["red circle", "fog"]
 
 
-def test_one_plot_for_each_stage_that_trained(folder: Path) -> None:
-    assert [attrs["alt"] for tag, attrs in page(folder).tags if tag == "img"] == ["losses of v2c", "losses of g2s"]
+def test_one_plot_for_each_stage_that_trained_and_each_sweep(folder: Path) -> None:
+    assert [attrs["alt"] for tag, attrs in page(folder).tags if tag == "img"] == [
+        "losses of v2c", "losses of g2s", "inductive by object threshold", "transductive by object threshold",
+        "inductive by seen offset", "transductive by seen offset",
+    ]  # fmt: skip
+
+
+def test_loss_table(folder: Path) -> None:
+    """From the truth to the prediction; a loss with a minus, a gain with a plus; no row for absent classes where there are none."""
+    _, *rows = [row for row in page(folder).rows if len(row) == 5]
+    for row, title in zip(
+        rows, ("the truth", "masks", "classification", "seen bias", "selection", "the pred"), strict=True
+    ):
+        assert row[0].startswith(title)
+    none, minus = ["0.0"] * 2, "\N{MINUS SIGN}"
+    assert [row[1:] for row in rows] == [
+        ["100.0"] * 4,
+        [f"{minus}10.0", f"{minus}20.0", *none],
+        none * 2,
+        ["+2.5", f"{minus}43.2", *none],
+        none * 2,
+        ["92.5", "36.8", "100.0", "100.0"],
+    ]
+    text = page(folder).text
+    assert "largest loss of unseen PQ is seen bias (43.2 of 63.2 points)" in text
+    assert "2,345 unseen segments" in text and "81.2 %" in text and "36.5 %" in text
+    assert "1,017 crowd segments" in text and "3 segments have no query" in text
+
+
+def test_absent_classes_have_a_row_where_there_are_some(report: dict[str, Any], tmp_path: Path) -> None:
+    lost = {"inductive": losses(absent=(5.0, 0.0)), "transductive": losses(absent=(5.0, 0.0))}
+    write_report(tmp_path, report | {"losses": lost}, curves={}, pictures=[])
+    assert "absent classes" in page(tmp_path).text
+
+
+def test_sweeps_say_what_they_are(folder: Path) -> None:
+    text = page(folder).text
+    assert "on 300 of 5,000 validation images" in text and "Nothing was chosen from these curves" in text
+    assert "object threshold 0.1, chosen on seen classes of training images" in text
+    assert text.index("Diagnostic curves") > text.index("Classes")  # far from the headline
+
+
+@pytest.mark.parametrize("images", [5000, 100])
+def test_the_papers_table(report: dict[str, Any], tmp_path: Path, images: int) -> None:
+    published = beside_the_paper("coco-panoptic-zps", report, images=images, marks=[])
+    write_report(tmp_path, report | {"published": published}, curves={}, pictures=[])
+    parsed = page(tmp_path)
+    rows = {row[0]: row[1:] for row in parsed.rows if row}
+    assert rows["the paper"] == ["20.8", "40.5", "14.0", "27.5", "39.2", "21.2"]
+    assert rows["this run"] == (["0.0", "83.3", "0.0", "100.0", "100.0", "100.0"] if images == 5000 else [""] * 6)
+    assert ("100 validation images were scored" in parsed.text) == (images == 100)
+
+
+def test_csv_holds_every_class_and_setting(folder: Path, report: dict[str, Any]) -> None:
+    with (folder / "per_class.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["red circle", "<b>&star", "fog"]
+    assert [row["seen"] for row in rows] == ["True", "False", "True"]
+    assert len(rows[0]) == 4 + 7 * len(SETTINGS)
+    for row, facts in zip(rows, report["inductive"]["per_class"], strict=True):
+        assert {key: float(row[f"inductive_{key}"]) for key in ("PQ", "SQ", "RQ", "IoU", "tp", "fp", "fn")} == {
+            key: facts[key] for key in ("PQ", "SQ", "RQ", "IoU", "tp", "fp", "fn")
+        }
 
 
 def test_learning_rate_is_not_drawn(report: dict[str, Any], tmp_path: Path) -> None:
@@ -198,6 +300,8 @@ def test_publish_adds_the_run(folder: Path, report: dict[str, Any], tmp_path: Pa
     publish(folder, tmp_path / "runs" / "demo", preset="demo", lineage=lineage)
     content = json.loads((tmp_path / "runs" / "demo" / "report.json").read_text())
     assert content == report | {"preset": "demo", "lineage": lineage}
+    table = tmp_path / "runs" / "demo" / "per_class.csv"
+    assert table.read_bytes() == (folder / "per_class.csv").read_bytes()
     parsed = page(tmp_path / "runs" / "demo")
     assert "preset demo" in parsed.text
     assert ["v2c", "checkpoint/0123456789abcdef", "1 min 15 s"] in [row[:3] for row in parsed.rows]
@@ -210,15 +314,17 @@ def test_console_table(report: dict[str, Any]) -> None:
     console.print(console_table(report))
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    lines = {name: next(line for line in text.splitlines() if f" {name} " in line) for name in ("inductive", "ceiling")}
+    lines = {key: next(line for line in text.splitlines() if f" {s.name} " in line) for key, s in SETTINGS.items()}
     assert re.findall(r"\d+\.\d", lines["inductive"])[:3] == ["83.3", "0.0", "0.0"]
-    assert re.findall(r"\d+\.\d", lines["ceiling"]) == ["100.0"] * 6
-    assert "stand-in teacher; random weights" in text
+    assert re.findall(r"\d+\.\d", lines["true_masks_inductive"])[:3] == ["83.3", "0.0", "0.0"]
+    assert re.findall(r"\d+\.\d", lines["ceiling"]) == re.findall(r"\d+\.\d", lines["true_classes"]) == ["100.0"] * 6
+    assert "object_threshold 0.1, chosen on seen classes of training images" in text
+    assert "stand-in teacher; random weights" in " ".join(text.split())
 
 
 @given(st.lists(st.floats(-0.5, 1.5), min_size=1, max_size=11))
 def test_line_names_do_not_overlap(heights: list[float]) -> None:
-    moved = _spread(heights, gap=0.085)
+    moved = spread(heights, gap=0.085)
     ordered = sorted(moved)
     assert all(b - a >= 0.085 - 1e-9 for a, b in pairwise(ordered))
     assert ordered[-1] <= 1 + 1e-9

@@ -1,0 +1,88 @@
+"""The report's table of where panoptic quality is lost, a waterfall from 100 down to the prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+ROWS = {
+    "absent": ("absent classes", "No image shows them; the protocol counts them as 0, whatever is predicted."),
+    "masks": (
+        "masks",
+        "Each true segment is given to one query by overlap alone, and that query is told the true class: what is missing "
+        "now is the segmenter's fault.",
+    ),
+    "classification": (
+        "classification",
+        "The query now chooses its class itself, but only among the seen classes if its segment is seen, else among the unseen ones.",
+    ),
+    "seen_bias": (
+        "seen bias",
+        "It now chooses among all classes: unseen segments that take a seen name, and in the seen columns the reverse.",
+    ),
+    "selection": (
+        "selection",
+        "All queries speak, with their own scores and the thresholds, as in the actual prediction: segments dropped, covered, or spurious.",
+    ),
+}
+BAR = 0.62  # the bars' part of a cell; the number has the rest
+COLUMNS = [(checkpoint, key) for checkpoint in ("inductive", "transductive") for key in ("sPQ", "uPQ")]
+
+
+def loss_table(losses: Mapping[str, Any], left_out: Mapping[str, int]) -> str:
+    """HTML of the table and of what it says in words; arguments as in `Judge.results`."""
+    heads = "".join(f'<th class="number{" first" if key == "sPQ" else ""}">{key}' for _, key in COLUMNS)
+    rows = _row("the truth", "", [(0.0, 100.0, "100.0") for _ in COLUMNS], "level")
+    for name, (title, meaning) in ROWS.items():
+        points = [losses[checkpoint]["losses"][name][key] for checkpoint, key in COLUMNS]
+        after = [losses[checkpoint]["levels"][name][key] for checkpoint, key in COLUMNS]
+        if name == "absent" and not any(points):
+            continue
+        cells = [(min(left, left + lost), abs(lost), _signed(-lost)) for left, lost in zip(after, points, strict=True)]
+        rows += _row(title, meaning, cells, "loss")
+    last = [losses[checkpoint]["levels"]["selection"][key] for checkpoint, key in COLUMNS]
+    rows += _row("the prediction", "", [(0.0, value, f"{value:.1f}") for value in last], "level")
+    return (
+        f"<p class=note>Points of PQ, which add up; a plus is a gain. Each step takes one help away.</p>"
+        f"<div class=scroll><table class=losses><thead><tr><td><th colspan=2 class=group>inductive"
+        f"<th colspan=2 class=group>transductive<tr><td>{heads}</thead><tbody>{rows}</table></div>"
+        f"<p>{_in_words(losses)}</p><p class=note>{_left_out(left_out)}</p>"
+    )
+
+
+def _row(title: str, meaning: str, cells: list[tuple[float, float, str]], kind: str) -> str:
+    """Cells: where the bar begins and how wide it is, in percent of the cell, and the text."""
+    parts = ""
+    for number, (start, width, text) in enumerate(cells):
+        start, width = BAR * start, BAR * width
+        place = 100 * start / (100 - width)  # CSS places a bar by the room beside it
+        style = f"--at:{place:.2f}%;--v:{width:.2f}%"
+        parts += f'<td class="number fall{"" if number % 2 else " first"}" style="{style}">{text}'
+    return f"<tr class={kind}><th scope=row>{title}<small>{meaning}</small>{parts}"
+
+
+def _signed(value: float) -> str:
+    text = f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return "0.0" if float(text[1:]) == 0 else text
+
+
+def _in_words(losses: Mapping[str, Any]) -> str:
+    """The largest loss of unseen PQ and what the names say about it, for each checkpoint."""
+    found = []
+    for checkpoint, part in losses.items():
+        most = max(ROWS, key=lambda name: part["losses"][name]["uPQ"])
+        unseen = part["named_right"]["unseen"]
+        found.append(
+            f"<b>{checkpoint.capitalize()}</b>: the largest loss of unseen PQ is {ROWS[most][0]} "
+            f"({part['losses'][most]['uPQ']:.1f} of {100 - part['levels']['selection']['uPQ']:.1f} points). Of the "
+            f"{unseen['segments']:,} unseen segments with a query, {unseen['within_group']:.1f} % are named right among the "
+            f"unseen classes and {unseen['over_all']:.1f} % among all."
+        )
+    return "<br>".join(found)
+
+
+def _left_out(left_out: Mapping[str, int]) -> str:
+    crowds, alone = left_out["crowd segments"], left_out["segments without a query"]
+    return (
+        f"{crowds:,} crowd segments take no part; {alone:,} segments have no query over them and count as lost masks."
+    )

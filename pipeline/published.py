@@ -1,0 +1,51 @@
+"""A run's numbers beside those that the method's paper reports for the same benchmark."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "facts" / "published" / "paper_results.json"
+
+
+def beside_the_paper(
+    benchmark: str, results: Mapping[str, Mapping[str, Any]], *, images: int, marks: Sequence[str]
+) -> dict[str, Any] | None:
+    """The paper's table for `benchmark` and our rows in its columns; None where the paper has none.
+
+    Our numbers stand there only if they are comparable: every image of the benchmark's validation set was scored and the
+    report carries no mark. Else our rows are blank (None) and `note` says what was not measured.
+
+    Args:
+        benchmark: its name, such as "coco-panoptic-zps".
+        results: setting ("inductive", "transductive") -> `metrics.scores`.
+        images: how many validation images were scored.
+        marks: the report's warnings.
+
+    Returns:
+        `table`, the paper's name of it; `columns`; `published` and `ours`, {row's name: a number or None for each column},
+        in percent; `note`, empty where ours are filled.
+    """
+    table = json.loads(RESULTS.read_text(encoding="utf-8")).get(benchmark)
+    if table is None:
+        return None
+    reasons = []
+    if images != table["images"]:
+        reasons.append(
+            f"{images:,} validation images were scored, and the paper's numbers are of all {table['images']:,}"
+        )
+    if marks:
+        reasons.append("the teacher is a stand-in that knows nothing of these classes")
+    note = f"This run's row is blank: {'; '.join(reasons)}." if reasons else ""
+    return {
+        "table": table["table"],
+        "columns": table["columns"],
+        "published": table["rows"],
+        "ours": {
+            name: [None if reasons else results[setting][key] for setting, key in cells]
+            for name, cells in table["ours"].items()
+        },
+        "note": note,
+    }
