@@ -95,7 +95,8 @@ def _forward(
             px = tl.minimum(tl.maximum(tl.load(x + k, mask=exists, other=0.0), -1.0), w)
             py = tl.minimum(tl.maximum(tl.load(y + k, mask=exists, other=0.0), -1.0), h)
             weight = tl.load(weights + k, mask=exists, other=0.0)
-            left, top = tl.floor(px), tl.floor(py)
+            left = tl.floor(px)
+            top = tl.floor(py)
             right, down = (px - left)[:, None], (py - top)[:, None]
             column, row = left.to(tl.int32), top.to(tl.int32)
             a, _, _ = _corner(value, first, h, w, row, column, stride, d, valid)
@@ -137,7 +138,8 @@ def _backward(
             inside_y = (py >= -1.0) & (py <= h)
             px = tl.minimum(tl.maximum(px, -1.0), w)
             py = tl.minimum(tl.maximum(py, -1.0), h)
-            left, top = tl.floor(px), tl.floor(py)
+            left = tl.floor(px)
+            top = tl.floor(py)
             right, down = px - left, py - top
             column, row = left.to(tl.int32), top.to(tl.int32)
 
@@ -154,7 +156,7 @@ def _backward(
             lower_slope = tl.sum(g * (b - a), 1)
             lower = tl.sum(g * a, 1) + lower_slope * right
 
-            slope = upper_slope + (lower_slope - upper_slope) * down
+            slope = upper_slope + (lower_slope - upper_slope) * down  # pyright: ignore[reportOperatorIssue]
             tl.store(d_x + k, tl.where(inside_x, weight * slope, 0.0), mask=exists)
             tl.store(d_y + k, tl.where(inside_y, weight * (lower - upper), 0.0), mask=exists)
             tl.store(d_weights + k, upper + (lower - upper) * down, mask=exists)

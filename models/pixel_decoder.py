@@ -102,5 +102,5 @@ class PixelDecoder(nn.Module):
         levels = list(tokens.split(sizes, dim=1))
         stride8 = levels[-1].unflatten(1, shapes[-1]).permute(0, 3, 1, 2)  # channels last, like the backbone's maps
         lateral = self.lateral(finest)
-        stride4 = lateral + F.interpolate(stride8, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
+        stride4 = lateral.add_(F.interpolate(stride8, size=lateral.shape[-2:], mode="bilinear", align_corners=False))
         return levels, self.mask_features(self.fpn(stride4))

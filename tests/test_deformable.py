@@ -32,6 +32,7 @@ def random_inputs(
     return value, rand(*places) * (breadth + 3) - 2, rand(*places) * (height + 3) - 2, rand(*places)
 
 
+@torch.no_grad()
 def slow_sample(value: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     """One point, one corner, one channel vector at a time."""
     batch, queries, heads, levels, points = weights.shape

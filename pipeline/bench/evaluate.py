@@ -1,4 +1,4 @@
-"""The speed of the evaluation: panoptic quality from files on disk."""
+"""The speed of the evaluation: panoptic quality from files on disk, and images to panoptic maps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ CATEGORIES = 133
 
 def rows(runtime: Runtime, *, full: bool = False) -> Iterator[Row]:
     """Every row of `zs-seg bench evaluate`."""
+    from pipeline.bench.inference import inference_rows
+
     yield from panoptic_quality_rows(runtime)
+    yield from inference_rows(runtime)
 
 
 def panoptic_quality_rows(runtime: Runtime, *, images: int = 200) -> Iterator[Row]:
