@@ -104,11 +104,12 @@ class _Predictor:
 
     def __call__(self, views: Iterable[tuple[Tag, Tensor]], count: int) -> Iterator[tuple[Tag, Output, Tensor]]:
         """(tag, output, class logits (Q, K)) for `count` pairs of tag and image (3, H, W) uint8."""
+        from models.folding import for_inference
         from pipeline.inference import outputs
 
         resize, batch = ResizeConfig(**self.model.facts["resize"]), EvaluateConfig().batch
         with self.runtime.bar(count, "evaluating", "image") as bar:
-            for tag, output in outputs(self.model.segmenter, views, resize, batch=batch):
+            for tag, output in outputs(for_inference(self.model.segmenter), views, resize, batch=batch):
                 yield tag, output, self.model.logits(output.features, self.classes.text)
                 bar.update()
 

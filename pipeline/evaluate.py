@@ -88,6 +88,7 @@ def run(
     """Score every validation image; report.json and report.html."""
 
     def work(build: Build) -> None:
+        from models.folding import for_inference
         from pipeline.inference import classes_of, outputs
         from pipeline.judge import Judge
         from pipeline.model import load_model, require_same_classes
@@ -120,7 +121,7 @@ def run(
                 object_thresholds=config.object_thresholds,
                 seen_offsets=config.seen_offsets,
             )
-            for (sample, own), output in outputs(stage_1.segmenter, samples, resize, batch=config.batch):
+            for (sample, own), output in outputs(for_inference(stage_1.segmenter), samples, resize, batch=config.batch):
                 maps = judge.update(sample, own, output)
                 if len(pictures) < config.pictures and any(
                     not benchmark.seen[benchmark.index[s.category_id]] for s in sample.segments

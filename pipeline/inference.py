@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.folding import for_inference
 from models.segmenter import Segmenter
 from pipeline.metrics import PredictedSegment
 from pipeline.prediction import Chosen, ResizedMasks, choose, classify, merge, panoptic, resize_masks, semantic
@@ -63,7 +62,6 @@ def outputs(
 ) -> Iterator[tuple[Tag, Output]]:
     """(tag, Output) for (tag, image (3, H, W) uint8), in order. Neighbours of equal padded size share a forward pass, so that an
     image's result does not depend on padding it would not have alone."""
-    segmenter = for_inference(segmenter)
     device = next(segmenter.parameters()).device
     group: list[tuple[Tag, Tensor, tuple[int, int], tuple[int, int]]] = []
 

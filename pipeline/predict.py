@@ -41,6 +41,7 @@ def run(
 
     import torch
 
+    from models.folding import for_inference
     from pipeline.export import ImagePrediction, write_coco_panoptic
     from pipeline.inference import classes_of, outputs, panoptic_map
     from pipeline.model import load_model
@@ -62,7 +63,9 @@ def run(
     def predictions() -> Iterator[ImagePrediction]:
         views = ((file, torch.from_numpy(read_image(file)).permute(2, 0, 1)) for file in files)
         with runtime.bar(len(files), "predicting", "image") as bar:
-            for file, output in outputs(model.segmenter, views, ResizeConfig(**model.facts["resize"]), batch=1):
+            for file, output in outputs(
+                for_inference(model.segmenter), views, ResizeConfig(**model.facts["resize"]), batch=1
+            ):
                 logits = model.logits(output.features, classes.text)
                 ids, segments = panoptic_map(output, logits, classes, **thresholds)
                 overlay(read_image(file), ids, segments, name_of).save(folder / "overlay" / f"{file.stem}.png")

@@ -226,6 +226,7 @@ def choose_threshold(
     import numpy as np
     import torch
 
+    from models.folding import for_inference
     from pipeline.inference import classes_of, outputs, panoptic_map
     from pipeline.metrics import PanopticQuality
     from storage.shards import decode_ids
@@ -236,7 +237,7 @@ def choose_threshold(
     qualities = {threshold: PanopticQuality(sorted(seen_ids)) for threshold in THRESHOLDS}
     samples = itertools.islice(data.plain_samples(), config.calibration_images)
     with runtime.bar(min(config.calibration_images, len(data)), "choosing the object threshold", "image") as bar:
-        for sample, output in outputs(model.segmenter, samples, config.resize, batch=config.batch):
+        for sample, output in outputs(for_inference(model.segmenter), samples, config.resize, batch=config.batch):
             output = output.resize()  # once, for all thresholds
             logits = model.logits(output.features, classes.text)
             segments = [s for s in sample.segments if s.category_id in seen_ids]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from models.folding import for_inference
 from models.projector import Projector
 from pipeline.bench.harness import Row, alternate, machine
 from pipeline.bench.reference import build_mask2former, ours_of_mask2former
@@ -54,7 +55,7 @@ def _image() -> np.ndarray:
 
 
 def _ours(image: Tensor, resize: ResizeConfig, device: torch.device) -> Any:
-    segmenter = ours_of_mask2former(build_mask2former()).to(device)
+    segmenter = for_inference(ours_of_mask2former(build_mask2former()).to(device))
     torch.manual_seed(0)
     projector = Projector(dim=256, text_dim=TEXT_DIM, hidden=512, layers=3).to(device).eval()
     classes = Classes(

@@ -201,10 +201,7 @@ def _peak(which: str, size: int, batch: int, device: str, threads: int, writer: 
     with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
         for _ in range(2):
             step()
-    if images.is_cuda:
-        peak = torch.cuda.max_memory_allocated() / 1e6
-    else:
-        peak = _resident("VmHWM") - before
+    peak = torch.cuda.max_memory_allocated() / 1000000.0 if images.is_cuda else _resident("VmHWM") - before
     writer.send(json.dumps(peak))
 
 
