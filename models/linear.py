@@ -19,6 +19,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _from_maps(_convolve(_to_maps(x), weight, bias))
 
 
+def make_feed_forward(dim: int, hidden: int) -> nn.Sequential:
+    """Linear, ReLU, Linear, with the published networks' start."""
+    ffn = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
+    for parameter in ffn.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+    return ffn
+
+
 def feed_forward(x: Tensor, ffn: nn.Sequential) -> Tensor:
     """Linear, ReLU, Linear on tokens (B, S, C)."""
     first, _, second = ffn

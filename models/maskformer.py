@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.linear import make_feed_forward
 from models.mask_logits import MaskLogits
 from models.pixel_decoder import group_norm, sine_positions
 from models.query_decoder import Attention, DecoderLayer
@@ -24,11 +25,8 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.attention = Attention(dim=dim, heads=heads)
         self.attention_norm = nn.LayerNorm(dim)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.ReLU(inplace=True), nn.Linear(ffn, dim))
+        self.ffn = make_feed_forward(dim, ffn)
         self.ffn_norm = nn.LayerNorm(dim)
-        for parameter in self.ffn.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         placed = tokens + positions

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.deformable import DeformableAttention, Shapes
-from models.linear import feed_forward
+from models.linear import feed_forward, make_feed_forward
 
 LEVELS = 3  # strides 32, 16, 8: the maps that attention works on, in this order
 
@@ -45,11 +45,8 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.attention = DeformableAttention(dim=dim, heads=heads, levels=LEVELS, points=points)
         self.attention_norm = nn.LayerNorm(dim)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.ReLU(inplace=True), nn.Linear(ffn, dim))
+        self.ffn = make_feed_forward(dim, ffn)
         self.ffn_norm = nn.LayerNorm(dim)
-        for parameter in self.ffn.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
 
     def forward(self, tokens: Tensor, positions: Tensor, shapes: Shapes) -> Tensor:
         tokens = self.attention_norm(tokens + self.attention(tokens, positions, shapes))

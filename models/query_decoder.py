@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.deformable import Shapes
-from models.linear import linear
+from models.linear import linear, make_feed_forward
 from models.mask_logits import MaskLogits
 from models.pixel_decoder import LEVELS, sine_positions
 
@@ -51,11 +51,8 @@ class DecoderLayer(nn.Module):
         self.cross_norm = nn.LayerNorm(dim)
         self.self_attention = Attention(dim=dim, heads=heads)
         self.self_norm = nn.LayerNorm(dim)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.ReLU(inplace=True), nn.Linear(ffn, dim))
+        self.ffn = make_feed_forward(dim, ffn)
         self.ffn_norm = nn.LayerNorm(dim)
-        for parameter in self.ffn.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
 
     def forward(self, x: Tensor, positions: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
         x = self.cross_norm(x + self.cross_attention(x + positions, keys, values, allowed))

@@ -34,8 +34,7 @@ def inference_rows(runtime: Runtime) -> Iterator[Row]:
     with torch.inference_mode():
         for resize in VIEWS:
             ours, reference = _ours(image, resize, device), _reference(image, resize, device)
-            sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-            seconds = alternate(ours, reference, repeat=5 if device.type == "cpu" else 30, sync=sync)
+            seconds = alternate(ours, reference, repeat=5 if device.type == "cpu" else 30, device=device)
             yield Row(
                 name=f"panoptic map of a {WIDTH}x{HEIGHT} image, short side {resize.short}",
                 ours=seconds[0],
@@ -55,7 +54,7 @@ def _image() -> np.ndarray:
 
 
 def _ours(image: Tensor, resize: ResizeConfig, device: torch.device) -> Any:
-    segmenter = for_inference(ours_of_mask2former(build_mask2former()).to(device))
+    segmenter = for_inference(ours_of_mask2former(build_mask2former(classes=CLASSES)).to(device))
     torch.manual_seed(0)
     projector = Projector(dim=256, text_dim=TEXT_DIM, hidden=512, layers=3).to(device).eval()
     classes = Classes(
@@ -78,10 +77,7 @@ def _ours(image: Tensor, resize: ResizeConfig, device: torch.device) -> Any:
 def _reference(image: Tensor, resize: ResizeConfig, device: torch.device) -> Any:
     from transformers import Mask2FormerImageProcessor
 
-    built = build_mask2former()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        built.class_predictor = torch.nn.Linear(256, CLASSES + 1)
+    built = build_mask2former(classes=CLASSES)
     network: Any = built.to(device)  # pyright: ignore[reportArgumentType]
     processor = Mask2FormerImageProcessor(
         size={"shortest_edge": resize.short, "longest_edge": resize.longest}, size_divisor=32

@@ -113,9 +113,9 @@ def randomise(module: nn.Module, *, seed: int) -> None:
                 tensor.add_(0.1 * noise)
 
 
-def build_mask2former(*, small: bool = False, seed: int = 0) -> Mask2FormerForUniversalSegmentation:
+def build_mask2former(*, small: bool = False, classes: int = 2, seed: int = 0) -> Mask2FormerForUniversalSegmentation:
     """transformers' Mask2Former with random weights, in evaluation mode: the published R50 network, or a small one over a
-    ResNet-18 (width 256 all the same, since its GroupNorm always has 32 groups)."""
+    ResNet-18 (width 256 all the same, since its GroupNorm always has 32 groups). `classes`: of its class head."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
     # decoder_layers counts the query-only output
@@ -130,7 +130,8 @@ def build_mask2former(*, small: bool = False, seed: int = 0) -> Mask2FormerForUn
         if small
         else {}
     )
-    config = Mask2FormerConfig(backbone_config=_resnet("resnet18" if small else "resnet50"), **sizes)
+    backbone = _resnet("resnet18" if small else "resnet50")
+    config = Mask2FormerConfig(backbone_config=backbone, num_labels=classes, **sizes)  # pyright: ignore[reportCallIssue]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Mask2FormerForUniversalSegmentation(config)

@@ -18,15 +18,16 @@ from torch.nn.functional import normalize
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.folding import for_inference
-from models.losses import focal_loss, mask_losses
-from models.matcher import match
 from models.projector import Projector
 from pipeline.bench.harness import Row, alternate, machine
 from pipeline.bench.reference import build_mask2former, ours_of_mask2former
+from pipeline.loader import Batch
 from pipeline.runtime import Runtime
+from pipeline.steps import V2CStep
+from pipeline.text import TextBank
+from pipeline.v2c import V2CConfig
 
-CLASSES, SEGMENTS, POINTS, TEXT_DIM = 133, 12, 12544, 512
-WEIGHTS: Any = {"class_weight": 2.0, "bce_weight": 5.0, "dice_weight": 5.0}
+CLASSES, SEGMENTS, TEXT_DIM = 133, 12, 512
 
 
 def rows(runtime: Runtime, *, full: bool = False) -> Iterator[Row]:
@@ -44,13 +45,12 @@ def rows(runtime: Runtime, *, full: bool = False) -> Iterator[Row]:
 def _times(device: torch.device, size: int, batch: int, *, compiled: bool) -> Iterator[Row]:
     what = f"{size} px, batch {batch}" + ", compiled" * compiled
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     repeat = 20 if device.type == "cuda" else 5
     images = _images(size, batch, device)
     for name, make, times in (("inference", _inference, repeat), ("training step", _training, max(repeat // 2, 3))):
         ours, reference = make(images, compiled=compiled)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-            taken = alternate(ours, reference, repeat=times, warmup=3 if compiled else 1, sync=sync)
+            taken = alternate(ours, reference, repeat=times, warmup=3 if compiled else 1, device=device)
         yield Row(
             name=f"{name}, {what}",
             ours=taken[0],
@@ -71,7 +71,7 @@ def _compile(network: nn.Module, compiled: bool) -> Callable[..., Any]:
 
 def _inference(images: Tensor, *, compiled: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Features and masks of the last output; the reference always makes those of all ten."""
-    built = build_mask2former()
+    built = build_mask2former(classes=CLASSES)
     segmenter = ours_of_mask2former(built).to(images.device)
     ours = _compile(segmenter, True) if compiled else for_inference(segmenter)
     theirs = _compile(built.to(images.device), compiled)  # pyright: ignore[reportArgumentType]
@@ -102,17 +102,6 @@ def _targets(images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     return [labels] * len(images), [masks] * len(images)
 
 
-def _their_network() -> nn.Module:
-    """transformers' network with CLASSES classes; `build_mask2former` leaves it at two."""
-    from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
-
-    built = build_mask2former()
-    built.config.num_labels = CLASSES
-    built.class_predictor = nn.Linear(built.config.hidden_dim, CLASSES + 1)
-    built.criterion = Mask2FormerLoss(built.config, built.weight_dict)
-    return built
-
-
 def _frozen_batchnorm(network: nn.Module) -> nn.Module:
     network.train()
     for module in network.modules():
@@ -127,37 +116,37 @@ def _optimizer(*networks: nn.Module) -> torch.optim.Optimizer:
 
 
 def _our_training(images: Tensor, *, compiled: bool) -> Callable[[], None]:
-    segmenter = _frozen_batchnorm(ours_of_mask2former(build_mask2former()).to(images.device))
-    projector = Projector(dim=256, text_dim=TEXT_DIM, hidden=512, layers=3).to(images.device)
-    text = normalize(torch.randn(CLASSES, TEXT_DIM, generator=torch.Generator().manual_seed(0)), dim=-1).to(
-        images.device
-    )
+    """Stage 1's own step without the alignment losses, which the reference does not have."""
+    device = images.device
+    segmenter = _frozen_batchnorm(ours_of_mask2former(build_mask2former(classes=CLASSES)).to(device))
+    projector = Projector(dim=256, text_dim=TEXT_DIM, hidden=512, layers=3).to(device)
     optimizer = _optimizer(segmenter, projector)
-    network = _compile(segmenter, compiled)
+    text = normalize(torch.randn(CLASSES, TEXT_DIM, generator=torch.Generator().manual_seed(0)), dim=-1)
+    bank = TextBank(
+        key="", embedding=text, ids=list(range(CLASSES)), names=[str(k) for k in range(CLASSES)],
+        isthing=[True] * CLASSES, seen=[True] * CLASSES, teacher={}, templates=[],
+    )  # fmt: skip
+    network: Any = _compile(segmenter, compiled)
+    config = V2CConfig(steps=1, batch=len(images), lr=1e-6, global_weight=0.0, instance_weight=0.0)
+    losses = V2CStep(network, projector, bank, torch.zeros(1, TEXT_DIM, device=device), config)
     labels, masks = _targets(images)
-    draws = torch.Generator(images.device).manual_seed(0)
-    normaliser = SEGMENTS * len(images)
+    batch = Batch(
+        image_ids=list(range(len(images))), images=images, global_rows=torch.zeros(len(images), dtype=torch.int64),
+        labels=labels, masks=masks, instance_tokens=[],
+    )  # fmt: skip
+    draws = torch.Generator(device).manual_seed(0)
 
     def step() -> None:
-        output = network(images, dense=False)
-        logits = projector.logits(projector(output.features), text)
-        assigned = match(logits, output.masks, labels, masks, points=POINTS, generator=draws, **WEIGHTS)
-        layer, image, query = (assigned >= 0).nonzero(as_tuple=True)
-        row = image * SEGMENTS + assigned[layer, image, query]
-        bce, dice = mask_losses(
-            output.masks[layer, image, query], torch.cat(masks), rows=row, points=POINTS, normaliser=normaliser, generator=draws
-        )  # fmt: skip
-        targets = torch.zeros_like(logits)
-        targets[layer, image, query, torch.cat(labels)[row]] = 1
+        loss = sum(losses(batch, draws).values(), torch.zeros((), device=device))
         optimizer.zero_grad()
-        (2 * focal_loss(logits, targets, normaliser=normaliser) + 5 * bce + 5 * dice).backward()
+        loss.backward()
         optimizer.step()
 
     return step
 
 
 def _their_training(images: Tensor, *, compiled: bool) -> Callable[[], None]:
-    built: Any = _frozen_batchnorm(_their_network()).to(images.device)
+    built: Any = _frozen_batchnorm(build_mask2former(classes=CLASSES)).to(images.device)
     optimizer = _optimizer(built)
     network = _compile(built, compiled)
     labels, masks = _targets(images)
@@ -201,7 +190,7 @@ def _peak(which: str, size: int, batch: int, device: str, threads: int, writer: 
     with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
         for _ in range(2):
             step()
-    peak = torch.cuda.max_memory_allocated() / 1000000.0 if images.is_cuda else _resident("VmHWM") - before
+    peak = torch.cuda.max_memory_allocated() / 1e6 if images.is_cuda else _resident("VmHWM") - before
     writer.send(json.dumps(peak))
 
 
