@@ -66,7 +66,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
         subprocess.run([*SERVE, "stop"], cwd=folder, env=environment, check=True, timeout=90)
         process.wait(10)
     assert len(tree) >= 3
-    assert not [survivor for survivor in tree if survivor.is_running()]
+    assert not [survivor for survivor in psutil.wait_procs(tree, 10)[1] if survivor.status() != psutil.STATUS_ZOMBIE]
     assert not list((folder / ".prefect").glob("*.pid"))
 
 
