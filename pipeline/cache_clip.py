@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from pipeline.benchmarks import Benchmark
 from pipeline.runtime import Runtime
 from pipeline.teaching import TeacherConfig
 from storage.keys import Recipe, Ref
 from storage.store import Build, Store
-
-if TYPE_CHECKING:
-    from models.teacher import Teacher
-    from storage.shards import Sample
 
 STAGE, VERSION = "cache-clip", 1
 log = logging.getLogger(__name__)
@@ -45,6 +39,7 @@ def run(
     """Encode every tar into one token group of the same name; a group that is there is not made again."""
 
     def work(build: Build) -> None:
+        from pipeline.encoding import encode_tar
         from storage.shards import Shards
         from storage.tokens import read_tokens
 
@@ -57,7 +52,7 @@ def run(
                     group = build.path / f"{tar.stem}.zarr"
                     if not group.exists():
                         clip = clip or teacher.load(runtime)
-                        _encode_tar(clip, tar, group, config, benchmark, hide=split == "train", bar=bar)
+                        encode_tar(clip, tar, group, config.batch, benchmark, hide=split == "train", bar=bar)
                     else:
                         bar.update(count)
             images, kept, instances = sum(opened.counts(split)), 0, 0
@@ -76,63 +71,3 @@ def run(
         build.provenance["device"] = str(runtime.torch_device())
 
     return store.build(recipe(config, teacher=teacher, benchmark=benchmark, shards=shards), work)
-
-
-def kept_for_training(sample: Sample, benchmark: Benchmark) -> bool:
-    """The image-filter protocol: an image with any segment of an unseen class takes no part in training."""
-    if benchmark.protocol != "image-filter":
-        return True
-    return not any(s.category_id in set(benchmark.unseen_ids) for s in sample.segments)
-
-
-def _encode_tar(
-    clip: Teacher, tar: Path, group: Path, config: TokensConfig, benchmark: Benchmark, *, hide: bool, bar: Any
-) -> None:
-    """One tar to one group. Inputs of several images fill a batch, so memory is bounded whatever an image holds."""
-    import numpy as np
-    import torch
-
-    from storage.shards import decode_ids, decode_image, read_shard
-    from storage.tokens import write_tokens
-
-    device = next(clip.parameters()).device
-    offsets, segment_id, kept = [0], [], []
-    pending: list[torch.Tensor] = []
-    rows: list[np.ndarray] = []
-    is_global: list[bool] = []
-
-    def encode(at_least: int) -> None:
-        while sum(len(p) for p in pending) >= max(at_least, 1):
-            inputs = torch.cat(pending)
-            rows.append(clip.encode_images(inputs[: config.batch]).half().cpu().numpy())
-            pending[:] = [inputs[config.batch :]] if len(inputs) > config.batch else []
-
-    for sample in read_shard(tar):
-        kept.append(not hide or kept_for_training(sample, benchmark))
-        if kept[-1]:
-            image = torch.from_numpy(decode_image(sample)).permute(2, 0, 1).to(device)
-            ids = torch.from_numpy(decode_ids(sample)).to(device)
-            prepared = clip.prepare(image)
-            segments = torch.tensor([s.id for s in sample.segments], device=device)
-            pending.append(prepared[None])
-            is_global.append(True)
-            if len(segments):
-                pending.append(clip.mask(prepared, ids == segments[:, None, None]))
-                is_global += [False] * len(segments)
-                segment_id += segments.tolist()
-            encode(config.batch)
-        offsets.append(len(segment_id))
-        bar.update()
-    encode(1)
-    flags = np.array(is_global, dtype=bool)
-    encoded = np.concatenate(rows) if rows else np.zeros((0, clip.dim), np.float16)
-    global_ = np.zeros((len(kept), encoded.shape[1]), np.float16)
-    global_[np.array(kept, dtype=bool)] = encoded[flags]
-    write_tokens(
-        group,
-        global_=global_,
-        instance=encoded[~flags],
-        offsets=np.array(offsets, np.int64),
-        segment_id=np.array(segment_id, np.int64),
-        kept=np.array(kept, dtype=bool),
-    )

@@ -78,7 +78,7 @@ def train(
 
     Raises ValueError when a loss is not finite; the last saved state stays.
     """
-    optimiser = torch.optim.AdamW(groups, lr=schedule.lr)
+    optimiser = torch.optim.AdamW(groups, lr=schedule.lr, fused=True)
     curves: list[dict[str, float]] = []
     recent: list[dict[str, float]] = []
     start = 0

@@ -19,7 +19,8 @@ from torch import Tensor
 import storage.tokens
 from pipeline import cache_clip, scenes
 from pipeline.benchmarks import Benchmark, Protocol
-from pipeline.cache_clip import TokensConfig, kept_for_training
+from pipeline.cache_clip import TokensConfig
+from pipeline.encoding import kept_for_training
 from pipeline.teaching import TeacherConfig
 from storage.keys import Ref
 from storage.shards import Sample, Segment, Shards, decode_ids, decode_image, read_shard
