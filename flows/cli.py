@@ -142,6 +142,20 @@ def parser() -> argparse.ArgumentParser:
         "--teacher.pretrained", dest="teacher", default="", metavar="FILE", help="its weights, for --names"
     )
     evaluate = add("evaluate", commands.evaluate_checkpoint, "score a trained checkpoint on a benchmark's own files")
+    _add_evaluate_flags(evaluate)
+    _add_pq_flags(add("pq", commands.panoptic_quality, "panoptic quality of any result in COCO's panoptic format"))
+    bench = add("bench", commands.bench, "measure ours against a reference, in turn, in one process")
+    bench.add_argument("name", metavar="NAME", choices=BENCHES, help=f"one of {', '.join(BENCHES)}")
+    bench.add_argument("--json", default="", metavar="FILE", help="write the rows there as well")
+    bench.add_argument("--full", action="store_true", help="every size, batch and mode; much longer")
+    for command in (run, stage, predict, evaluate, bench):
+        add_runtime(command)
+    for command in (run, stage):
+        _add_training_flags(command)
+    return main_parser
+
+
+def _add_evaluate_flags(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--checkpoint", required=True, metavar="KEY", help="a checkpoint's key, or its folder")
     evaluate.add_argument(
         "--benchmark",
@@ -163,14 +177,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="its weights, for names new to the checkpoint",
     )
-    _add_pq_flags(add("pq", commands.panoptic_quality, "panoptic quality of any result in COCO's panoptic format"))
-    bench = add("bench", commands.bench, "measure ours against a reference, in turn, in one process")
-    bench.add_argument("name", metavar="NAME", choices=BENCHES, help=f"one of {', '.join(BENCHES)}")
-    bench.add_argument("--json", default="", metavar="FILE", help="write the rows there as well")
-    bench.add_argument("--full", action="store_true", help="every size, batch and mode; much longer")
-    for command in (run, stage, predict, evaluate, bench):
-        add_runtime(command)
-    return main_parser
+
+
+def _add_training_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--devices", type=int, default=1, metavar="N", help="GPUs (on a CPU: processes) of stage v2c")
+    command.add_argument("--compile", action="store_true", help="torch.compile the network of stage v2c")
+    command.add_argument(
+        "--checkpoint-every", type=int, default=200, metavar="N", help="training steps between two saved states"
+    )
 
 
 def _add_pq_flags(pq: argparse.ArgumentParser) -> None:

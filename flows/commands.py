@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
 from flows import stages
 from flows.stages import Request, duration
+from pipeline import v2c
 from pipeline.line import STAGES, line
-from pipeline.runtime import Runtime
+from pipeline.runtime import Runtime, torchrun_rank, under_torchrun
 from storage.keys import Recipe, Ref
 from storage.store import Manifest, Store
 
@@ -24,7 +26,8 @@ def _store(options: argparse.Namespace) -> Store:
 
 
 def _runtime(options: argparse.Namespace) -> Runtime:
-    return Runtime(device=options.device, threads=options.threads)
+    names = ("device", "threads", "devices", "compile", "checkpoint_every")
+    return Runtime(**{name: getattr(options, name) for name in names if hasattr(options, name)})
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -70,6 +73,10 @@ def stage(options: argparse.Namespace) -> int:
 
 
 def _walk(request: Request, runtime: Runtime, first: str, last: str, force: Sequence[str]) -> int:
+    if under_torchrun() and not (first == last == v2c.STAGE and not force):
+        raise ValueError(
+            f"under torchrun only `{request.command('stage', v2c.STAGE)}` runs; start the others without it"
+        )
     steps, store = line(stages.configure(request)), request.open_store()
     selected = stages.select(steps, first=first, last=last)
     again = stages.forced(selected, force)
@@ -77,7 +84,9 @@ def _walk(request: Request, runtime: Runtime, first: str, last: str, force: Sequ
     stages.remove(store, again)
     for number, step in enumerate(steps, 1):
         if step in selected:
-            print(f"[{number}/{len(steps)}] {stages.build(step, store, runtime)}", flush=True)
+            outcome = stages.build(step, store, runtime)
+            if not torchrun_rank():
+                print(f"[{number}/{len(steps)}] {outcome}", flush=True)
     if selected[-1] is steps[-1]:
         _print_report(request.preset, stages.publish(request.preset, steps, store))
     return 0
@@ -248,13 +257,16 @@ def bench(options: argparse.Namespace) -> int:
 
     from pipeline.bench import harness
 
+    rows: list[harness.Row] = []
     try:
-        rows = list(import_module(f"pipeline.bench.{options.name}").rows(_runtime(options), full=options.full))
+        for row in import_module(f"pipeline.bench.{options.name}").rows(_runtime(options), full=options.full):
+            rows.append(row)
+            print(row, file=sys.stderr, flush=True)
+            if options.json:  # whole after every row: a long run may be cut off
+                harness.write_rows(Path(options.json), rows)
     except ModuleNotFoundError as error:
         raise ValueError(f"the reference {error.name} is not installed; `make install` brings it") from error
     Console().print(harness.table(rows))
-    if options.json:
-        harness.write_rows(Path(options.json), rows)
     return 0
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from flows.presets import preset
 from pipeline.line import CocoConfig, Config, Step
-from pipeline.runtime import Runtime
+from pipeline.runtime import Runtime, torchrun_rank
 from storage.keys import Ref
 from storage.store import Store
 
@@ -192,6 +192,8 @@ def build(step: Step, store: Store, runtime: Runtime) -> Outcome:
     built = store.state(ref) != "fresh"
     if built:
         step.run(store=store, runtime=runtime)
+    if torchrun_rank():  # the first process finishes it
+        return Outcome(stage=step.stage, ref=ref, built=built, seconds=time.monotonic() - started)
     if skipped := store.open(ref).manifest.counts.get("skipped"):  # `open` refuses an artefact that is damaged
         count = f"{len(skipped)} bad image{'s' * (len(skipped) > 1)}"
         log.warning("%s: %s left out; `zs-seg show %s` lists them", step.stage, count, ref.key)

@@ -7,7 +7,7 @@ better, whatever autocast says, and give a zero that keeps the graph when there 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -108,7 +108,12 @@ def _neighbours(coordinate: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def sample_points(
-    mask_logits: Tensor, *, points: int, oversample: float, importance: float, generator: torch.Generator
+    mask_logits: Tensor,
+    *,
+    points: int,
+    oversample: float,
+    importance: float,
+    draws: Sequence[tuple[torch.Generator, int]],
 ) -> Tensor:
     """Where each predicted mask is supervised (PointRend, as in Mask2Former).
 
@@ -116,13 +121,14 @@ def sample_points(
     points` nearest to logit 0 stay; the rest of the points are new uniform draws.
 
     Args:
-        generator: draws happen on its device and then move to the masks' device. One on the CPU gives the same points
-            on every machine, one on the GPU is faster for 12,544 points a mask.
+        draws: generators, and for how many rows, in order, each draws; together N. One an image, so that an image's points
+            depend on no other image. They draw on their own device: on the CPU the same points on every machine, on
+            the GPU faster for 12,544 points a mask.
     """
-    rows = mask_logits.shape[0]
     drawn, uncertain = int(points * oversample), int(points * importance)
     # one draw for both, so that the sequence of draws does not depend on how points are split
-    uniform = torch.rand(rows, drawn + points - uncertain, 2, generator=generator, device=generator.device)
+    size = (drawn + points - uncertain, 2)
+    uniform = torch.cat([torch.rand(rows, *size, generator=rng, device=rng.device) for rng, rows in draws])
     uniform = uniform.to(mask_logits.device)
     candidates, rest = uniform[:, :drawn], uniform[:, drawn:]
     distance = sample_logits(mask_logits[:, None], candidates)[:, 0].abs()
@@ -140,7 +146,7 @@ def mask_losses(
     oversample: float = 3.0,
     importance: float = 0.75,
     normaliser: float | Tensor,
-    generator: torch.Generator,
+    draws: Sequence[tuple[torch.Generator, int]],
 ) -> tuple[Tensor, Tensor]:
     """Mask2Former's point-sampled mask losses (L_mask of Eq. 1), all matched (layer, image, segment) rows at once.
 
@@ -154,7 +160,7 @@ def mask_losses(
             copying masks.
         points: points a row. oversample: 1 or more. importance: in [0, 1].
         normaliser: the number of matched segments of the global batch, at least 1.
-        generator: see `sample_points`.
+        draws: see `sample_points`.
 
     Returns:
         (bce, dice), scalars; zeros that keep the graph when N = 0.
@@ -164,7 +170,7 @@ def mask_losses(
         return nothing, nothing
     if rows is None:
         rows = torch.arange(len(masks), device=masks.device)
-    where = sample_points(mask_logits, points=points, oversample=oversample, importance=importance, generator=generator)
+    where = sample_points(mask_logits, points=points, oversample=oversample, importance=importance, draws=draws)
     truth = sample_masks(masks, rows, where).to(mask_logits.dtype)
     logits = sample_logits(mask_logits[:, None], where)[:, 0]
     bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / points
@@ -211,19 +217,24 @@ def full_mask_losses(
 # ---------------------------------------------------------------------------------------------------- contrast (V2T)
 
 
-def _info_nce(positive: Tensor, negatives: Tensor, allowed: Tensor | None = None) -> Tensor:
+def _info_nce(
+    positive: Tensor, negatives: Tensor, allowed: Tensor | None = None, normaliser: float | Tensor | None = None
+) -> Tensor:
     """-log(e^positive / (e^positive + sum of e^negatives)), mean over the rows that have a negative; 0 when none has.
 
     Args:
         positive: (N,). negatives: (N, K). Both similarities already divided by tau.
         allowed: (N, K) bool, False where a column is no negative of that row; None = all are.
+        normaliser: what the sum is divided by instead, where the rows are a part of a larger batch.
     """
     if allowed is not None:
         negatives = negatives.masked_fill(~allowed, -torch.inf)
     # a row without negatives is log(e^p / e^p): exactly 0, as is its gradient
     loss = torch.cat((positive[:, None], negatives), dim=1).logsumexp(1) - positive
-    count = loss.new_tensor(len(loss)) if allowed is None else allowed.any(1).sum()
-    return loss.sum() / count.clamp(min=1)
+    if normaliser is None:
+        count = loss.new_tensor(len(loss)) if allowed is None else allowed.any(1).sum()
+        normaliser = count.clamp(min=1)
+    return loss.sum() / normaliser
 
 
 @_full_precision
@@ -250,7 +261,9 @@ def target_attention(global_token: Tensor, v: Tensor, matched: Tensor, *, gamma:
 
 
 @_full_precision
-def global_loss(v_a: Tensor, global_token: Tensor, bank: Tensor, *, tau: float) -> Tensor:
+def global_loss(
+    v_a: Tensor, global_token: Tensor, bank: Tensor, *, tau: float, normaliser: float | Tensor | None = None
+) -> Tensor:
     """L_g (paper Eq. 3): InfoNCE of each image's aggregate against its own global token, mean over the images.
 
     L_g = -log(e^{cos(v_a, c_i) / tau} / (e^{cos(v_a, c_i) / tau} + sum over the bank of e^{cos(v_a, c_j) / tau})).
@@ -259,18 +272,25 @@ def global_loss(v_a: Tensor, global_token: Tensor, bank: Tensor, *, tau: float) 
         v_a: (B, D), from `target_attention`. global_token: (B, D).
         bank: (B, T, D), or (T, D) shared by the batch: global tokens of OTHER images. D3: drawn uniformly from the
             cached tokens of a frozen teacher, the image's own row left out by whoever draws.
-        tau: temperature, above 0.
+        tau: temperature, above 0. normaliser: images of the global batch, where these are a part of it.
     """
     anchor = F.normalize(v_a, dim=-1)
     positive = (anchor * F.normalize(global_token, dim=-1)).sum(-1)
     bank = F.normalize(bank, dim=-1)
     negatives = anchor @ bank.T if bank.ndim == 2 else torch.einsum("bd,btd->bt", anchor, bank)
-    return _info_nce(positive / tau, negatives / tau)
+    return _info_nce(positive / tau, negatives / tau, normaliser=normaliser)
 
 
 @_full_precision
 def instance_loss(
-    v: Tensor, tokens: Tensor, image: Tensor, *, tau: float, negatives: Literal["image", "batch"] = "image"
+    v: Tensor,
+    tokens: Tensor,
+    image: Tensor,
+    *,
+    tau: float,
+    negatives: Literal["image", "batch"] = "image",
+    elsewhere: Tensor | None = None,
+    normaliser: float | Tensor | None = None,
 ) -> Tensor:
     """L_l (paper Eq. 4): InfoNCE of each matched query against its own instance's token, others' tokens as negatives.
 
@@ -285,12 +305,19 @@ def instance_loss(
         image: (N,) integer, the image each row belongs to.
         tau: temperature, above 0.
         negatives: "image" (the paper) or "batch", all other instances of the batch.
+        elsewhere: (M, D), with "batch": tokens of the global batch's instances that are not among these N.
+        normaliser: instances of the global batch that have a negative, where these N are a part of them.
     """
-    similarity = F.normalize(v, dim=-1) @ F.normalize(tokens, dim=-1).T / tau
+    anchor = F.normalize(v, dim=-1)
+    similarity = anchor @ F.normalize(tokens, dim=-1).T / tau
+    positive = similarity.diagonal()
     other = ~torch.eye(len(v), dtype=torch.bool, device=v.device)
     if negatives == "image":
         other &= image[:, None] == image[None]
-    return _info_nce(similarity.diagonal(), similarity, other)
+    elif elsewhere is not None:
+        similarity = torch.cat((similarity, anchor @ F.normalize(elsewhere, dim=-1).T / tau), dim=1)
+        other = torch.cat((other, other.new_ones(len(v), len(elsewhere))), dim=1)
+    return _info_nce(positive, similarity, other, normaliser)
 
 
 # ---------------------------------------------------------------------------------------------------- generator (G2S)

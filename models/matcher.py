@@ -26,7 +26,7 @@ def match(
     bce_weight: float,
     dice_weight: float,
     points: int,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
     alpha: float = 0.25,
     gamma: float = 2.0,
     mask_loss: Literal["points", "full"] = "points",
@@ -41,7 +41,7 @@ def match(
     Args:
         class_logits: (L, B, Q, K), over the K classes that may be learnt. mask_logits: (L, B, Q, h, w).
         labels: B tensors (O_b,) int64 in [0, K). masks: B tensors (O_b, H, W) bool, of one size. O_b may be 0.
-        points: points an image. generator: draws happen on its device (see `models.losses.sample_points`).
+        points: points an image. generators: B, whose own device draws them (see `models.losses.sample_points`).
         alpha, gamma: the focal loss's.
 
     Returns:
@@ -53,7 +53,7 @@ def match(
     """
     layers, batch, queries = class_logits.shape[:3]
     device = class_logits.device
-    where = torch.rand(batch, points, 2, generator=generator, device=generator.device).to(device)
+    where = torch.stack([torch.rand(points, 2, generator=rng, device=rng.device) for rng in generators]).to(device)
     counts = [len(label) for label in labels]
     found = np.full((layers, batch, queries), -1, dtype=np.int64)
     if not any(counts):

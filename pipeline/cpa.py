@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.runtime import Runtime
-from pipeline.schedule import Schedule
+from pipeline.schedule import Schedule, require_sampling
 from storage.keys import Recipe, Ref
 from storage.store import Build, Store
 
-STAGE, VERSION = "cpa", 1
+STAGE, VERSION = "cpa", 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class CPAConfig(Schedule):
     """Stage 3. L_f of paper Eq. 9. `synthetic`: U, made-up unseen features a step; `real_weight` and `synthetic_weight`:
-    weights of the two losses, 1 in the paper; `noise_into`: where the generator's noise goes in (D7). `batch`: images a step."""
+    weights of the two losses, 1 in the paper; `noise_into`: where the generator's noise goes in (D7). `batch`: images a step; `sampling`:
+    see G2SConfig."""
 
     lr: float = 1e-4
     clip: float = 1.0
@@ -24,11 +25,13 @@ class CPAConfig(Schedule):
     real_weight: float = 1.0
     synthetic_weight: float = 1.0
     noise_into: Literal["encoder", "latent"] = "encoder"
+    sampling: Literal["natural", "balanced"] = "natural"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.synthetic < 1:
             raise ValueError(f"cpa: synthetic must be at least 1, not {self.synthetic}")
+        require_sampling("cpa", self.sampling)
 
 
 def recipe(config: CPAConfig, *, queries: Ref, text: Ref, checkpoint: Ref, generator: Ref) -> Recipe:
@@ -71,7 +74,7 @@ def run(
             schedule=config,
             modules=modules,
             groups=parameter_groups(modules, config),
-            batches=lambda start: query_batches(cached, config, start),
+            batches=lambda start: query_batches(cached, config, start, sampling=config.sampling),
             losses=CPAStep(model.projector, maker, bank, config),
             runtime=runtime,
         )

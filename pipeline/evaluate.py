@@ -93,9 +93,9 @@ def run(
         from pipeline.judge import Judge
         from pipeline.model import load_model, require_same_classes
         from pipeline.published import beside_the_paper
+        from pipeline.record import read_curves
         from pipeline.report import write_report
         from pipeline.text import open_text
-        from pipeline.training import read_curves
 
         device = runtime.torch_device()
         bank = open_text(store.open(text).path, text.key)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from pipeline.runtime import Runtime
-from pipeline.schedule import Schedule
+from pipeline.schedule import Schedule, require_sampling
 from storage.keys import Recipe, Ref
 from storage.store import Build, Store
 
-STAGE, VERSION = "g2s", 1
+STAGE, VERSION = "g2s", 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,8 @@ class G2SConfig(Schedule):
     """Stage 2. L_g2s = L_mmd + lambda_s L_div + lambda_v L_gv2s + beta KL (paper Eq. 8, D6).
 
     `mmd_weight` is 1 in the paper, `diversity_weight` is lambda_s, `semantic_weight` lambda_v, `kl_weight` beta; 0 switches a loss off. `hidden`: width of the
-    generator's layers. `tau`: Eq. 7's temperature. `batch`: images a step.
+    generator's layers. `tau`: Eq. 7's temperature. `batch`: images a step. `sampling`: "natural" or, rare classes
+    as often as frequent ones, "balanced".
     """
 
     lr: float = 1e-3
@@ -29,6 +31,7 @@ class G2SConfig(Schedule):
     semantic_weight: float = 1.0
     kl_weight: float = 0.0
     tau: float = 0.1
+    sampling: Literal["natural", "balanced"] = "natural"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,6 +39,7 @@ class G2SConfig(Schedule):
             raise ValueError(f"g2s: tau must be above 0, not {self.tau}")
         if self.batch < 2:
             raise ValueError("g2s: batch must be at least 2, for the generator's BatchNorm")
+        require_sampling("g2s", self.sampling)
 
 
 def recipe(config: G2SConfig, *, queries: Ref, text: Ref, checkpoint: Ref) -> Recipe:
@@ -49,7 +53,6 @@ def run(config: G2SConfig, *, queries: Ref, text: Ref, checkpoint: Ref, store: S
     """Train the generator from cached queries alone."""
 
     def work(build: Build) -> None:
-        import numpy as np
         import torch
 
         from models.generator import Generator
@@ -78,7 +81,7 @@ def run(config: G2SConfig, *, queries: Ref, text: Ref, checkpoint: Ref, store: S
             modules=modules,
             groups=parameter_groups(modules, config),
             # a view in which no query found a segment has nothing to generate from
-            batches=lambda start: query_batches(cached, config, start, among=np.any(cached.category >= 0, axis=1)),
+            batches=lambda start: query_batches(cached, config, start, sampling=config.sampling, matched=True),
             losses=G2SStep(generator, model.projector, bank, config),
             runtime=runtime,
         )

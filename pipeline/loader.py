@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.ranks import ALONE, Ranks
 from pipeline.text import TextBank
 from pipeline.transforms import augment, place_ids, resize_for_test
 from pipeline.views import AugmentConfig, ResizeConfig
@@ -50,6 +51,12 @@ class Batch:
     labels: list[Tensor]
     masks: list[Tensor]
     instance_tokens: list[Tensor]
+
+    def split(self, parts: int) -> list[Batch]:
+        """`parts` equal parts, in order."""
+        size = len(self.image_ids) // parts
+        cuts = [slice(i, i + size) for i in range(0, len(self.image_ids), size)]
+        return [Batch(**{field.name: getattr(self, field.name)[cut] for field in fields(self)}) for cut in cuts]
 
     def to(self, device: torch.device) -> Batch:
         def move(tensors: list[Tensor]) -> list[Tensor]:
@@ -98,16 +105,23 @@ class TrainingData:
                 if group.kept[row]:
                     yield sample, _image(sample)
 
-    def batches(self, size: int, *, start: int) -> Iterator[Batch]:
-        """Endless batches of `size` samples, from batch number `start` on."""
+    def batches(self, size: int, *, start: int, ranks: Ranks = ALONE) -> Iterator[Batch]:
+        """Endless global batches of `size` samples, from batch number `start` on; each rank gets, and decodes, its own part of each.
+
+        Raises ValueError when `size` is no multiple of the number of ranks.
+        """
+        if size % ranks.world:
+            raise ValueError(f"v2c: batch {size} cannot be split over {ranks.world} devices; choose a multiple of it")
+        share = size // ranks.world
         with self._pool() as pool:
             pending: deque[Future[Item]] = deque()
             ready: list[Item] = []
-            for epoch, tar, row, sample in self._stream(start * size):
-                pending.append(pool.submit(self._item, epoch, tar, row, sample))
-                if len(pending) > 2 * size:
+            for place, (epoch, tar, row, sample) in enumerate(self._stream(start * size)):
+                if place % size // share == ranks.rank:
+                    pending.append(pool.submit(self._item, epoch, tar, row, sample))
+                if len(pending) > 2 * share:
                     ready.append(pending.popleft().result())
-                if len(ready) == size:
+                if len(ready) == share:
                     yield collate(ready)
                     ready = []
 

@@ -15,16 +15,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, DIM, GRID = "#1f2933", "#616e7c", "#e4e7eb"
+UNDRAWN = ("step", "lr", "norm", "seconds", "waiting")
 LINES = "#2f7ed8", "#d9720b", "#3f9b4f", "#8e6bbf", "#a8801a", "#128a8a", "#9c6b4e", "#5f6f81"  # dark enough for text
 
 
 def loss_plot(rows: Sequence[Mapping[str, float]]) -> str:
     """One stage's losses over the steps, a smooth line over the faint raw one, each named at its end.
 
-    `rows` hold `step`, `total` and the stage's other losses by name; `lr` is not drawn.
+    `rows` hold `step`, `total` and the stage's other losses by name; those of `UNDRAWN` are left out.
     """
     losses = sorted(
-        {name for row in rows for name in row if name not in ("step", "lr")}, key=lambda name: (name != "total", name)
+        {name for row in rows for name in row if name not in UNDRAWN}, key=lambda name: (name != "total", name)
     )
     figure, axes = _figure("step", width=0.57)
     ends, lowest, highest = [], np.inf, -np.inf

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipeline.model import Model
     from pipeline.text import TextBank
 
-STAGE, VERSION = "queries", 1
+STAGE, VERSION = "queries", 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def _write_group(path: Path, tar: int, data: TrainingData, model: Model, bank: T
     from models.matcher import match
     from pipeline.loader import collate
     from pipeline.steps import seen_rows
-    from pipeline.training import step_generator
+    from pipeline.training import image_generator
     from storage.queries import write_queries
 
     device = next(model.projector.parameters()).device
@@ -97,7 +97,7 @@ def _write_group(path: Path, tar: int, data: TrainingData, model: Model, bank: T
                 logits = model.logits(output.features[-1:], text)
             assigned = match(
                 logits, output.masks[-1:], [seen_row[label] for label in batch.labels], batch.masks,
-                generator=step_generator(config.seed, batch.image_ids[0] * config.views + view), **model.facts["matching"],
+                generators=[image_generator(config.seed, view, i) for i in batch.image_ids], **model.facts["matching"],
             )[0].cpu()  # fmt: skip
             for i, item in enumerate(items):
                 found = assigned[i] >= 0

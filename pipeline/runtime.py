@@ -12,20 +12,37 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 
+def under_torchrun() -> bool:
+    """Did torchrun start this process?"""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def torchrun_rank() -> int:
+    """This process's number among those that torchrun started; 0 when it did not."""
+    return int(os.environ["RANK"]) if under_torchrun() else 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
     """Where and how loudly a stage runs.
 
     `device`: "auto" (the GPU if there is one) or a torch device such as "cpu" or "cuda:1". `threads`: CPU threads, 0 =
-    all cores. `progress`: show progress bars. `checkpoint_every`: training steps between two saved states.
+    all cores. `progress`: show progress bars. `checkpoint_every`: training steps between two saved states. `devices`: how
+    many train stage 1 together, GPUs or, on a CPU, processes. `compile`: torch.compile its network.
     """
 
     device: str = "auto"
     threads: int = 0
     progress: bool = True
     checkpoint_every: int = 200
+    devices: int = 1
+    compile: bool = False
 
     def __post_init__(self) -> None:
+        if self.devices < 1 or self.checkpoint_every < 1:
+            raise ValueError(
+                f"devices and checkpoint_every must be at least 1, not {self.devices} and {self.checkpoint_every}"
+            )
         if self.threads < 0:
             raise ValueError(f"threads must be 0 (all cores) or more, not {self.threads}")
 

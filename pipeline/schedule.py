@@ -13,7 +13,8 @@ class Schedule:
 
     `steps` of `batch` images each; AdamW at `lr`, `weight_decay` on everything but norms, embeddings and scalars. `warmup` steps rise
     linearly; then `decay` "cosine" falls to 0, "step" multiplies by 0.1 at 8/9 and again at 26/27 of the steps, "constant" stays.
-    `clip`: largest gradient norm of all parameters together, 0 = none. `seed` decides weights, order, views and every draw.
+    `clip`: largest gradient norm of all parameters together, 0 = none. `ema`: the result is the running average of the weights that
+    keeps this share a step, 0 = the last weights. `seed` decides weights, order, views and every draw.
     """
 
     seed: int = 0
@@ -24,6 +25,7 @@ class Schedule:
     warmup: int = 0
     decay: Literal["cosine", "step", "constant"] = "cosine"
     clip: float = 0.01
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         name = type(self).__name__.removesuffix("Config").lower()
@@ -31,6 +33,8 @@ class Schedule:
             raise ValueError(f"{name}: steps and batch must be at least 1, not {self.steps} and {self.batch}")
         if self.seed < 0:
             raise ValueError(f"{name}: seed must be 0 or more, not {self.seed}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"{name}: ema must be at least 0 and below 1, not {self.ema}")
         if self.lr <= 0:
             raise ValueError(f"{name}: lr must be above 0, not {self.lr}")
 
@@ -44,3 +48,9 @@ class Schedule:
         if self.decay == "step":
             return 0.1 ** (int(step >= self.steps * 8 / 9) + int(step >= self.steps * 26 / 27))
         return 1.0
+
+
+def require_sampling(stage: str, sampling: str) -> None:
+    """Raises ValueError for a way to draw cached queries that there is not."""
+    if sampling not in ("natural", "balanced"):
+        raise ValueError(f"{stage}: sampling {sampling!r} is not one of 'natural' and 'balanced'; choose one of them")

@@ -1,11 +1,12 @@
 """What one training step of each stage minimises: three short classes, one a stage, side by side.
 
-Each takes a batch and a generator for its draws and returns its losses by name, already weighted; an alignment loss of weight 0 is not
-computed.
+Each takes a batch and the step's number and yields its losses by name, already weighted, once for every part of the batch; an
+alignment loss of weight 0 is not computed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,8 @@ from models.projector import Projector
 from models.segmenter import Segmenter
 from pipeline.loader import Batch
 from pipeline.query_data import QueryBatch
+from pipeline.ranks import ALONE, Ranks
+from pipeline.training import autocast, image_generator, step_generator
 
 if TYPE_CHECKING:
     from pipeline.cpa import CPAConfig
@@ -41,19 +44,61 @@ def one_hot(rows: Tensor, classes: int) -> Tensor:
 
 
 class V2CStep:
-    """L_v2c = L_match + w_g L_g + w_l L_l (paper Eq. 5): L_match on every decoder output, L_g and L_l on the last (D4)."""
+    """L_v2c = L_match + w_g L_g + w_l L_l (paper Eq. 5): L_match on every decoder output, L_g and L_l on the last (D4).
+
+    A global batch may be spread over processes, and over `accumulate` parts one after the other: every sum is divided by a number of
+    the global batch and every draw belongs to an image, so that the gradients add up to those of the batch in one piece.
+    """
 
     def __init__(
-        self, segmenter: Segmenter, projector: Projector, bank: TextBank, global_tokens: Tensor, config: V2CConfig
+        self,
+        segmenter: Segmenter,
+        projector: Projector,
+        bank: TextBank,
+        global_tokens: Tensor,
+        config: V2CConfig,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.segmenter, self.projector, self.config = segmenter, projector, config
+        self.segmenter, self.projector, self.config, self.ranks = segmenter, projector, config, ranks
         self.device = global_tokens.device
         self.text, self.seen_row = seen_rows(bank, self.device)
         self.global_tokens = global_tokens
 
-    def __call__(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, step: int) -> Iterator[dict[str, Tensor]]:
+        """The terms of each part of this process's share of the batch."""
         config = self.config
-        batch = batch.to(self.device)
+        parts = [part.to(self.device) for part in batch.split(config.accumulate)]
+        first = self.ranks.rank * len(batch.image_ids)
+        rngs = [image_generator(config.seed, step, first + i, self.device) for i in range(len(batch.image_ids))]
+        totals = self.ranks.sum(self.totals(batch))
+        tokens = [torch.cat(part.instance_tokens) for part in parts]
+        others = self.ranks.others(torch.cat(tokens)) if config.instance_negatives == "batch" else []
+        for number, part in enumerate(parts):
+            elsewhere = torch.cat([*tokens[:number], *tokens[number + 1 :], *others, tokens[number][:0]])
+            own_rngs, rngs = rngs[: len(part.image_ids)], rngs[len(part.image_ids) :]
+            with autocast(self.device, config.precision):
+                terms = self.terms(part, own_rngs, totals=totals, elsewhere=elsewhere)
+            yield terms
+
+    def totals(self, batch: Batch) -> Tensor:
+        """Images, segments, and instances that have a negative in L_l: (3,). Of an image's segments at most Q are found."""
+        found = [min(len(label), self.config.segmenter.queries) for label in batch.labels]
+        if self.config.instance_negatives == "image":
+            found = [count for count in found if count > 1]
+        return torch.tensor([len(batch.labels), sum(map(len, batch.labels)), sum(found)], device=self.device)
+
+    def terms(
+        self,
+        batch: Batch,
+        generators: Sequence[torch.Generator],
+        *,
+        totals: Tensor,
+        elsewhere: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """This part's share of every term. `generators`: one an image. `totals` (3,): of the global batch, see `totals`.
+        `elsewhere` (M, D): the instance tokens of its other parts, for batch negatives."""
+        config = self.config
+        images, segments, instances = totals.clamp(min=1).unbind()
         labels = [self.seen_row[label] for label in batch.labels]
         output = self.segmenter(batch.images, dense=False)
         v = self.projector(output.features)  # (L, B, Q, D)
@@ -67,11 +112,10 @@ class V2CStep:
             bce_weight=config.bce_weight,
             dice_weight=config.dice_weight,
             points=config.points,
-            generator=generator,
+            generators=generators,
             mask_loss=config.mask_loss,
         )  # (L, B, Q): segment of the image, or -1
-        segments = max(sum(len(label) for label in labels), 1)
-        layer, image, query = (assigned >= 0).nonzero(as_tuple=True)
+        image, layer, query = (assigned >= 0).transpose(0, 1).nonzero(as_tuple=True)  # an image's rows side by side
         first = torch.tensor([0, *[len(label) for label in labels]], device=self.device).cumsum(0)
         row = first[image] + assigned[layer, image, query]  # of all segments of the batch, one after the other
         target = torch.full_like(assigned, -1)
@@ -80,8 +124,14 @@ class V2CStep:
         if config.mask_loss == "full":
             mask, dice = losses.full_mask_losses(predicted, masks, rows=row, normaliser=segments)
         else:
+            rows = [len(assigned) * min(len(label), assigned.shape[2]) for label in labels]
             mask, dice = losses.mask_losses(
-                predicted, masks, rows=row, points=config.points, normaliser=segments, generator=generator
+                predicted,
+                masks,
+                rows=row,
+                points=config.points,
+                normaliser=segments,
+                draws=list(zip(generators, rows, strict=True)),
             )
         terms = {
             "class": config.class_weight
@@ -94,8 +144,10 @@ class V2CStep:
             matched = assigned[-1] >= 0
             own = self.global_tokens[batch.global_rows]
             v_a = losses.target_attention(own, v[-1], matched, gamma=config.gamma, enabled=config.target_attention)
-            bank = self.global_tokens[self._negatives(batch.global_rows, generator)]
-            terms["global"] = config.global_weight * losses.global_loss(v_a, own, bank, tau=config.tau)
+            bank = self.global_tokens[self._negatives(batch.global_rows, generators)]
+            terms["global"] = config.global_weight * losses.global_loss(
+                v_a, own, bank, tau=config.tau, normaliser=images
+            )
         if config.instance_weight:
             terms["instance"] = config.instance_weight * losses.instance_loss(
                 v[-1][image[last], query[last]],
@@ -103,13 +155,18 @@ class V2CStep:
                 image[last],
                 tau=config.tau,
                 negatives=config.instance_negatives,
+                elsewhere=elsewhere,
+                normaliser=instances,
             )
         return terms
 
-    def _negatives(self, own: Tensor, generator: torch.Generator) -> Tensor:
+    def _negatives(self, own: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """Rows (B, T) drawn uniformly from the cached global tokens, an image's own row excluded (D3)."""
         others = len(self.global_tokens) - 1
-        drawn = torch.randint(max(others, 1), (len(own), self.config.bank), generator=generator).to(self.device)
+        drawn = [
+            torch.randint(max(others, 1), (self.config.bank,), generator=rng, device=rng.device) for rng in generators
+        ]
+        drawn = torch.stack(drawn).to(self.device)
         return (drawn + (drawn >= own[:, None])).clamp(max=others)
 
 
@@ -122,7 +179,10 @@ class G2SStep:
         self.text_of_class = bank.embedding.to(self.device)
         self.text, self.seen_row = seen_rows(bank, self.device)
 
-    def __call__(self, batch: QueryBatch, generator: torch.Generator) -> dict[str, Tensor]:
+    def __call__(self, batch: QueryBatch, step: int) -> Iterator[dict[str, Tensor]]:
+        yield self.terms(batch, step_generator(self.config.seed, step))
+
+    def terms(self, batch: QueryBatch, generator: torch.Generator) -> dict[str, Tensor]:
         config = self.config
         feature, category = batch.feature.to(self.device), batch.category.to(self.device)
         image, query = (category >= 0).nonzero(as_tuple=True)
@@ -154,7 +214,10 @@ class CPAStep:
         self.text, self.seen_row = seen_rows(bank, self.device)
         self.unseen = torch.tensor([k for k, seen in enumerate(bank.seen) if not seen], device=self.device)
 
-    def __call__(self, batch: QueryBatch, generator: torch.Generator) -> dict[str, Tensor]:
+    def __call__(self, batch: QueryBatch, step: int) -> Iterator[dict[str, Tensor]]:
+        yield self.terms(batch, step_generator(self.config.seed, step))
+
+    def terms(self, batch: QueryBatch, generator: torch.Generator) -> dict[str, Tensor]:
         config = self.config
         feature, category = batch.feature.to(self.device), batch.category.to(self.device)
         target = one_hot(torch.where(category >= 0, self.seen_row[category], -1), len(self.text))

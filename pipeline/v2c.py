@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.runtime import Runtime
+from pipeline.runtime import Runtime, torchrun_rank
 from pipeline.schedule import Schedule
 from pipeline.views import AugmentConfig, ResizeConfig
 from storage.keys import Recipe, Ref, sha256_file
@@ -17,9 +17,10 @@ from storage.store import Build, Store
 if TYPE_CHECKING:
     from pipeline.loader import TrainingData
     from pipeline.model import Model
+    from pipeline.ranks import Ranks
     from pipeline.text import TextBank
 
-STAGE, VERSION = "v2c", 1
+STAGE, VERSION = "v2c", 2
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 SMALL_BACKBONE = Path(__file__).parents[1] / "models" / "small_backbone"
 log = logging.getLogger(__name__)
@@ -75,7 +76,8 @@ class V2CConfig(Schedule):
     the paper. `target_attention` off = plain mean over the queries (table 5's first row). `text_centering`: D1.
     `backbone_lr`, `scale_lr`: factors on the learning rates of the backbone, and of the logit scale and bias (D1). `augment`: training
     views; `resize`: test views. `calibration_images`: training images on which object_threshold is chosen, `threshold_slack`: in PQ
-    points, see `choose_threshold` (D8).
+    points, see `choose_threshold` (D8). `precision`: of the network's forward and backward pass (autocast); weights, losses and matching
+    stay float32. `accumulate`: equal parts a process takes its share of a batch in, for less memory and the same result.
     """
 
     segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)
@@ -100,9 +102,23 @@ class V2CConfig(Schedule):
     overlap_threshold: float = 0.8
     calibration_images: int = 500
     threshold_slack: float = 0.5
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.precision not in ("float32", "bfloat16", "float16"):
+            raise ValueError(
+                f"v2c: precision {self.precision!r} is not one of 'float32', 'bfloat16' and 'float16'; choose one"
+            )
+        if self.accumulate < 1 or self.batch % self.accumulate:
+            raise ValueError(
+                f"v2c: batch {self.batch} cannot be cut into {self.accumulate} parts; choose a divisor of it"
+            )
+        if self.accumulate > 1 and not self.segmenter.frozen_batchnorm:
+            raise ValueError(
+                "v2c: BatchNorm would see one part at a time; accumulate needs segmenter.frozen_batchnorm, or pass 1"
+            )
         if self.mask_loss not in ("points", "full"):
             raise ValueError(f"v2c: mask_loss {self.mask_loss!r} is not one of 'points' and 'full'; choose one of them")
         if self.tau <= 0 or self.bank < 1 or self.points < 1 or self.calibration_images < 1:
@@ -132,67 +148,99 @@ def _weights_identity(config: SegmenterConfig) -> str | None:
 
 
 def run(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref, store: Store, runtime: Runtime) -> Ref:
-    """Train stage 1 and choose the object threshold; the checkpoint is self-contained."""
+    """Train stage 1, on `runtime.devices` together, and choose the object threshold; the checkpoint is self-contained.
+
+    Under torchrun (several machines that share the store) every process calls this; the first one builds, the others train along.
+    """
+    made = recipe(config, shards=shards, tokens=tokens, text=text)
+    inputs = tuple(store.open(ref).path for ref in (shards, tokens, text))
 
     def work(build: Build) -> None:
-        import torch
-
         from pipeline.loader import TrainingData
-        from pipeline.model import build_model, save_model
-        from pipeline.steps import V2CStep
+        from pipeline.model import load_model, save_model
+        from pipeline.ranks import launch
         from pipeline.text import open_text
-        from pipeline.training import parameter_groups, train
         from storage.checkpoints import remove_training_state
 
+        launch(train_model, config, *inputs, text.key, build.path, runtime=runtime)
         device = runtime.torch_device()
-        bank = open_text(store.open(text).path, text.key)
-        data = TrainingData(
-            store.open(shards).path,
-            store.open(tokens).path,
-            bank,
-            config.augment,
-            seed=config.seed,
-            workers=runtime.decoders,
-        )
-        torch.manual_seed(config.seed)
-        model = build_model(_architecture(config, bank), _facts(config, bank), bank.embedding)
-        if config.text_centering:
-            model.projector.text_center.copy_(bank.embedding[torch.tensor(bank.seen)].mean(0))
-        modules = {"segmenter": model.segmenter.to(device).train(), "projector": model.projector.to(device).train()}
-        train(
-            STAGE,
-            folder=build.path,
-            schedule=config,
-            modules=modules,
-            groups=parameter_groups(
-                modules,
-                config,
-                own_lr={
-                    "segmenter.backbone.": config.backbone_lr,
-                    "projector.log_scale": config.scale_lr,
-                    "projector.bias": config.scale_lr,
-                },
-            ),
-            batches=lambda start: data.batches(config.batch, start=start),
-            losses=V2CStep(model.segmenter, model.projector, bank, data.global_tokens().to(device), config),
-            runtime=runtime,
-        )
-        model.segmenter.eval()
-        model.projector.eval()
+        bank = open_text(inputs[2], text.key)
+        data = TrainingData(*inputs[:2], bank, config.augment, seed=config.seed, workers=runtime.decoders)
+        model = load_model(build.path, device)
         threshold, trials = choose_threshold(model, bank, data, config, runtime)
         model.facts["object_threshold"] = threshold
         save_model(build.path, model)
         remove_training_state(build.path)
-        build.provenance["device"] = str(device)
+        build.provenance |= {"device": str(device), "devices": runtime.devices}
         build.counts |= {
             "images": len(data),
             "steps": config.steps,
             "object_threshold": threshold,
             "sPQ_by_threshold": trials,
+            "parameters": sum(p.numel() for m in (model.segmenter, model.projector) for p in m.parameters()),
         }
-        build.counts["parameters"] = sum(p.numel() for m in modules.values() for p in m.parameters())
 
-    return store.build(recipe(config, shards=shards, tokens=tokens, text=text), work)
+    if torchrun_rank():
+        from pipeline.ranks import launch
+
+        if store.state(made.ref) != "fresh":
+            launch(train_model, config, *inputs, text.key, store.partial(made.ref), runtime=runtime)
+        return made.ref
+    return store.build(made, work)
+
+
+def train_model(
+    ranks: Ranks,
+    runtime: Runtime,
+    config: V2CConfig,
+    shards: Path,
+    tokens: Path,
+    text: Path,
+    text_key: str,
+    folder: Path,
+) -> None:
+    """What each of the processes does: the whole training; the first one leaves the weights in `folder`."""
+    import torch
+
+    from pipeline.loader import TrainingData
+    from pipeline.model import build_model, save_model
+    from pipeline.ranks import share_batch_statistics
+    from pipeline.steps import V2CStep
+    from pipeline.text import open_text
+    from pipeline.training import parameter_groups, train
+
+    device = runtime.torch_device()
+    bank = open_text(text, text_key)
+    data = TrainingData(shards, tokens, bank, config.augment, seed=config.seed, workers=runtime.decoders)
+    torch.manual_seed(config.seed)
+    model = build_model(_architecture(config, bank), _facts(config, bank), bank.embedding)
+    if config.text_centering:
+        model.projector.text_center.copy_(bank.embedding[torch.tensor(bank.seen)].mean(0))
+    modules = {"segmenter": model.segmenter.to(device).train(), "projector": model.projector.to(device).train()}
+    share_batch_statistics(model.segmenter, ranks)
+    network = torch.compile(model.segmenter) if runtime.compile else model.segmenter
+    train(
+        STAGE,
+        folder=folder,
+        schedule=config,
+        modules=modules,
+        groups=parameter_groups(
+            modules,
+            config,
+            own_lr={
+                "segmenter.backbone.": config.backbone_lr,
+                "projector.log_scale": config.scale_lr,
+                "projector.bias": config.scale_lr,
+            },
+        ),
+        batches=lambda start: data.batches(config.batch, start=start, ranks=ranks),
+        losses=V2CStep(network, model.projector, bank, data.global_tokens().to(device), config, ranks),
+        runtime=runtime,
+        ranks=ranks,
+        precision=config.precision,
+    )
+    if ranks.rank == 0:
+        save_model(folder, model)
 
 
 def _architecture(config: V2CConfig, bank: TextBank) -> dict[str, Any]:

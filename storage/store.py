@@ -102,7 +102,7 @@ class Store:
                 return "fresh"
             if self._lock(ref).held():
                 return "locked"
-            return "partial" if self._partial(ref).is_dir() else "missing"
+            return "partial" if self.partial(ref).is_dir() else "missing"
 
     def build(self, recipe: Recipe, work: Callable[[Build], None]) -> Ref:
         """Make the recipe's artefact by `work`, unless it is complete already.
@@ -123,7 +123,7 @@ class Store:
         return ref
 
     def _build(self, recipe: Recipe, work: Callable[[Build], None]) -> None:
-        ref, partial, started = recipe.ref, self._partial(recipe.ref), time.monotonic()
+        ref, partial, started = recipe.ref, self.partial(recipe.ref), time.monotonic()
         resumed = partial.is_dir()
         log.info("%s: %s %s", recipe.stage, "going on with" if resumed else "building", ref)
         partial.mkdir(exist_ok=True)
@@ -216,18 +216,18 @@ class Store:
 
         Raises ValueError while it is being built, and when the store cannot be written.
         """
-        if not self.path(ref).exists() and not self._partial(ref).exists():
+        if not self.path(ref).exists() and not self.partial(ref).exists():
             return
         with self._mistakes_as_value_errors(ref):
             if self._lock(ref).held():
                 raise ValueError(f"{ref} is being built; wait for that or stop it, then try again")
             with self._lock(ref):
-                delete(self._partial(ref))
+                delete(self.partial(ref))
                 if self.path(ref).exists():  # the manifest goes first: a half-removed artefact must not look complete
                     delete(self.path(ref) / MANIFEST)
                     delete(self.path(ref))
 
-    def _partial(self, ref: Ref) -> Path:
+    def partial(self, ref: Ref) -> Path:
         return self.root / ref.kind / f".{ref.key}.partial"
 
     def _lock(self, ref: Ref) -> Lock:

@@ -83,23 +83,23 @@ def test_a_prediction_and_its_mask_are_asked_at_the_same_place() -> None:
 def test_uncertain_points_are_those_nearest_to_zero() -> None:
     maps = normal(3, 8, 8).float()
     options: Options = {"points": 20, "oversample": 3.0, "importance": 0.75}
-    points = losses.sample_points(maps, **options, generator=rng(5))
+    points = losses.sample_points(maps, **options, draws=[(rng(5), 3)])
     uniform = torch.rand(3, 60 + 5, 2, generator=rng(5))
     for row in range(3):
         value = hf.sample_point(maps[row][None, None], uniform[row, :60][None], align_corners=False)[0, 0].abs()
         expected = uniform[row, :60][value.argsort()[:15]]
         assert sorted(points[row, :15].tolist()) == sorted(expected.tolist())
         assert torch.equal(points[row, 15:], uniform[row, 60:])
-    assert torch.equal(points, losses.sample_points(maps, **options, generator=rng(5)))
-    assert not torch.equal(points, losses.sample_points(maps, **options, generator=rng(6)))
+    assert torch.equal(points, losses.sample_points(maps, **options, draws=[(rng(5), 3)]))
+    assert not torch.equal(points, losses.sample_points(maps, **options, draws=[(rng(6), 3)]))
 
 
 @pytest.mark.parametrize("importance", [0.0, 0.75, 1.0])
 def test_mask_losses_are_mask2formers_at_the_same_points(importance: float) -> None:
     logits, masks = normal(6, 8, 8), normal(6, 32, 32, seed=1) > 0
     options: Options = {"points": 40, "oversample": 2.0, "importance": importance}
-    bce, dice = losses.mask_losses(logits, masks, **options, normaliser=4, generator=rng(3))
-    points = losses.sample_points(logits, **options, generator=rng(3)).to(D)
+    bce, dice = losses.mask_losses(logits, masks, **options, normaliser=4, draws=[(rng(3), 6)])
+    points = losses.sample_points(logits, **options, draws=[(rng(3), 6)]).to(D)
     x = hf.sample_point(logits[:, None], points, align_corners=False)[:, 0]
     t = hf.sample_point(masks[:, None].to(D), points, align_corners=False)[:, 0]
     torch.testing.assert_close(bce, hf.sigmoid_cross_entropy_loss(x, t, 4), rtol=1e-5, atol=0)
@@ -109,8 +109,8 @@ def test_mask_losses_are_mask2formers_at_the_same_points(importance: float) -> N
 def test_mask_losses_take_each_segment_once() -> None:
     logits, masks, rows = normal(7, 8, 8), normal(3, 20, 24, seed=1) > 0, torch.tensor([0, 0, 2, 1, 2, 2, 0])
     options: Options = {"points": 30, "normaliser": 7}
-    shared = losses.mask_losses(logits, masks, rows=rows, **options, generator=rng())
-    copied = losses.mask_losses(logits, masks[rows], **options, generator=rng())
+    shared = losses.mask_losses(logits, masks, rows=rows, **options, draws=[(rng(), 7)])
+    copied = losses.mask_losses(logits, masks[rows], **options, draws=[(rng(), 7)])
     assert shared == copied
 
 
@@ -119,10 +119,10 @@ def test_mask_losses_fall_to_nothing_for_the_right_mask_only() -> None:
     masks[0, :16], masks[1, :, 20:] = True, True
     right = (masks.float() * 2 - 1) * 30
     options: Options = {"points": 200, "importance": 0.0, "normaliser": 2}
-    bce, dice = losses.mask_losses(right, masks, **options, generator=rng())
+    bce, dice = losses.mask_losses(right, masks, **options, draws=[(rng(), 2)])
     assert bce < 1.0
     assert dice < 0.05
-    swapped_bce, swapped_dice = losses.mask_losses(right.flip(0), masks, **options, generator=rng())
+    swapped_bce, swapped_dice = losses.mask_losses(right.flip(0), masks, **options, draws=[(rng(), 2)])
     assert swapped_bce > 5 * bce
     assert swapped_dice > 0.3
 
@@ -131,7 +131,7 @@ def test_mask_losses_of_nothing_keep_the_graph() -> None:
     logits = torch.zeros(0, 8, 8, requires_grad=True)
     for masks in (torch.zeros(0, 16, 16, dtype=torch.bool), torch.zeros(3, 16, 16, dtype=torch.bool)):
         rows = torch.zeros(0, dtype=torch.int64)
-        bce, dice = losses.mask_losses(logits, masks, rows=rows, points=10, normaliser=1, generator=rng())
+        bce, dice = losses.mask_losses(logits, masks, rows=rows, points=10, normaliser=1, draws=[(rng(), 0)])
         (bce + dice).backward()
         assert bce == dice == 0
         assert logits.grad is not None
@@ -265,7 +265,7 @@ def cases(dtype: torch.dtype = D) -> dict[str, Case]:
     def mask(maps: Tensor) -> Tensor:
         # importance 0: points chosen by the logits would move with them
         return sum(
-            losses.mask_losses(maps, masks, points=9, importance=0.0, normaliser=3, generator=rng()), torch.zeros(())
+            losses.mask_losses(maps, masks, points=9, importance=0.0, normaliser=3, draws=[(rng(), 5)]), torch.zeros(())
         )
 
     return {

@@ -77,7 +77,7 @@ def test_the_matcher_assigns_alike(mask_loss: str) -> None:
     found = [
         match(
             torch.zeros(LAYERS, IMAGES, QUERIES, 3), either, labels, truth, class_weight=2.0, bce_weight=5.0, dice_weight=5.0,
-            points=60, generator=torch.Generator().manual_seed(1), mask_loss=mask_loss,  # pyright: ignore[reportArgumentType]
+            points=60, generators=[torch.Generator().manual_seed(1)] * 2, mask_loss=mask_loss,  # pyright: ignore[reportArgumentType]
         )
         for either in (given, given.dense())
     ]  # fmt: skip

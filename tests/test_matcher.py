@@ -49,7 +49,7 @@ def slow_costs(class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks:
 @pytest.mark.parametrize("seed", range(4))
 def test_no_assignment_is_cheaper(seed: int) -> None:
     class_logits, mask_logits, labels, masks = world(seed=seed)
-    found = match(class_logits, mask_logits, labels, masks, **WEIGHTS, points=40, generator=rng(9))
+    found = match(class_logits, mask_logits, labels, masks, **WEIGHTS, points=40, generators=[rng(9)] * len(masks))
     points = torch.rand(B, 40, 2, generator=rng(9))
     assert found.shape == (L, B, Q)
     for layer in range(L):
@@ -72,7 +72,7 @@ def test_masks_are_matched_as_in_transformers() -> None:
         bce_weight=5,
         dice_weight=3,
         points=64,
-        generator=rng(1),
+        generators=[rng(1)] * len(masks),
     )
     torch.manual_seed(1)
     theirs: Any = Mask2FormerHungarianMatcher(cost_class=0, cost_mask=5, cost_dice=3, num_points=64)
@@ -92,20 +92,24 @@ def test_the_query_that_shows_a_segment_gets_it() -> None:
             planted[0, b, q] = o
             class_logits[0, b, q, labels[b][o]] = 5.0
             mask_logits[0, b, q][masks[b][o]] = 5.0
-    assert torch.equal(match(class_logits, mask_logits, labels, masks, **WEIGHTS, points=100, generator=rng()), planted)
+    assert torch.equal(
+        match(class_logits, mask_logits, labels, masks, **WEIGHTS, points=100, generators=[rng()] * len(masks)), planted
+    )
 
 
 def test_the_class_decides_between_equal_masks() -> None:
     class_logits, mask_logits = torch.full((1, 1, 2, 3), -4.0), torch.zeros(1, 1, 2, 6, 6)
     class_logits[0, 0, 1, 2] = 4.0
     masks = [torch.ones(1, 12, 12, dtype=torch.bool)]
-    found = match(class_logits, mask_logits, [torch.tensor([2])], masks, **WEIGHTS, points=20, generator=rng())
+    found = match(
+        class_logits, mask_logits, [torch.tensor([2])], masks, **WEIGHTS, points=20, generators=[rng()] * len(masks)
+    )
     assert found.tolist() == [[[-1, 0]]]
 
 
 def test_segments_may_come_in_any_order() -> None:
     class_logits, mask_logits, labels, masks = world()
-    found = match(class_logits, mask_logits, labels, masks, **WEIGHTS, points=40, generator=rng())
+    found = match(class_logits, mask_logits, labels, masks, **WEIGHTS, points=40, generators=[rng()] * len(masks))
     flipped = match(
         class_logits,
         mask_logits,
@@ -113,7 +117,7 @@ def test_segments_may_come_in_any_order() -> None:
         [x.flip(0) for x in masks],
         **WEIGHTS,
         points=40,
-        generator=rng(),
+        generators=[rng()] * len(masks),
     )
     counts = torch.tensor(COUNTS)[None, :, None]
     assert torch.equal(torch.where(flipped < 0, -1, counts - 1 - flipped), found)
@@ -121,36 +125,46 @@ def test_segments_may_come_in_any_order() -> None:
 
 def test_layers_do_not_see_each_other_and_share_points() -> None:
     class_logits, mask_logits, labels, masks = world()
-    found = match(class_logits, mask_logits, labels, masks, **WEIGHTS, points=10, generator=rng())
+    found = match(class_logits, mask_logits, labels, masks, **WEIGHTS, points=10, generators=[rng()] * len(masks))
     for layer in range(L):
         alone = match(
-            class_logits[layer, None], mask_logits[layer, None], labels, masks, **WEIGHTS, points=10, generator=rng()
+            class_logits[layer, None],
+            mask_logits[layer, None],
+            labels,
+            masks,
+            **WEIGHTS,
+            points=10,
+            generators=[rng()] * len(masks),
         )
         assert torch.equal(alone[0], found[layer])
 
 
 def test_more_segments_than_queries_leave_some_out() -> None:
     class_logits, mask_logits, labels, masks = world((9, 1))
-    found = match(class_logits, mask_logits, labels, masks, **WEIGHTS, points=40, generator=rng())
+    found = match(class_logits, mask_logits, labels, masks, **WEIGHTS, points=40, generators=[rng()] * len(masks))
     assert (found[:, 0] >= 0).all()
     assert all(len(set(row)) == Q for row in found[:, 0].tolist())
 
 
 def test_images_without_segments_match_nothing() -> None:
-    found = match(*world((0, 0)), **WEIGHTS, points=10, generator=rng())
+    found = match(*world((0, 0)), **WEIGHTS, points=10, generators=[rng()] * 2)
     assert torch.equal(found, torch.full((L, 2, Q), -1))
 
 
 def test_half_precision_matches_alike() -> None:
     class_logits, mask_logits, labels, masks = world()
     class_logits, mask_logits = class_logits.bfloat16(), mask_logits.bfloat16()
-    full = match(class_logits.float(), mask_logits.float(), labels, masks, **WEIGHTS, points=40, generator=rng())
+    full = match(
+        class_logits.float(), mask_logits.float(), labels, masks, **WEIGHTS, points=40, generators=[rng()] * len(masks)
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(match(class_logits, mask_logits, labels, masks, **WEIGHTS, points=40, generator=rng()), full)
+        assert torch.equal(
+            match(class_logits, mask_logits, labels, masks, **WEIGHTS, points=40, generators=[rng()] * len(masks)), full
+        )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_predictions_that_are_not_finite_are_refused(bad: float) -> None:
     class_logits, mask_logits, labels, masks = world()
     with pytest.raises(ValueError, match="diverged; lower the learning rate"):
-        match(class_logits, mask_logits * bad, labels, masks, **WEIGHTS, points=10, generator=rng())
+        match(class_logits, mask_logits * bad, labels, masks, **WEIGHTS, points=10, generators=[rng()] * len(masks))

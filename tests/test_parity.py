@@ -213,7 +213,9 @@ def test_the_assignments_are_identical(seed: int, mask_loss: Any) -> None:
     classes = torch.zeros(3, 3, 10, 5)
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, float] = {"class_weight": 2.0, "bce_weight": 5.0, "dice_weight": 5.0}
-    found = match(classes, logits, labels, masks, **weights, points=112, generator=generator, mask_loss=mask_loss)
+    found = match(
+        classes, logits, labels, masks, **weights, points=112, generators=[generator] * 3, mask_loss=mask_loss
+    )
     theirs: nn.Module = (
         hf2.Mask2FormerHungarianMatcher(cost_class=2.0, cost_mask=5.0, cost_dice=5.0, num_points=112)
         if mask_loss == "points"
@@ -230,8 +232,10 @@ def test_point_sampled_losses_are_the_same_at_the_same_points_in_float32() -> No
     logits, _, masks = scene(1, torch.float32)
     logits, truth = logits[0, 2, :7], masks[2]
     options: dict[str, Any] = {"points": 12544, "oversample": 3.0, "importance": 0.75}
-    bce, dice = losses.mask_losses(logits, truth, **options, normaliser=7, generator=torch.Generator().manual_seed(3))
-    points = losses.sample_points(logits, **options, generator=torch.Generator().manual_seed(3))
+    bce, dice = losses.mask_losses(
+        logits, truth, **options, normaliser=7, draws=[(torch.Generator().manual_seed(3), 7)]
+    )
+    points = losses.sample_points(logits, **options, draws=[(torch.Generator().manual_seed(3), 7)])
     x = hf2.sample_point(logits[:, None], points, align_corners=False)[:, 0]
     t = hf2.sample_point(truth[:, None].float(), points, align_corners=False)[:, 0]
     assert float(bce) == pytest.approx(float(hf2.sigmoid_cross_entropy_loss(x, t, 7)), rel=1e-5)

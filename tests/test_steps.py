@@ -130,6 +130,11 @@ def v2c(config: V2CConfig = V2C, texts: TextBank | None = None, segmenter: nn.Mo
     return V2CStep(used, projector(), texts or bank(), unit(IMAGES, TEXT_DIM, seed=8), config)
 
 
+def terms_of(step: V2CStep, data: Batch, seed: int) -> dict[str, Tensor]:
+    """All images draw from one generator, one after the other."""
+    return step.terms(data, [rng(seed)] * len(data.image_ids), totals=step.totals(data))
+
+
 def values(terms: dict[str, Tensor]) -> dict[str, float]:
     return {name: term.item() for name, term in terms.items()}
 
@@ -167,12 +172,12 @@ def slow_v2c(step: V2CStep, seed: int) -> dict[str, float]:
         "bce_weight": config.bce_weight,
         "dice_weight": config.dice_weight,
     }
-    assigned = match(logits, masks, labels, data.masks, points=config.points, generator=draws, **weights)
+    assigned = match(logits, masks, labels, data.masks, points=config.points, generators=[draws] * 3, **weights)
     layers = range(len(logits))
     targets = torch.zeros_like(logits)
     matched_masks, true_masks = [], []
-    for layer in layers:
-        for image in range(3):
+    for image in range(3):
+        for layer in layers:
             for query in range(QUERIES):
                 segment = int(assigned[layer, image, query])
                 if segment >= 0:
@@ -181,7 +186,7 @@ def slow_v2c(step: V2CStep, seed: int) -> dict[str, float]:
                     true_masks.append(data.masks[image][segment])
     assert len(true_masks) == len(layers) * 5
     bce, dice = losses.mask_losses(
-        torch.stack(matched_masks), torch.stack(true_masks), points=config.points, normaliser=5, generator=draws
+        torch.stack(matched_masks), torch.stack(true_masks), points=config.points, normaliser=5, draws=[(draws, 15)]
     )
     drawn = torch.randint(IMAGES - 1, (3, config.bank), generator=draws)
     global_, instance = [], []
@@ -223,22 +228,22 @@ def slow_v2c(step: V2CStep, seed: int) -> dict[str, float]:
 )
 def test_stage_1_is_the_sum_of_its_terms(config: V2CConfig) -> None:
     step = v2c(config)
-    assert values(step(batch(), rng(3))) == pytest.approx(slow_v2c(step, 3), rel=1e-4)
+    assert values(terms_of(step, batch(), 3)) == pytest.approx(slow_v2c(step, 3), rel=1e-4)
 
 
 def test_stage_1_draws_from_its_generator_alone() -> None:
     torch.manual_seed(0)
-    one = values(v2c()(batch(), rng(3)))
+    one = values(terms_of(v2c(), batch(), 3))
     torch.manual_seed(1)
-    assert values(v2c()(batch(), rng(3))) == one
-    other = values(v2c()(batch(), rng(4)))
+    assert values(terms_of(v2c(), batch(), 3)) == one
+    other = values(terms_of(v2c(), batch(), 4))
     assert all(other[name] != one[name] for name in ("bce", "dice", "global"))
 
 
 @pytest.mark.parametrize("name", ["global", "instance"])
 def test_a_weight_of_0_takes_a_term_away_and_nothing_else(name: str) -> None:
-    whole = values(v2c()(batch(), rng(3)))
-    without = values(v2c(replace(V2C, **{f"{name}_weight": 0.0}))(batch(), rng(3)))
+    whole = values(terms_of(v2c(), batch(), 3))
+    without = values(terms_of(v2c(replace(V2C, **{f"{name}_weight": 0.0})), batch(), 3))
     assert set(whole) - set(without) == {name}
     assert all(without[other] == whole[other] for other in without)
 
@@ -248,7 +253,7 @@ def test_a_weight_of_0_switches_a_part_of_the_matching_loss_off(name: str) -> No
     """The term is 0 and teaches nothing; sigma^ is found without it too, by which the other terms may move."""
     weight = {f"{name}_weight": 0.0}
     step = v2c(replace(V2C, **weight))
-    terms = step(batch(), rng(3))
+    terms = terms_of(step, batch(), 3)
     assert terms[name].item() == 0
     terms[name].backward()
     assert not any(p.grad is not None and p.grad.any() for p in step.segmenter.parameters())
@@ -256,18 +261,22 @@ def test_a_weight_of_0_switches_a_part_of_the_matching_loss_off(name: str) -> No
 
 
 def test_the_baseline_is_the_matching_loss_alone() -> None:
-    assert list(v2c(replace(V2C, global_weight=0.0, instance_weight=0.0))(batch(), rng(3))) == ["class", "bce", "dice"]
+    assert list(terms_of(v2c(replace(V2C, global_weight=0.0, instance_weight=0.0)), batch(), 3)) == [
+        "class",
+        "bce",
+        "dice",
+    ]
 
 
 def test_weights_weigh() -> None:
-    one, two = (values(v2c(replace(V2C, global_weight=w, instance_weight=w))(batch(), rng(3))) for w in (1.0, 2.0))
+    one, two = (values(terms_of(v2c(replace(V2C, global_weight=w, instance_weight=w)), batch(), 3)) for w in (1.0, 2.0))
     assert two["global"] == pytest.approx(2 * one["global"]) and two["instance"] == pytest.approx(2 * one["instance"])
 
 
 def test_images_without_segments_push_every_logit_down() -> None:
     """Unmatched queries have all-zero targets (D2)."""
     step = v2c()
-    terms = values(step(empty(), rng(3)))
+    terms = values(terms_of(step, empty(), 3))
     logits = step.projector.logits(step.projector(step.segmenter(batch().images).features), step.text)
     assert terms["class"] == pytest.approx(V2C.class_weight * naive_focal(logits, torch.zeros_like(logits)), rel=1e-4)
     assert (terms["bce"], terms["dice"], terms["instance"]) == (0, 0, 0)
@@ -275,13 +284,13 @@ def test_images_without_segments_push_every_logit_down() -> None:
 
 
 def test_stage_1_knows_nothing_of_unseen_classes() -> None:
-    assert values(v2c(texts=with_other_unseen(bank()))(batch(), rng(3))) == values(v2c()(batch(), rng(3)))
+    assert values(terms_of(v2c(texts=with_other_unseen(bank())), batch(), 3)) == values(terms_of(v2c(), batch(), 3))
 
 
 def test_negatives_are_uniform_and_never_the_image_itself() -> None:
     """D3: 40,000 draws a row; each other row 10,000 times, give or take five standard deviations."""
     step = v2c(replace(V2C, bank=40_000))
-    drawn = step._negatives(torch.tensor(OWN), rng(0))
+    drawn = step._negatives(torch.tensor(OWN), [rng(0)] * 3)
     assert drawn.shape == (3, 40_000)
     for own, row in zip(OWN, drawn, strict=True):
         counts = row.bincount(minlength=IMAGES)
@@ -305,7 +314,7 @@ def test_the_whole_network_learns_in_stage_1() -> None:
         2
     ):  # a residual branch starts at 0 (zero_init_last), so its inside learns from the second step on
         optimiser.zero_grad()
-        torch.stack(list(step(data, rng(number)).values())).sum().backward()
+        torch.stack(list(terms_of(step, data, number).values())).sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters.values())
         learnt |= {name for name, p in parameters.items() if p.grad is not None and p.grad.any()}
         optimiser.step()
@@ -315,7 +324,7 @@ def test_the_whole_network_learns_in_stage_1() -> None:
 def test_each_decoder_output_learns_from_the_matching_loss_and_only_the_last_from_the_teacher() -> None:
     """Deep supervision, and D4."""
     canned = given()
-    terms = v2c(segmenter=canned)(batch(), rng(3))
+    terms = terms_of(v2c(segmenter=canned), batch(), 3)
     (features,) = torch.autograd.grad(terms["class"], [canned.features], retain_graph=True)
     assert all(layer.any() for layer in features)
     (masks,) = torch.autograd.grad(terms["bce"] + terms["dice"], [canned.masks], retain_graph=True)
@@ -349,7 +358,7 @@ def g2s(config: G2SConfig = G2S, texts: TextBank | None = None) -> G2SStep:
 def test_stage_2_is_the_sum_of_its_terms() -> None:
     step = g2s()
     copied = copy.deepcopy(step.generator)
-    terms = values(step(queries(), rng(3)))
+    terms = values(step.terms(queries(), rng(3)))
     data = queries()
     image, query = [0, 0, 0, 1, 2, 2], [0, 2, 4, 1, 0, 1]
     label = [0, 3, 6, 2, 6, 0]
@@ -385,25 +394,25 @@ def test_stage_2_is_the_sum_of_its_terms() -> None:
 
 @pytest.mark.parametrize("name", ["diversity", "semantic", "kl"])
 def test_each_loss_of_stage_2_can_be_switched_off(name: str) -> None:
-    whole = values(g2s()(queries(), rng(3)))
-    without = values(g2s(replace(G2S, **{f"{name}_weight": 0.0}))(queries(), rng(3)))
+    whole = values(g2s().terms(queries(), rng(3)))
+    without = values(g2s(replace(G2S, **{f"{name}_weight": 0.0})).terms(queries(), rng(3)))
     assert set(whole) - set(without) == {name}
     assert all(without[other] == whole[other] for other in without)
 
 
 def test_stage_2_draws_from_its_generator_alone() -> None:
     torch.manual_seed(0)
-    one = values(g2s()(queries(), rng(3)))
+    one = values(g2s().terms(queries(), rng(3)))
     step = g2s()
     torch.manual_seed(1)
-    assert values(step(queries(), rng(3))) == one
-    assert values(g2s()(queries(), rng(4)))["mmd"] != one["mmd"]
+    assert values(step.terms(queries(), rng(3))) == one
+    assert values(g2s().terms(queries(), rng(4)))["mmd"] != one["mmd"]
 
 
 def test_only_the_generator_learns_in_stage_2() -> None:
     step = g2s()
     before = copy.deepcopy(step.projector.state_dict())
-    torch.stack(list(step(queries(), rng(3)).values())).sum().backward()
+    torch.stack(list(step.terms(queries(), rng(3)).values())).sum().backward()
     assert all(p.grad is None for p in step.projector.parameters())
     assert all(torch.equal(v, before[k]) for k, v in step.projector.state_dict().items())
     for name, parameter in step.generator.named_parameters():
@@ -411,7 +420,9 @@ def test_only_the_generator_learns_in_stage_2() -> None:
 
 
 def test_stage_2_knows_nothing_of_unseen_classes() -> None:
-    assert values(g2s(texts=with_other_unseen(bank()))(queries(), rng(3))) == values(g2s()(queries(), rng(3)))
+    assert values(g2s(texts=with_other_unseen(bank())).terms(queries(), rng(3))) == values(
+        g2s().terms(queries(), rng(3))
+    )
 
 
 def cpa(config: CPAConfig = CPA, texts: TextBank | None = None, *, training: bool = False) -> CPAStep:
@@ -424,7 +435,7 @@ def cpa(config: CPAConfig = CPA, texts: TextBank | None = None, *, training: boo
 def test_stage_3_is_the_sum_of_its_terms(noise_into: str) -> None:
     config = replace(CPA, noise_into=noise_into)
     step, data, draws = cpa(config), queries(), rng(3)
-    terms = values(step(data, rng(3)))
+    terms = values(step.terms(data, rng(3)))
     targets = torch.zeros(3, QUERIES, 4)
     for image, query, row in [(0, 0, 0), (0, 2, 2), (0, 4, 3), (1, 1, 1), (2, 0, 3), (2, 1, 0)]:
         targets[image, query, row] = 1
@@ -447,13 +458,15 @@ def test_views_without_a_match_are_normalised_by_one() -> None:
     step = cpa()
     data = replace(queries(), category=torch.full((3, QUERIES), -1))
     logits = step.projector.logits(step.projector(data.feature), step.text)
-    assert step(data, rng(3))["real"].item() == pytest.approx(naive_focal(logits, torch.zeros_like(logits)), rel=1e-4)
+    assert step.terms(data, rng(3))["real"].item() == pytest.approx(
+        naive_focal(logits, torch.zeros_like(logits)), rel=1e-4
+    )
 
 
 def test_only_the_projector_learns_in_stage_3() -> None:
     step = cpa(training=True)
     before = copy.deepcopy(step.generator.state_dict())
-    torch.stack(list(step(queries(), rng(3)).values())).sum().backward()
+    torch.stack(list(step.terms(queries(), rng(3)).values())).sum().backward()
     assert all(p.grad is None for p in step.generator.parameters())
     for name, parameter in step.projector.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), name
@@ -464,12 +477,15 @@ def test_only_the_projector_learns_in_stage_3() -> None:
 
 def test_real_features_never_push_unseen_classes() -> None:
     embedding = bank().embedding.requires_grad_()
-    terms = cpa(texts=replace(bank(), embedding=embedding))(queries(), rng(3))
+    terms = cpa(texts=replace(bank(), embedding=embedding)).terms(queries(), rng(3))
     (real,) = torch.autograd.grad(terms["real"], [embedding], retain_graph=True)
     assert [bool(row.any()) for row in real] == SEEN
     (synthetic,) = torch.autograd.grad(terms["synthetic"], [embedding])
     assert all(row.any() for row in synthetic)
-    one, other = values(cpa()(queries(), rng(3))), values(cpa(texts=with_other_unseen(bank()))(queries(), rng(3)))
+    one, other = (
+        values(cpa().terms(queries(), rng(3))),
+        values(cpa(texts=with_other_unseen(bank())).terms(queries(), rng(3))),
+    )
     assert one["real"] == other["real"] and one["synthetic"] != other["synthetic"]
 
 
@@ -482,7 +498,7 @@ def test_synthetic_classes_are_drawn_uniformly_among_the_unseen() -> None:
     step.projector.bias = nn.Parameter(torch.zeros(len(SEEN)))  # one bias a class, to read the counts from
     step.text = bank().embedding
     step.seen_row = torch.arange(len(SEEN))
-    (gradient,) = torch.autograd.grad(step(queries(), rng(3))["synthetic"] * 9_000, [step.projector.bias])
+    (gradient,) = torch.autograd.grad(step.terms(queries(), rng(3))["synthetic"] * 9_000, [step.projector.bias])
     # at logit 0 a positive's derivative is a, a negative's b: gradient = n a + (9000 - n) b
     z = torch.zeros(2, requires_grad=True)
     a, b = torch.autograd.grad(losses.focal_loss(z, torch.tensor([1, 0]), normaliser=1), [z])[0].tolist()

@@ -36,6 +36,9 @@ class Row:
         """ours / reference."""
         return self.ours / self.reference
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.ours:.4g} against {self.reference:.4g} {self.unit}, {self.ratio:.3f}"
+
 
 def alternate(
     ours: Callable[[], Any],

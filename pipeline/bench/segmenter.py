@@ -6,6 +6,7 @@ by points with the projector's logits, the reference with its class head. In hal
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.folding import for_inference
 from models.projector import Projector
@@ -51,14 +53,24 @@ def _times(device: torch.device, size: int, batch: int, *, compiled: bool) -> It
         ours, reference = make(images, compiled=compiled)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
             taken = alternate(ours, reference, repeat=times, warmup=3 if compiled else 1, device=device)
-        yield Row(
-            name=f"{name}, {what}",
-            ours=taken[0],
-            reference=taken[1],
-            unit="s",
-            device=machine(device),
-            dtype=str(dtype)[6:],
-        )
+        known: Any = {"unit": "s", "device": machine(device), "dtype": str(dtype)[6:]}
+        yield Row(name=f"{name}, {what}", ours=taken[0], reference=taken[1], **known)
+        if not compiled:
+            with (
+                FlopCounterMode(display=False) as counter,
+                torch.autocast(device.type, dtype, enabled=dtype is torch.bfloat16),
+            ):
+                ours()
+            flop, rate = counter.get_total_flops(), _rate(device, dtype)
+            floor = f"{name} against its floor, {what}: {flop / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s"
+            yield Row(name=floor, ours=taken[0], reference=flop / rate, **known)
+
+
+def _rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s of a large matrix product: the most that convolutions and products can reach here."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds, _ = alternate(lambda: a @ b, lambda: None, repeat=10, device=device)
+    return 2 * size**3 / seconds
 
 
 def _images(size: int, batch: int, device: torch.device) -> Tensor:
@@ -127,19 +139,21 @@ def _our_training(images: Tensor, *, compiled: bool) -> Callable[[], None]:
         isthing=[True] * CLASSES, seen=[True] * CLASSES, teacher={}, templates=[],
     )  # fmt: skip
     network: Any = _compile(segmenter, compiled)
-    config = V2CConfig(steps=1, batch=len(images), lr=1e-6, global_weight=0.0, instance_weight=0.0)
-    losses = V2CStep(network, projector, bank, torch.zeros(1, TEXT_DIM, device=device), config)
+    precision: Any = "bfloat16" if images.is_cuda else "float32"
+    config = V2CConfig(steps=1, batch=len(images), lr=1e-6, global_weight=0.0, instance_weight=0.0, precision=precision)
+    stage_1 = V2CStep(network, projector, bank, torch.zeros(1, TEXT_DIM, device=device), config)
     labels, masks = _targets(images)
     batch = Batch(
         image_ids=list(range(len(images))), images=images, global_rows=torch.zeros(len(images), dtype=torch.int64),
-        labels=labels, masks=masks, instance_tokens=[],
+        labels=labels, masks=masks,
+        instance_tokens=[torch.zeros(SEGMENTS, TEXT_DIM, device=device)] * len(images),
     )  # fmt: skip
-    draws = torch.Generator(device).manual_seed(0)
+    steps = itertools.count()
 
     def step() -> None:
-        loss = sum(losses(batch, draws).values(), torch.zeros((), device=device))
         optimizer.zero_grad()
-        loss.backward()
+        for terms in stage_1(batch, next(steps)):
+            torch.stack(list(terms.values())).sum().backward()
         optimizer.step()
 
     return step

@@ -1,0 +1,232 @@
+"""Two processes (gloo) and one, and a batch in parts and in one piece, train the same network."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import build, tiny_config
+from torch import Tensor, nn
+
+from pipeline import v2c
+from pipeline.line import Step, line
+from pipeline.loader import Batch, TrainingData
+from pipeline.model import build_model, save_model
+from pipeline.ranks import ALONE, GlobalBatchNorm2d, Ranks, launch, share_batch_statistics
+from pipeline.record import MEASURED, read_curves
+from pipeline.runtime import Runtime
+from pipeline.steps import V2CStep
+from pipeline.text import open_text
+from pipeline.training import parameter_groups, train
+from pipeline.v2c import V2CConfig
+from storage.checkpoints import load_checkpoint
+from storage.store import Store
+
+TWO = Runtime(progress=False, devices=2, threads=2)
+ONE = Runtime(progress=False, threads=1)
+
+
+def together(tmp_path: Path, function: Callable[..., None], *arguments: object) -> list[dict[str, Tensor]]:
+    """What two processes save as <folder>/<rank>.pt."""
+    launch(function, tmp_path, *arguments, runtime=TWO)
+    return [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+
+
+def _collect(ranks: Ranks, runtime: Runtime, folder: Path) -> None:
+    rows = torch.arange(3.0 * (ranks.rank + 1)).view(-1, 3) + 100 * ranks.rank
+    weight = nn.Parameter(torch.ones(2))
+    idle = nn.Parameter(torch.ones(3))
+    (weight * (ranks.rank + 1.0)).sum().backward()
+    ranks.sum_gradients([weight, idle])
+    assert weight.grad is not None and idle.grad is not None
+    found = {
+        "sum": ranks.sum(torch.tensor([1.0, 10.0 * ranks.rank])), "others": torch.cat(ranks.others(rows)), "grad": weight.grad,
+        "idle": idle.grad, "any": torch.tensor([ranks.any(ranks.rank == 1, torch.device("cpu")), ranks.any(False, torch.device("cpu"))]),
+        "threads": torch.tensor(runtime.threads),
+    }  # fmt: skip
+    torch.save(found, folder / f"{ranks.rank}.pt")
+
+
+@pytest.mark.slow
+def test_what_processes_tell_each_other(tmp_path: Path) -> None:
+    zero, one = together(tmp_path, _collect)
+    for found in (zero, one):
+        assert found["sum"].tolist() == [2.0, 10.0] and found["grad"].tolist() == [3.0, 3.0]
+        assert found["idle"].tolist() == [0.0] * 3 and found["any"].tolist() == [True, False] and found["threads"] == 1
+    assert zero["others"].tolist() == [[100.0, 101.0, 102.0], [103.0, 104.0, 105.0]]  # rows of unequal number
+    assert one["others"].tolist() == [[0.0, 1.0, 2.0]]
+    value = torch.ones(2)
+    assert ALONE.sum(value) is value and ALONE.others(value) == [] and ALONE.any(True, torch.device("cpu"))
+
+
+def _fail(ranks: Ranks, runtime: Runtime) -> None:
+    if ranks.rank == 1:
+        raise ValueError("v2c: loss dice is nan at step 3 (images [7]); look at it")
+    ranks.sum(torch.zeros(1))
+
+
+@pytest.mark.slow
+def test_a_mistake_in_one_process_is_told_as_if_it_were_here() -> None:
+    with pytest.raises(ValueError, match=r"^v2c: loss dice is nan at step 3 \(images \[7\]\); look at it$"):
+        launch(_fail, runtime=TWO)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1)).double()
+
+
+def _normalise(ranks: Ranks, runtime: Runtime, folder: Path, images: Tensor) -> None:
+    network = net()
+    share_batch_statistics(network, ranks)
+    assert isinstance(network[1], GlobalBatchNorm2d)
+    own = images[:3] if ranks.rank == 0 else images[3:]  # of unequal size
+    network(own).square().sum().backward()
+    ranks.sum_gradients(network.parameters())
+    grads = {name: p.grad for name, p in network.named_parameters()}
+    torch.save({**network.state_dict(), **{f"grad {n}": g for n, g in grads.items()}}, folder / f"{ranks.rank}.pt")
+
+
+@pytest.mark.slow
+def test_batch_statistics_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    images = torch.randn(5, 2, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    parts = together(tmp_path, _normalise, images)
+    whole = net()
+    whole(images).square().sum().backward()
+    expected = {**whole.state_dict(), **{f"grad {name}": p.grad for name, p in whole.named_parameters()}}
+    for part in parts:
+        for name, value in expected.items():
+            assert value is not None
+            torch.testing.assert_close(part[name], value, rtol=1e-10, atol=1e-12)
+
+
+class Doubled(TrainingData):
+    """In float64 two orders of summation stay together; in float32 AdamW turns gradients of rounding size into steps of full size."""
+
+    def batches(self, size: int, *, start: int, ranks: Ranks = ALONE) -> Iterator[Batch]:
+        for batch in super().batches(size, start=start, ranks=ranks):
+            yield replace(
+                batch, images=batch.images.double(), instance_tokens=[t.double() for t in batch.instance_tokens]
+            )
+
+
+def _train(
+    ranks: Ranks, runtime: Runtime, folder: Path, config: V2CConfig, shards: Path, tokens: Path, text: Path
+) -> None:
+    """Stage 1 as `v2c.train_model` runs it, in float64."""
+    runtime.torch_device()
+    bank = open_text(text, "")
+    bank = replace(bank, embedding=bank.embedding.double())
+    data = Doubled(shards, tokens, bank, config.augment, seed=config.seed, workers=1)
+    torch.manual_seed(config.seed)
+    model = build_model(v2c._architecture(config, bank), v2c._facts(config, bank), bank.embedding)
+    modules = {"segmenter": model.segmenter.double().train(), "projector": model.projector.double().train()}
+    share_batch_statistics(model.segmenter, ranks)
+    folder = folder / f"{ranks.world} {config.accumulate}"
+    folder.mkdir(exist_ok=True)
+    train(
+        "v2c", folder=folder, schedule=config, modules=modules, groups=parameter_groups(modules, config),
+        batches=lambda start: data.batches(config.batch, start=start, ranks=ranks),
+        losses=V2CStep(model.segmenter, model.projector, bank, data.global_tokens().double(), config, ranks),
+        runtime=runtime, ranks=ranks,
+    )  # fmt: skip
+    if ranks.rank == 0:
+        save_model(folder, model)
+
+
+def apart(one: Path, other: Path) -> tuple[float, float]:
+    """How far two folders' weights are apart, |a - b| / |b| over all of them, and their losses, the largest of all rows."""
+    weights = [
+        torch.cat([v.double().flatten() for v in load_checkpoint(folder)[0].values()]) for folder in (one, other)
+    ]
+    pairs = zip(read_curves(one), read_curves(other), strict=True)
+    losses = [abs(a[name] - b[name]) / abs(b[name]) for a, b in pairs for name in a if name not in MEASURED]
+    return float((weights[0] - weights[1]).norm() / weights[1].norm()), max(losses)
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, dict[str, Step]]:
+    store = Store(tmp_path_factory.mktemp("store"))
+    return store, build(store, tiny_config(), until="queries", runtime=ONE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen BatchNorm, in parts too", "BatchNorm that learns"])
+def test_two_processes_end_where_one_does(tmp_path: Path, cached: tuple[Store, dict[str, Step]], frozen: bool) -> None:
+    """20 steps of 4 images; negatives come from the whole batch."""
+    store, steps = cached
+    inputs = [store.path(steps[stage].recipe.ref) for stage in ("shard", "cache-clip", "text")]
+    config = tiny_config().v2c
+    config = replace(
+        config, steps=20, instance_negatives="batch", segmenter=replace(config.segmenter, frozen_batchnorm=frozen)
+    )
+    launch(_train, tmp_path, config, *inputs, runtime=ONE)
+    launch(_train, tmp_path, config, *inputs, runtime=TWO)
+    found = [apart(tmp_path / "2 1", tmp_path / "1 1")]
+    if frozen:
+        launch(_train, tmp_path, replace(config, accumulate=2), *inputs, runtime=ONE)
+        found.append(apart(tmp_path / "1 2", tmp_path / "1 1"))
+    print(found)
+    assert all(weights < 1e-5 and losses < 1e-5 for weights, losses in found)
+
+
+@pytest.mark.slow
+def test_stages_2_and_3_take_one_process_whatever_devices_says(
+    cached: tuple[Store, dict[str, Step]], tmp_path: Path
+) -> None:
+    store, steps = cached
+    other = Store(tmp_path)
+    for kind in ("text", "checkpoint", "queries"):
+        (tmp_path / kind).mkdir()
+    for stage in ("text", "v2c", "queries"):
+        ref = steps[stage].recipe.ref
+        other.path(ref).symlink_to(store.path(ref))
+    for step in line(tiny_config()):
+        if step.stage in ("g2s", "cpa"):
+            one, two = (
+                at.path(step.run(store=at, runtime=rt)) for at, rt in ((store, ONE), (other, replace(TWO, threads=1)))
+            )
+            assert (one / "weights.safetensors").read_bytes() == (two / "weights.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_stage_1_from_the_command_line_under_torchrun_and_with_devices(tmp_path: Path) -> None:
+    """The artefact is whole, both ways; one process tells the user about it."""
+    flags = ["--preset", "demo", "--data.train-images", "24", "--data.val-images", "6", "--v2c.steps", "2", "--v2c.batch", "4",
+             "--v2c.calibration-images", "4"]  # fmt: skip
+    command = [sys.executable, "-c", "import sys; from flows.cli import main; sys.exit(main())"]
+    environment = {
+        **os.environ,
+        "ZS_SEG_STORE": str(tmp_path),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def call(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+    prepared = call(*command, "run", *flags, "--until", "cache-clip")
+    assert prepared.returncode == 0, prepared.stderr
+    script = tmp_path / "zs_seg.py"
+    script.write_text("import sys\nfrom flows.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = call(*torchrun, "stage", "v2c", *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("built in") == 1
+    again = call(*command, "stage", "v2c", *flags)
+    assert "fresh, nothing to do" in again.stdout, again.stderr
+    refused = call(*torchrun, "run", *flags)
+    assert "under torchrun only `zs-seg stage v2c" in refused.stderr
+    other = call(*command, "stage", "v2c", *flags, "--v2c.seed", "1", "--devices", "2")
+    assert other.returncode == 0 and other.stdout.count("built in") == 1, other.stderr
+    uneven = call(*command, "stage", "v2c", *flags, "--v2c.seed", "2", "--devices", "3")
+    assert uneven.returncode == 2
+    assert (
+        uneven.stderr.splitlines()[-1] == "zs-seg: v2c: batch 4 cannot be split over 3 devices; choose a multiple of it"
+    )
