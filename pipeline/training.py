@@ -109,7 +109,10 @@ def train(
         for key, module in modules.items():
             module.load_state_dict(state["modules"][key])
         optimiser.load_state_dict(state["optimiser"])
-        for parameter, moments in optimiser.state.items():  # the fused kernel takes them in the parameter's memory format
+        for (
+            parameter,
+            moments,
+        ) in optimiser.state.items():  # the fused kernel takes them in the parameter's memory format
             for key in ("exp_avg", "exp_avg_sq"):
                 moments[key] = torch.empty_like(parameter).copy_(moments[key])
         scaler.load_state_dict(state["scaler"])

@@ -13,6 +13,8 @@ import zarr
 
 from storage.atomic import replacing
 
+CURE = "find the damage with `zs-seg verify` and rebuild that artefact with `zs-seg run --force`"
+
 
 def write_group(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write the arrays as the group `path`, which appears whole or not at all."""
@@ -30,14 +32,32 @@ def write_group(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
             )
 
 
+def map_array(path: Path, name: str, dtype: np.dtype | type) -> np.ndarray:
+    """One array of a group, mapped into memory and not read: its only chunk is the array, byte for byte.
+
+    Raises ValueError as `read_group` does.
+    """
+    try:
+        array = zarr.open_array(path / name, mode="r", zarr_format=3)
+        if not array.size:
+            return np.empty(array.shape, dtype)
+        chunk = path / name / "c" / "/".join("0" * array.ndim)
+        if array.dtype != dtype or array.chunks != array.shape or array.compressors:
+            raise ValueError("it was not written as one plain chunk")
+        if chunk.stat().st_size != array.size * array.dtype.itemsize:
+            raise ValueError("its data is cut off")
+        return np.memmap(chunk, array.dtype, "r", shape=array.shape)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: array {name} is missing or damaged; {CURE}") from error
+
+
 def read_group(path: Path, dtypes: Mapping[str, np.dtype | type]) -> dict[str, np.ndarray]:
     """The arrays of those names.
 
     Raises ValueError, naming the group, when one is missing, damaged or of another dtype.
     """
-    cure = "find the damage with `zs-seg verify` and rebuild that artefact with `zs-seg run --force`"
     if not path.is_dir():
-        raise ValueError(f"{path} is missing; {cure}")
+        raise ValueError(f"{path} is missing; {CURE}")
     arrays = {}
     for name, dtype in dtypes.items():
         try:
@@ -46,7 +66,7 @@ def read_group(path: Path, dtypes: Mapping[str, np.dtype | type]) -> dict[str, n
                 raise ValueError("its data is gone")
             arrays[name] = np.asarray(array[...])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: array {name} is missing or damaged; {cure}") from error
+            raise ValueError(f"{path}: array {name} is missing or damaged; {CURE}") from error
         if arrays[name].dtype != dtype:
-            raise ValueError(f"{path}: array {name} is {arrays[name].dtype}, not {np.dtype(dtype)}; {cure}")
+            raise ValueError(f"{path}: array {name} is {arrays[name].dtype}, not {np.dtype(dtype)}; {CURE}")
     return arrays

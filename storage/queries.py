@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
-from storage.groups import read_group, write_group
+from storage.groups import map_array, read_group, write_group
 
 _DTYPES = {"feature": np.float16, "segment": np.int32, "category": np.int32, "image_id": np.int64, "view": np.int8}
+
+
+class MappedRows:
+    """Rows of several arrays, one after the other, read from the disk when they are asked for: 6 GB for COCO, of which the system keeps
+    in memory what fits."""
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        self.parts = [part for part in parts if len(part)] or list(parts[:1])
+        self.first = np.cumsum([0, *map(len, self.parts)])
+        self.shape = (int(self.first[-1]), *parts[0].shape[1:])
+        self.ndim, self.dtype = parts[0].ndim, parts[0].dtype
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """(B,) row numbers -> (B, ...)."""
+        part = np.searchsorted(self.first, rows, side="right") - 1
+        return np.stack([self.parts[p][row - self.first[p]] for p, row in zip(part, rows, strict=True)])
 
 
 @dataclass(frozen=True, kw_only=True)
 class QueryBank:
     """Query features of n views of images, Q queries each.
 
-    `feature` (n, Q, C) float16; `segment` (n, Q) int32, index of the query's segment among the image's, -1 = none;
+    `feature` (n, Q, C) float16, see `MappedRows`; `segment` (n, Q) int32, index of the query's segment among the image's, -1 = none;
     `category` (n, Q) int32, class index in the text bank, -1 = none; `image_id` (n,) int64; `view` (n,) int8, 0 = the
     plain image, others augmented (D9).
     """
 
-    feature: np.ndarray
+    feature: np.ndarray | MappedRows
     segment: np.ndarray
     category: np.ndarray
     image_id: np.ndarray
@@ -66,19 +83,15 @@ def read_queries(folder: Path) -> QueryBank:
         raise ValueError(f"{folder} holds no queries; rebuild it with `zs-seg run --force queries`")
     small = {name: dtype for name, dtype in _DTYPES.items() if name != "feature"}
     labels = [read_group(path, small) for path in paths]
-    feature: np.ndarray | None = None  # gigabytes: allocated once and filled, never held twice
-    row = 0
+    features = []
     for path, arrays in zip(paths, labels, strict=True):
-        part = read_group(path, {"feature": _DTYPES["feature"]})["feature"]
+        part = map_array(path, "feature", _DTYPES["feature"])
         try:
             QueryBank(feature=part, **arrays)
         except ValueError as error:
             raise ValueError(f"{path}: {error}; rebuild it with `zs-seg run --force queries`") from error
-        if feature is None:
-            feature = np.empty((sum(len(label["image_id"]) for label in labels), *part.shape[1:]), part.dtype)
-        if part.shape[1:] != feature.shape[1:]:
+        if features and part.shape[1:] != features[0].shape[1:]:
             raise ValueError(f"{path} and {paths[0]} differ in shape; rebuild with `zs-seg run --force queries`")
-        feature[row : row + len(part)] = part
-        row += len(part)
-    assert feature is not None and row == len(feature)
-    return QueryBank(feature=feature, **{name: np.concatenate([arrays[name] for arrays in labels]) for name in small})
+        features.append(part)
+    small_arrays = {name: np.concatenate([arrays[name] for arrays in labels]) for name in small}
+    return QueryBank(feature=MappedRows(features), **small_arrays)

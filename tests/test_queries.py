@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from storage.queries import read_queries, write_queries
+from storage.queries import MappedRows, read_queries, write_queries
 
 
 def queries(seed: int, n: int, count: int = 3, width: int = 4) -> dict[str, Any]:
@@ -30,8 +30,25 @@ def test_groups_are_read_in_name_order(tmp_path: Path) -> None:
     bank = read_queries(tmp_path)
     for name in parts[0]:
         expected = np.concatenate([parts[i][name] for i in (0, 1, 10)])
-        np.testing.assert_array_equal(getattr(bank, name), expected, err_msg=name)
-        assert getattr(bank, name).dtype == expected.dtype
+        found = bank.feature[np.arange(len(expected))] if name == "feature" else getattr(bank, name)
+        np.testing.assert_array_equal(found, expected, err_msg=name)
+        assert found.dtype == expected.dtype
+
+
+def test_features_stay_on_the_disk_until_they_are_asked_for(tmp_path: Path) -> None:
+    """Groups without a view do no harm; rows come in the order they are asked for in, also twice."""
+    parts = [queries(1, 3), queries(2, 0), queries(3, 2)]
+    for i, part in enumerate(parts):
+        write_queries(tmp_path / f"train-{i:06d}.zarr", **part)
+    bank = read_queries(tmp_path)
+    assert isinstance(bank.feature, MappedRows) and all(isinstance(part, np.memmap) for part in bank.feature.parts)
+    whole = np.concatenate([part["feature"] for part in parts])
+    assert bank.feature.shape == whole.shape
+    rows = np.array([4, 0, 3, 4])
+    np.testing.assert_array_equal(bank.feature[rows], whole[rows])
+    empty = tmp_path / "empty"
+    write_queries(empty / "train-000000.zarr", **queries(2, 0))
+    assert read_queries(empty).feature.shape == (0, 3, 4)
 
 
 def test_equal_arrays_give_equal_bytes(tmp_path: Path) -> None:
