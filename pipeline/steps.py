@@ -44,12 +44,20 @@ class V2CStep:
     """L_v2c = L_match + w_g L_g + w_l L_l (paper Eq. 5): L_match on every decoder output, L_g and L_l on the last (D4)."""
 
     def __init__(
-        self, segmenter: Segmenter, projector: Projector, bank: TextBank, global_tokens: Tensor, config: V2CConfig
+        self,
+        segmenter: Segmenter,
+        projector: Projector,
+        bank: TextBank,
+        global_tokens: Tensor,
+        config: V2CConfig,
+        *,
+        token_views: int = 1,
     ) -> None:
         self.segmenter, self.projector, self.config = segmenter, projector, config
         self.device = global_tokens.device
         self.text, self.seen_row = seen_rows(bank, self.device)
-        self.global_tokens = global_tokens
+        self.global_tokens = global_tokens  # (views * N, D)
+        self.images = len(global_tokens) // token_views
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         config = self.config
@@ -97,20 +105,22 @@ class V2CStep:
             bank = self.global_tokens[self._negatives(batch.global_rows, generator)]
             terms["global"] = config.global_weight * losses.global_loss(v_a, own, bank, tau=config.tau)
         if config.instance_weight:
+            own = torch.cat(batch.instance_tokens)[row[last]]
+            encoded = own.any(1)  # of a segment too small for the teacher there is nothing to learn
             terms["instance"] = config.instance_weight * losses.instance_loss(
-                v[-1][image[last], query[last]],
-                torch.cat(batch.instance_tokens)[row[last]],
-                image[last],
+                v[-1][image[last], query[last]][encoded],
+                own[encoded],
+                image[last][encoded],
                 tau=config.tau,
                 negatives=config.instance_negatives,
             )
         return terms
 
     def _negatives(self, own: Tensor, generator: torch.Generator) -> Tensor:
-        """Rows (B, T) drawn uniformly from the cached global tokens, an image's own row excluded (D3)."""
-        others = len(self.global_tokens) - 1
+        """Rows (B, T) drawn uniformly from the cached global tokens of the same view, an image's own row excluded (D3)."""
+        others, image = self.images - 1, own % self.images
         drawn = torch.randint(max(others, 1), (len(own), self.config.bank), generator=generator).to(self.device)
-        return (drawn + (drawn >= own[:, None])).clamp(max=others)
+        return (own - image)[:, None] + (drawn + (drawn >= image[:, None])).clamp(max=others)
 
 
 class G2SStep:

@@ -174,7 +174,14 @@ def run(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref, store: Store,
                 },
             ),
             batches=lambda start: data.batches(config.batch, start=start),
-            losses=V2CStep(model.segmenter, model.projector, bank, data.global_tokens().to(device), config),
+            losses=V2CStep(
+                model.segmenter,
+                model.projector,
+                bank,
+                data.global_tokens().to(device),
+                config,
+                token_views=data.token_views,
+            ),
             runtime=runtime,
         )
         model.segmenter.eval()

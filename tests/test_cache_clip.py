@@ -16,7 +16,7 @@ from PIL import Image
 from tiny import QUIET, build, tiny_config
 from torch import Tensor
 
-import storage.tokens
+import pipeline.encoding
 from pipeline import cache_clip, scenes
 from pipeline.benchmarks import Benchmark, Protocol
 from pipeline.cache_clip import TokensConfig
@@ -80,7 +80,8 @@ def rows(shards: tuple[Store, Ref], tokens: Artefact) -> Iterator[Row]:
 
 def arrays(shards: tuple[Store, Ref], tokens: Artefact) -> dict[str, np.ndarray]:
     found = [group.arrays() for _, _, group in groups(shards, tokens)]
-    return {name: np.concatenate([f[name] for f in found]) for name in found[0]}
+    names = ("global", "instance", "offsets", "segment_id", "kept")
+    return {name: np.concatenate([f[name] for f in found]) for name in names}
 
 
 def test_every_row_is_a_single_call_of_open_clip(shards: tuple[Store, Ref]) -> None:
@@ -135,14 +136,14 @@ def test_a_killed_build_ends_with_the_bytes_of_an_undisturbed_one(
 ) -> None:
     calm = encode(shards, store=Store(tmp_path / "calm"))
     shaken = Store(tmp_path / "shaken")
-    real = storage.tokens.write_tokens
+    real = pipeline.encoding.write_tokens
 
     def write_and_die(path: Path, **content: np.ndarray) -> None:
         real(path, **content)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(storage.tokens, "write_tokens", write_and_die)
+        patch.setattr(pipeline.encoding, "write_tokens", write_and_die)
         encode(shards, store=shaken)
     assert shaken.state(calm.ref) == "partial"
     (partial,) = shaken.root.glob("tokens/.*.partial")
@@ -167,11 +168,16 @@ def test_the_image_filter_leaves_no_trace_of_an_unseen_class(shards: tuple[Store
             instances += len(sample.segments)
     assert 0 < left_out < 20
     assert tokens.manifest.counts["train"] == {
-        "images": 20, "encoded": 20 - left_out, "instances": instances, "left_out_by_image_filter": left_out,
+        "images": 20, "encoded": 20 - left_out, "instances": instances, "too_small": 0, "left_out_by_image_filter": left_out,
     }  # fmt: skip
     val = [sample for split, sample, *_ in rows(shards, tokens) if split == "val"]
     assert any(s.category_id in UNSEEN for sample in val for s in sample.segments)
-    assert tokens.manifest.counts["val"] == {"images": 5, "encoded": 5, "instances": sum(len(s.segments) for s in val)}
+    assert tokens.manifest.counts["val"] == {
+        "images": 5,
+        "encoded": 5,
+        "instances": sum(len(s.segments) for s in val),
+        "too_small": 0,
+    }
 
 
 def test_no_protocol_keeps_every_image(shards: tuple[Store, Ref]) -> None:
