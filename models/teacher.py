@@ -7,6 +7,7 @@ input as a whole, never cropped at the centre, so that no instance falls outside
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,17 +56,16 @@ class Teacher(nn.Module):
         """The fill colour (3, 1, 1) in the units of a prepared image: black ("zero") or the teacher's mean colour ("mean")."""
         return torch.zeros_like(self.mean) if self.fill == "mean" else -self.mean / self.std
 
-    def place(self, height: int, width: int, resize: Resize) -> tuple[int, int, int, int]:
-        """Where an image of that size lies in the square input: top, left, height, width."""
+    def place(self, shape: Sequence[int], resize: Resize) -> tuple[int, int, int, int]:
+        """Where an image of height and width `shape` lies in the square input: top, left, height, width."""
         if resize == "squeeze":
             return 0, 0, self.image_size, self.image_size
-        scale = self.image_size / max(height, width)
-        placed = max(round(height * scale), 1), max(round(width * scale), 1)
-        return (self.image_size - placed[0]) // 2, (self.image_size - placed[1]) // 2, *placed
+        height, width = (max(round(side * self.image_size / max(shape)), 1) for side in shape)
+        return (self.image_size - height) // 2, (self.image_size - width) // 2, height, width
 
     def prepare(self, image: Tensor, resize: Resize = "squeeze") -> Tensor:
         """An image (3, H, W) uint8 as the teacher's normalised square input (3, S, S), bicubic with antialiasing."""
-        top, left, height, width = self.place(*image.shape[-2:], resize)
+        top, left, height, width = self.place(image.shape[-2:], resize)
         small = F.interpolate(image[None].float(), size=(height, width), mode="bicubic", antialias=True)
         small = (small[0].clamp(0, 255) / 255 - self.mean) / self.std
         if (height, width) == (self.image_size, self.image_size):
@@ -80,7 +80,7 @@ class Teacher(nn.Module):
         The rest becomes the fill colour, which is part of the teacher (D10). A segment's share of a pixel of the small input
         blends it with the fill, so that thin segments do not vanish.
         """
-        top, left, height, width = self.place(*masks.shape[-2:], resize)
+        top, left, height, width = self.place(masks.shape[-2:], resize)
         share = F.interpolate(masks[:, None].float(), size=(height, width), mode="bilinear", antialias=True)
         if (height, width) != (self.image_size, self.image_size):
             right, bottom = self.image_size - left - width, self.image_size - top - height

@@ -43,7 +43,7 @@ def encode_tar(
     benchmark: Benchmark,
     *,
     hide: bool,
-    progress: Callable[[int, int], None],
+    progress: Callable[[int, int], object],
 ) -> None:
     """Encode one tar into one group.
 
@@ -205,7 +205,7 @@ class _ByAttention(_ByPixels):
         self.shown: list[bool] = []  # whether its image's own row is this input's to give
 
     def patches(self, ids: np.ndarray, wanted: np.ndarray) -> Tensor:
-        place = self.teacher.place(*ids.shape, self.config.resize)
+        place = self.teacher.place(ids.shape, self.config.resize)
         patch = self.teacher.image_size // self.grid[0]
         return torch.from_numpy(own_patches(ids, wanted, grid=self.grid, patch=patch, place=place))
 

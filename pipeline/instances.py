@@ -38,7 +38,7 @@ def own_patches(
     x = ((np.arange(grid[1]) + 0.5) * patch - left) * width / placed_width
     centres = ids[y.clip(0, height - 1).astype(int)[:, None], x.clip(0, width - 1).astype(int)]
     inside = ((y >= 0) & (y < height))[:, None] & (x >= 0) & (x < width)
-    own = ((centres == wanted[:, None, None]) & inside).reshape(len(wanted), -1)
+    own = ((centres == wanted[:, None, None]) & inside).reshape(len(wanted), inside.size)
     for lost in np.flatnonzero(~own.any(1)):
         pixels = np.nonzero(ids == wanted[lost])
         row = ((top + (pixels[0] + 0.5) * placed_height / height) / patch).astype(int).clip(max=grid[0] - 1)

@@ -73,7 +73,7 @@ class TokenGroup:
     @property
     def encoded(self) -> np.ndarray:
         """(m,) bool: which instance rows hold a token; the others' segments are too small."""
-        return self.instance.any(1)
+        return (self.instance != 0).any(1)
 
     def view(self, *, mirrored: bool) -> tuple[np.ndarray, np.ndarray]:
         """Global (n, D) and instance (m, D) tokens of the images, or, where these were encoded, of the mirrored images."""

@@ -160,7 +160,7 @@ def _samples(count: int) -> Iterator[Sample]:
     """So many samples, in memory one at a time; generated ones repeat after 32."""
     root = os.environ.get("COCO_ROOT", "")
     if root:
-        yield from _coco(Path(root), count)
+        yield from coco_samples(Path(root), count)
         return
     names = {"things": list(thing_names(SHAPES)), "stuff": list(stuff_names())}
     drawn = []
@@ -180,7 +180,8 @@ def _samples(count: int) -> Iterator[Sample]:
         yield Sample(image_id=number + 1, jpeg=jpeg, png=png, height=HEIGHT, width=WIDTH, segments=segments)
 
 
-def _coco(root: Path, count: int) -> Iterator[Sample]:
+def coco_samples(root: Path, count: int) -> Iterator[Sample]:
+    """The first samples of val2017 in a folder of COCO's layout, all segments of one class."""
     content = json.loads((root / "annotations" / "panoptic_val2017.json").read_bytes())
     images = {image["id"]: image for image in content["images"]}
     for annotation in content["annotations"][:count]:
