@@ -96,16 +96,18 @@ def test_a_letterboxed_image_agrees_with_open_clips_own(teacher: Teacher, height
 @pytest.mark.parametrize("fill", ["zero", "mean"])
 def test_a_letterboxed_mask_lies_over_its_image(teacher: Teacher, fill: Fill) -> None:
     other = Teacher(teacher.clip, teacher.tokenizer, fill=fill)
-    prepared = other.prepare(torch.from_numpy(scene(128)[:128, :64]).permute(2, 0, 1), "letterbox")
-    masks = torch.zeros(2, 128, 64, dtype=torch.bool)
+    prepared = other.prepare(
+        torch.from_numpy(scene(128)[:128, :62]).permute(2, 0, 1), "letterbox"
+    )  # 31 columns: borders of 16 and 17
+    masks = torch.zeros(2, 128, 62, dtype=torch.bool)
     masks[0], masks[1, :64] = True, True
     whole, top = other.mask(prepared, masks, "letterbox")
     assert torch.equal(whole, prepared)
-    assert torch.equal(top[:, :31, 16:48], prepared[:, :31, 16:48])
+    assert torch.equal(top[:, :31, 16:47], prepared[:, :31, 16:47])
     background = other.background.expand(3, 64, 64)
     assert torch.equal(top[:, 34:], background[:, 34:]) and torch.equal(prepared[:, :, :16], background[:, :, :16])
-    assert torch.equal(prepared[:, :, 48:], background[:, :, 48:])
-    assert not torch.isclose(prepared[:, :, 16:48], background[:, :, 16:48]).all()
+    assert torch.equal(prepared[:, :, 47:], background[:, :, 47:])
+    assert not torch.isclose(prepared[:, :, 16:47], background[:, :, 16:47]).all()
 
 
 @pytest.mark.parametrize("fill", ["zero", "mean"])
