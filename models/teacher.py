@@ -1,11 +1,13 @@
-"""The frozen CLIP: any open_clip model, the small one that ships with the package included, behind four methods.
+"""The frozen CLIP: any open_clip model, the small one that ships with the package included, behind a few methods.
 
-Its image embedding is what the paper calls the CLS token (D10: convolutional CLIPs have none). Images are squeezed to the
-square input as a whole, never cropped, so that no instance falls outside the teacher's view.
+Its image embedding is what the paper calls the CLS token (D10: convolutional CLIPs have none). Images come into the square
+input as a whole, never cropped at the centre, so that no instance falls outside the teacher's view.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.masked_attention import embed_by_instance, patch_grid
+
 SMALL_CLIP = Path(__file__).parent / "small_clip"  # model config and weights of the shipped teacher
 Fill = Literal["zero", "mean"]
+Resize = Literal["squeeze", "letterbox"]
 
 
 class Teacher(nn.Module):
-    """A frozen CLIP with its own preprocessing. Embeddings are float32 rows of unit length, of width `dim`."""
+    """A frozen CLIP with its own preprocessing. Embeddings are float32 rows of unit length, of width `dim`.
+
+    `resize`, wherever it is taken: "squeeze" stretches the whole image to the square input of S pixels; "letterbox" keeps its
+    shape, centred between borders of the fill colour.
+    """
 
     mean: Tensor
     std: Tensor
@@ -34,6 +43,7 @@ class Teacher(nn.Module):
         self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess["std"]).view(3, 1, 1), persistent=False)
         self.fill = fill
+        self._in_half: dict[torch.dtype, Any] = {}
 
     @property
     def dim(self) -> int:
@@ -41,35 +51,75 @@ class Teacher(nn.Module):
         with torch.no_grad():
             return self.encode_texts(["a"]).shape[1]
 
-    def prepare(self, image: Tensor) -> Tensor:
-        """Squeeze an image (3, H, W) uint8 to the teacher's normalised square input (3, S, S), bicubic with antialiasing."""
-        square = F.interpolate(
-            image[None].float(), size=(self.image_size, self.image_size), mode="bicubic", antialias=True
-        )
-        return (square[0].clamp(0, 255) / 255 - self.mean) / self.std
+    @property
+    def background(self) -> Tensor:
+        """The fill colour (3, 1, 1) in the units of a prepared image: black ("zero") or the teacher's mean colour ("mean")."""
+        return torch.zeros_like(self.mean) if self.fill == "mean" else -self.mean / self.std
 
-    def mask(self, prepared: Tensor, masks: Tensor) -> Tensor:
+    def place(self, shape: Sequence[int], resize: Resize) -> tuple[int, int, int, int]:
+        """Where an image of height and width `shape` lies in the square input: top, left, height, width."""
+        if resize == "squeeze":
+            return 0, 0, self.image_size, self.image_size
+        height, width = (max(round(side * self.image_size / max(shape)), 1) for side in shape)
+        return (self.image_size - height) // 2, (self.image_size - width) // 2, height, width
+
+    def prepare(self, image: Tensor, resize: Resize = "squeeze") -> Tensor:
+        """An image (3, H, W) uint8 as the teacher's normalised square input (3, S, S), bicubic with antialiasing."""
+        top, left, height, width = self.place(image.shape[-2:], resize)
+        small = F.interpolate(image[None].float(), size=(height, width), mode="bicubic", antialias=True)
+        small = (small[0].clamp(0, 255) / 255 - self.mean) / self.std
+        if (height, width) == (self.image_size, self.image_size):
+            return small
+        square = self.background.repeat(1, self.image_size, self.image_size)
+        square[:, top : top + height, left : left + width] = small
+        return square
+
+    def mask(self, prepared: Tensor, masks: Tensor, resize: Resize = "squeeze") -> Tensor:
         """Keep only each segment: prepared image (3, S, S) and masks (O, H, W) bool -> inputs (O, 3, S, S).
 
-        The rest becomes black (`fill` "zero") or the teacher's mean colour ("mean"); which one is part of the teacher (D10).
-        A segment's share of a pixel of the small input blends it with the fill, so that thin segments do not vanish.
+        The rest becomes the fill colour, which is part of the teacher (D10). A segment's share of a pixel of the small input
+        blends it with the fill, so that thin segments do not vanish.
         """
-        share = F.interpolate(
-            masks[:, None].float(), size=(self.image_size, self.image_size), mode="bilinear", antialias=True
-        )
-        background = torch.zeros_like(self.mean) if self.fill == "mean" else -self.mean / self.std
-        return prepared * share + background * (1 - share)
+        top, left, height, width = self.place(masks.shape[-2:], resize)
+        share = F.interpolate(masks[:, None].float(), size=(height, width), mode="bilinear", antialias=True)
+        if (height, width) != (self.image_size, self.image_size):
+            right, bottom = self.image_size - left - width, self.image_size - top - height
+            share = F.pad(share, (left, right, top, bottom))
+        return torch.lerp(self.background, prepared, share)
 
     @torch.no_grad()
-    def encode_images(self, inputs: Tensor) -> Tensor:
-        """Embed prepared inputs (N, 3, S, S) -> (N, D)."""
-        return F.normalize(self.clip.encode_image(inputs).float(), dim=-1)
+    def encode_images(self, inputs: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Embed prepared inputs (N, 3, S, S) -> (N, D), computing in `dtype`."""
+        return F.normalize(self._clip(dtype).encode_image(inputs.to(dtype)).float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_by_instance(self, images: Tensor, own: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Embed prepared images (B, 3, S, S), and their instances by the patches they own, in one pass -> (B, 1 + O, D).
+
+        `own` (B, O, P) bool, P patches as in `patches`; see models/masked_attention.py.
+        """
+        return F.normalize(embed_by_instance(self._clip(dtype).visual, images.to(dtype), own).float(), dim=-1)
+
+    @property
+    def patches(self) -> tuple[int, int]:
+        """Rows and columns of the image tower's patches. Raises ValueError for a tower that cannot attend by instance."""
+        return patch_grid(self.clip.visual)
 
     @torch.no_grad()
     def encode_texts(self, sentences: list[str]) -> Tensor:
         """Embed sentences -> (n, D)."""
         device = next(self.clip.parameters()).device
         return F.normalize(self.clip.encode_text(self.tokenizer(sentences).to(device)).float(), dim=-1)
+
+    def _clip(self, dtype: torch.dtype) -> Any:
+        """The CLIP whose image tower computes in `dtype`; a copy of the tower is made once for each half precision."""
+        if dtype == torch.float32:
+            return self.clip
+        if dtype not in self._in_half:
+            clip = copy.copy(self.clip)  # shares all modules; the image tower alone is replaced
+            clip._modules = {**self.clip._modules, "visual": copy.deepcopy(self.clip.visual).to(dtype)}
+            self._in_half[dtype] = clip
+        return self._in_half[dtype]
 
 
 def load_teacher(

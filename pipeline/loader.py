@@ -38,7 +38,7 @@ class Item:
     segments: Tensor
     masks: Tensor
     instance_tokens: Tensor
-    global_row: int  # of the image's global token among all kept images
+    global_row: int  # of the image's global token in `TrainingData.global_tokens`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,15 +88,17 @@ class TrainingData:
         self.class_index = {i: k for k, i in enumerate(bank.ids)}
         self.seen = bank.seen
         self.augment, self.seed, self.workers = augment_config, seed, workers
+        self.token_views = min(group.views for group in self.groups)  # one config made them all
 
     def __len__(self) -> int:
         return int(self.first_row[-1])
 
     def global_tokens(self) -> Tensor:
-        """(N, D) of all kept images, float32: row i of an item's `global_row`, and the bank of negatives (D3)."""
-        return torch.from_numpy(
-            np.concatenate([g.global_[k] for g, k in zip(self.groups, self.kept, strict=True)])
-        ).float()
+        """(views * N, D) of all kept images, then of the mirrored ones where the teacher saw these too, float32: where an item's
+        `global_row` points, and the bank of negatives (D3)."""
+        pairs = list(zip(self.groups, self.kept, strict=True))
+        rows = [group.view(mirrored=bool(v))[0][kept] for v in range(self.token_views) for group, kept in pairs]
+        return torch.from_numpy(np.concatenate(rows)).float()
 
     def plain_samples(self) -> Iterator[tuple[Sample, Tensor]]:
         """Every kept image once, in tar order: the sample and its image (3, H, W) uint8."""
@@ -171,9 +173,11 @@ class TrainingData:
         rng = np.random.default_rng([self.seed, epoch, sample.image_id])
         return self._targets(tar, row, sample, *augment(_image(sample), _ids(sample), self.augment, rng))
 
-    def _targets(self, tar: int, row: int, sample: Sample, image: Tensor, ids: Tensor) -> Item:
-        """The view with what it shows of the sample's seen segments that are no crowds."""
+    def _targets(self, tar: int, row: int, sample: Sample, image: Tensor, ids: Tensor, mirrored: bool = False) -> Item:
+        """The view with what it shows of the sample's seen segments that are no crowds, and the tokens that fit a mirrored view."""
         group = self.groups[tar]
+        first_row = self.first_row[tar] + (len(self) if mirrored and self.token_views == 2 else 0)
+        tokens = group.view(mirrored=mirrored)[1]
         first, end = int(group.offsets[row]), int(group.offsets[row + 1])
         assert end - first == len(sample.segments), f"tokens of image {sample.image_id} do not fit its segments"
         labels = [self.class_index[segment.category_id] for segment in sample.segments]
@@ -186,8 +190,8 @@ class TrainingData:
             labels=torch.tensor([labels[i] for i in places], dtype=torch.int64)[visible],
             segments=torch.tensor(places, dtype=torch.int64)[visible],
             masks=masks[visible],
-            instance_tokens=torch.from_numpy(group.instance[first:end][places]).float()[visible],
-            global_row=int(self.first_row[tar] + np.searchsorted(self.kept[tar], row)),
+            instance_tokens=torch.from_numpy(tokens[first:end][places]).float()[visible],
+            global_row=int(first_row + np.searchsorted(self.kept[tar], row)),
         )
 
 

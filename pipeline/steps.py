@@ -58,11 +58,14 @@ class V2CStep:
         global_tokens: Tensor,
         config: V2CConfig,
         ranks: Ranks = ALONE,
+        *,
+        token_views: int = 1,
     ) -> None:
         self.segmenter, self.projector, self.config, self.ranks = segmenter, projector, config, ranks
         self.device = global_tokens.device
         self.text, self.seen_row = seen_rows(bank, self.device)
-        self.global_tokens = global_tokens
+        self.global_tokens = global_tokens  # (views * N, D)
+        self.images = len(global_tokens) // token_views
 
     def __call__(self, batch: Batch, step: int) -> Iterator[dict[str, Tensor]]:
         """The terms of each part of this process's share of the batch."""
@@ -71,7 +74,7 @@ class V2CStep:
         first = self.ranks.rank * len(batch.image_ids)
         rngs = [image_generator(config.seed, step, first + i, self.device) for i in range(len(batch.image_ids))]
         totals = self.ranks.sum(self.totals(batch))
-        tokens = [torch.cat(part.instance_tokens) for part in parts]
+        tokens = [_encoded(torch.cat(part.instance_tokens)) for part in parts]
         others = self.ranks.others(torch.cat(tokens)) if config.instance_negatives == "batch" else []
         for number, part in enumerate(parts):
             elsewhere = torch.cat([*tokens[:number], *tokens[number + 1 :], *others, tokens[number][:0]])
@@ -82,7 +85,7 @@ class V2CStep:
 
     def totals(self, batch: Batch) -> Tensor:
         """Images, segments, and instances that have a negative in L_l: (3,). Of an image's segments at most Q are found."""
-        found = [min(len(label), self.config.segmenter.queries) for label in batch.labels]
+        found = [min(len(_encoded(tokens)), self.config.segmenter.queries) for tokens in batch.instance_tokens]
         if self.config.instance_negatives == "image":
             found = [count for count in found if count > 1]
         return torch.tensor([len(batch.labels), sum(map(len, batch.labels)), sum(found)], device=self.device)
@@ -149,10 +152,12 @@ class V2CStep:
                 v_a, own, bank, tau=config.tau, normaliser=images
             )
         if config.instance_weight:
+            own = torch.cat(batch.instance_tokens)[row[last]]
+            encoded = own.any(1)  # of a segment too small for the teacher there is nothing to learn
             terms["instance"] = config.instance_weight * losses.instance_loss(
-                v[-1][image[last], query[last]],
-                torch.cat(batch.instance_tokens)[row[last]],
-                image[last],
+                v[-1][image[last], query[last]][encoded],
+                own[encoded],
+                image[last][encoded],
                 tau=config.tau,
                 negatives=config.instance_negatives,
                 elsewhere=elsewhere,
@@ -161,13 +166,11 @@ class V2CStep:
         return terms
 
     def _negatives(self, own: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Rows (B, T) drawn uniformly from the cached global tokens, an image's own row excluded (D3)."""
-        others = len(self.global_tokens) - 1
-        drawn = [
-            torch.randint(max(others, 1), (self.config.bank,), generator=rng, device=rng.device) for rng in generators
-        ]
+        """Rows (B, T) drawn uniformly from the cached global tokens of the same view, an image's own row excluded (D3)."""
+        others, image, size = self.images - 1, own % self.images, (self.config.bank,)
+        drawn = [torch.randint(max(others, 1), size, generator=rng, device=rng.device) for rng in generators]
         drawn = torch.stack(drawn).to(self.device)
-        return (drawn + (drawn >= own[:, None])).clamp(max=others)
+        return (own - image)[:, None] + (drawn + (drawn >= image[:, None])).clamp(max=others)
 
 
 class G2SStep:
@@ -232,6 +235,11 @@ class CPAStep:
         target = one_hot(label, len(self.all_text))
         terms["synthetic"] = config.synthetic_weight * losses.focal_loss(logits, target, normaliser=config.synthetic)
         return terms
+
+
+def _encoded(tokens: Tensor) -> Tensor:
+    """Without the zero rows of segments that were too small for the teacher."""
+    return tokens[tokens.any(1)]
 
 
 def freeze(module: nn.Module) -> nn.Module:

@@ -22,20 +22,22 @@ def normalise(image: Tensor) -> Tensor:
     return (image.float() - PIXEL_MEAN) / PIXEL_STD
 
 
-def augment(image: Tensor, ids: Tensor, config: AugmentConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def augment(image: Tensor, ids: Tensor, config: AugmentConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor, bool]:
     """One training view of an image (3, H, W) uint8 and its segment ids (H, W).
 
     Returns the normalised image (3, S, S) and ids (S, S) int32; padding is 0 in both, which is the mean colour and no segment.
+    And whether the view is mirrored.
     """
     height, width = ids.shape
     factor = rng.uniform(*config.jitter) * config.size / max(height, width)
     size = (max(round(height * factor), 1), max(round(width * factor), 1))
     scaled, scaled_ids = _resize(normalise(image), size), _resize_ids(ids, size)
-    if config.flip and rng.random() < 0.5:
+    mirrored = config.flip and bool(rng.random() < 0.5)
+    if mirrored:
         scaled, scaled_ids = scaled.flip(-1), scaled_ids.flip(-1)
     top, left = (int(rng.integers(max(s - config.size, 0) + 1)) for s in size)
     crop = (slice(top, top + config.size), slice(left, left + config.size))
-    return _pad(scaled[:, *crop], config.size, config.size), _pad(scaled_ids[crop], config.size, config.size)
+    return _pad(scaled[:, *crop], config.size, config.size), _pad(scaled_ids[crop], config.size, config.size), mirrored
 
 
 def resize_for_test(image: Tensor, config: ResizeConfig) -> tuple[Tensor, tuple[int, int]]:

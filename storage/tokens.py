@@ -19,11 +19,15 @@ class TokenGroup:
 
     `global_` (n, D) float16, one row a sample; `instance` (m, D) float16 and `segment_id` (m,) int32, one row a
     segment; sample i has the instance rows `offsets[i]:offsets[i + 1]`, offsets (n+1,) int64. `kept` (n,) bool is False
-    for a sample that the protocol keeps from training: its global row is zero and it has no instance rows.
+    for a sample that the protocol keeps from training: its global row is zero and it has no instance rows. The instance
+    row of a segment that is too small to be encoded is zero. `mirrored_global` (v, n, D) and `mirrored_instance` (v, m, D)
+    float16 are the same of the mirrored images, v = 1 or, where only one view was encoded, 0.
     """
 
     global_: np.ndarray
     instance: np.ndarray
+    mirrored_global: np.ndarray
+    mirrored_instance: np.ndarray
     offsets: np.ndarray
     segment_id: np.ndarray
     kept: np.ndarray
@@ -35,6 +39,9 @@ class TokenGroup:
             and self.offsets.ndim == self.segment_id.ndim == self.kept.ndim == 1
             and self.global_.shape[0] == n
             and self.instance.shape == (m, self.global_.shape[1])
+            and self.mirrored_global.shape[0:1] in ((0,), (1,))
+            and self.mirrored_global.shape[1:] == self.global_.shape
+            and self.mirrored_instance.shape == self.mirrored_global.shape[:1] + self.instance.shape
             and self.offsets.shape == (n + 1,)
         )
         if not fits:
@@ -43,7 +50,7 @@ class TokenGroup:
         rows = np.diff(self.offsets)
         if self.offsets[0] != 0 or self.offsets[-1] != m or (rows < 0).any():
             raise ValueError(f"token offsets must rise from 0 to {m}")
-        if rows[~self.kept].any() or self.global_[~self.kept].any():
+        if rows[~self.kept].any() or self.global_[~self.kept].any() or self.mirrored_global[:, ~self.kept].any():
             raise ValueError("a sample that is not kept has tokens")
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -51,10 +58,28 @@ class TokenGroup:
         return {
             "global": self.global_,
             "instance": self.instance,
+            "mirrored_global": self.mirrored_global,
+            "mirrored_instance": self.mirrored_instance,
             "offsets": self.offsets,
             "segment_id": self.segment_id,
             "kept": self.kept,
         }
+
+    @property
+    def views(self) -> int:
+        """1, or 2 with the mirrored images'."""
+        return 1 + len(self.mirrored_global)
+
+    @property
+    def encoded(self) -> np.ndarray:
+        """(m,) bool: which instance rows hold a token; the others' segments are too small."""
+        return (self.instance != 0).any(1)
+
+    def view(self, *, mirrored: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Global (n, D) and instance (m, D) tokens of the images, or, where these were encoded, of the mirrored images."""
+        if mirrored and self.views == 2:
+            return self.mirrored_global[0], self.mirrored_instance[0]
+        return self.global_, self.instance
 
     def rows(self, sample: int) -> slice:
         """Where a sample's instance rows are."""
@@ -69,14 +94,19 @@ def write_tokens(
     offsets: np.ndarray,
     segment_id: np.ndarray,
     kept: np.ndarray,
+    mirrored_global: np.ndarray | None = None,
+    mirrored_instance: np.ndarray | None = None,
 ) -> None:
-    """Write a tar's tokens, shapes as in `TokenGroup`; the group appears whole or not at all.
+    """Write a tar's tokens, shapes as in `TokenGroup`; the group appears whole or not at all. No mirrored ones: one view.
 
     Raises ValueError when the arrays do not fit together.
     """
+    none = np.zeros((0, *global_.shape)), np.zeros((0, *instance.shape))
     tokens = TokenGroup(
         global_=global_.astype(np.float16),
         instance=instance.astype(np.float16),
+        mirrored_global=(none[0] if mirrored_global is None else mirrored_global).astype(np.float16),
+        mirrored_instance=(none[1] if mirrored_instance is None else mirrored_instance).astype(np.float16),
         offsets=offsets.astype(np.int64),
         segment_id=segment_id.astype(np.int32),
         kept=kept.astype(np.bool_),
@@ -86,10 +116,8 @@ def write_tokens(
 
 def read_tokens(path: Path) -> TokenGroup:
     """The tokens of a tar. Raises ValueError, naming the group, when it is missing, damaged or its arrays disagree."""
-    arrays = read_group(
-        path,
-        {"global": np.float16, "instance": np.float16, "offsets": np.int64, "segment_id": np.int32, "kept": np.bool_},
-    )
+    tokens = dict.fromkeys(("global", "instance", "mirrored_global", "mirrored_instance"), np.float16)
+    arrays = read_group(path, {**tokens, "offsets": np.int64, "segment_id": np.int32, "kept": np.bool_})
     try:
         return TokenGroup(global_=arrays.pop("global"), **arrays)
     except ValueError as error:

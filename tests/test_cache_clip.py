@@ -16,7 +16,7 @@ from PIL import Image
 from tiny import QUIET, build, tiny_config
 from torch import Tensor
 
-import storage.tokens
+import pipeline.encoding
 from pipeline import cache_clip, scenes
 from pipeline.benchmarks import Benchmark, Protocol
 from pipeline.cache_clip import TokensConfig
@@ -46,6 +46,7 @@ def encode(
     benchmark: Benchmark = BENCHMARK,
     store: Store | None = None,
     teacher: TeacherConfig = CONFIG.teacher,
+    min_area: int = 0,
 ) -> Artefact:
     """The tokens; in another `store` than the shards' when one is given."""
     source, ref = shards
@@ -54,7 +55,12 @@ def encode(
         store.path(ref).symlink_to(source.path(ref))
     store = store or source
     made = cache_clip.run(
-        TokensConfig(batch=batch), teacher=teacher, benchmark=benchmark, shards=ref, store=store, runtime=QUIET
+        TokensConfig(batch=batch, min_area=min_area),
+        teacher=teacher,
+        benchmark=benchmark,
+        shards=ref,
+        store=store,
+        runtime=QUIET,
     )
     return store.open(made)
 
@@ -80,7 +86,8 @@ def rows(shards: tuple[Store, Ref], tokens: Artefact) -> Iterator[Row]:
 
 def arrays(shards: tuple[Store, Ref], tokens: Artefact) -> dict[str, np.ndarray]:
     found = [group.arrays() for _, _, group in groups(shards, tokens)]
-    return {name: np.concatenate([f[name] for f in found]) for name in found[0]}
+    names = ("global", "instance", "offsets", "segment_id", "kept")
+    return {name: np.concatenate([f[name] for f in found]) for name in names}
 
 
 def test_every_row_is_a_single_call_of_open_clip(shards: tuple[Store, Ref]) -> None:
@@ -135,14 +142,14 @@ def test_a_killed_build_ends_with_the_bytes_of_an_undisturbed_one(
 ) -> None:
     calm = encode(shards, store=Store(tmp_path / "calm"))
     shaken = Store(tmp_path / "shaken")
-    real = storage.tokens.write_tokens
+    real = pipeline.encoding.write_tokens
 
     def write_and_die(path: Path, **content: np.ndarray) -> None:
         real(path, **content)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(storage.tokens, "write_tokens", write_and_die)
+        patch.setattr(pipeline.encoding, "write_tokens", write_and_die)
         encode(shards, store=shaken)
     assert shaken.state(calm.ref) == "partial"
     (partial,) = shaken.root.glob("tokens/.*.partial")
@@ -167,11 +174,16 @@ def test_the_image_filter_leaves_no_trace_of_an_unseen_class(shards: tuple[Store
             instances += len(sample.segments)
     assert 0 < left_out < 20
     assert tokens.manifest.counts["train"] == {
-        "images": 20, "encoded": 20 - left_out, "instances": instances, "left_out_by_image_filter": left_out,
+        "images": 20, "encoded": 20 - left_out, "instances": instances, "too_small": 0, "left_out_by_image_filter": left_out,
     }  # fmt: skip
     val = [sample for split, sample, *_ in rows(shards, tokens) if split == "val"]
     assert any(s.category_id in UNSEEN for sample in val for s in sample.segments)
-    assert tokens.manifest.counts["val"] == {"images": 5, "encoded": 5, "instances": sum(len(s.segments) for s in val)}
+    assert tokens.manifest.counts["val"] == {
+        "images": 5,
+        "encoded": 5,
+        "instances": sum(len(s.segments) for s in val),
+        "too_small": 0,
+    }
 
 
 def test_no_protocol_keeps_every_image(shards: tuple[Store, Ref]) -> None:
@@ -204,6 +216,12 @@ def test_an_unseen_crowd_counts_too() -> None:
     assert not kept_for_training(Sample(image_id=1, jpeg=b"", png=b"", height=1, width=1, segments=(crowd,)), BENCHMARK)
 
 
+CHANGES: list[dict[str, Any]] = [
+    {"batch": 64}, {"method": "attention"}, {"crop": "box"}, {"margin": 0.2}, {"resize": "letterbox"}, {"min_area": 9},
+    {"views": 2}, {"dtype": "bfloat16"},
+]  # fmt: skip
+
+
 def test_keys_follow_what_decides_the_rows() -> None:
     def key(config: TokensConfig, benchmark: Benchmark, shards: str) -> str:
         ref = Ref(kind="shards", key=shards * 16)
@@ -211,11 +229,35 @@ def test_keys_follow_what_decides_the_rows() -> None:
 
     keys = [
         key(TokensConfig(), BENCHMARK, "0"),
-        key(TokensConfig(batch=64), BENCHMARK, "0"),
+        *(key(replace(TokensConfig(), **change), BENCHMARK, "0") for change in CHANGES),
         key(TokensConfig(), replace(BENCHMARK, protocol="none"), "0"),
         key(TokensConfig(), replace(BENCHMARK, unseen_ids=BENCHMARK.unseen_ids[1:]), "0"),
         key(TokensConfig(), BENCHMARK, "1"),
     ]
     assert len(set(keys)) == len(keys)
-    with pytest.raises(ValueError, match="batch must be at least 1"):
-        TokensConfig(batch=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "cure"),
+    [
+        ({"batch": 0}, "batch must be at least 1, not 0"),
+        ({"method": "magic"}, "method must be one of pixels, attention, not 'magic'"),
+        ({"crop": "tight"}, "crop must be one of full, box, not 'tight'"),
+        ({"resize": "centre"}, "resize must be one of squeeze, letterbox, not 'centre'"),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, not 'int8'"),
+        ({"views": 3}, "views must be 1, or 2 with the mirrored images, not 3"),
+        ({"min_area": -1}, "min_area and margin must be 0 or more"),
+        ({"method": "attention", "crop": "box"}, "set crop 'full', or method 'pixels'"),
+    ],
+)
+def test_a_wrong_config_says_what_to_set(change: dict[str, Any], cure: str) -> None:
+    with pytest.raises(ValueError, match="^tokens: ") as caught:
+        TokensConfig(**change)
+    assert cure in str(caught.value)
+
+
+def test_segments_that_are_too_small_are_counted(shards: tuple[Store, Ref]) -> None:
+    tokens = encode(shards, min_area=900)
+    small = [s for split, sample, kept, *_ in rows(shards, tokens) if kept for s in sample.segments if s.area < 900]
+    counts = tokens.manifest.counts
+    assert len(small) == counts["train"]["too_small"] + counts["val"]["too_small"] > 0

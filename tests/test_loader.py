@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from pipeline.text import TextBank, open_text
 from pipeline.views import AugmentConfig, ResizeConfig
 from storage.shards import Shards, read_shard
 from storage.store import Store
+from storage.tokens import read_tokens, write_tokens
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +116,36 @@ def test_the_test_view_of_an_image_is_itself(parts: tuple[Path, Path, TextBank])
     assert item.image_id == sample.image_id and item.image.shape == (3, 96, 96)
     areas = np.array([s.area for s in sample.segments])
     assert item.masks.flatten(1).sum(1).tolist() == areas[item.segments.numpy()].tolist()
+
+
+def test_a_mirrored_view_comes_with_the_mirrored_tokens(parts: tuple[Path, Path, TextBank], tmp_path: Path) -> None:
+    """Every row of the second view has its sign turned, so a token says by itself which view it belongs to."""
+    for group in sorted(parts[1].glob("*.zarr")):
+        old = read_tokens(group)
+        write_tokens(
+            tmp_path / group.name, global_=old.global_, instance=old.instance, offsets=old.offsets,
+            segment_id=old.segment_id, kept=old.kept, mirrored_global=-old.global_[None],
+            mirrored_instance=-old.instance[None],
+        )  # fmt: skip
+    config = AugmentConfig(size=96, jitter=(1.0, 1.0))
+    one = TrainingData(*parts, config, seed=0, workers=1)
+    two = TrainingData(parts[0], tmp_path, parts[2], config, seed=0, workers=1)
+    plain = TrainingData(*parts, replace(config, flip=False), seed=0, workers=1)
+    assert (one.token_views, two.token_views) == (1, 2)
+    assert torch.equal(two.global_tokens(), torch.cat([one.global_tokens(), -one.global_tokens()]))
+    mirrored = 0
+    a, b, c = (next(source.batches(24, start=0)) for source in (one, two, plain))
+    assert a.image_ids == b.image_ids == c.image_ids
+    for i in range(24):
+        flipped = torch.equal(a.images[i], c.images[i].flip(-1))
+        assert flipped or torch.equal(a.images[i], c.images[i])
+        sign = -1 if flipped else 1
+        assert torch.equal(b.instance_tokens[i], sign * a.instance_tokens[i])
+        assert torch.equal(two.global_tokens()[b.global_rows[i]], sign * one.global_tokens()[a.global_rows[i]])
+        mirrored += flipped
+    assert 4 < mirrored < 20
+    test_view = next(two.items(0, view=0, resize=ResizeConfig(short=96, longest=96)))
+    assert test_view.global_row < len(two)
+    assert torch.equal(
+        test_view.instance_tokens, next(one.items(0, view=0, resize=ResizeConfig(short=96, longest=96))).instance_tokens
+    )

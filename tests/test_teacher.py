@@ -79,6 +79,37 @@ def test_preparing_agrees_with_open_clips_own_preprocessing(teacher: Teacher, he
     assert float(embed(teacher.clip, ours) @ embed(teacher.clip, theirs)) >= 0.99
 
 
+@pytest.mark.parametrize(("height", "width"), [(150, 210), (333, 64), (40, 50), (70, 70), (200, 5)])
+def test_a_letterboxed_image_agrees_with_open_clips_own(teacher: Teacher, height: int, width: int) -> None:
+    """open_clip's "longest": the whole image in its own shape, here between black borders."""
+    black = Teacher(teacher.clip, teacher.tokenizer, fill="zero")
+    config = teacher.clip.visual.preprocess_cfg | {"resize_mode": "longest"}
+    picture = scene(max(height, width))[:height, :width]
+    prepare: Any = image_transform_v2(PreprocessCfg(**config), is_train=False)
+    theirs = prepare(Image.fromarray(picture))
+    ours = black.prepare(torch.from_numpy(picture).permute(2, 0, 1), "letterbox")
+    assert ours.shape == theirs.shape == (3, 64, 64)
+    level = 1 / 255 / torch.tensor(config["std"]).view(3, 1, 1)
+    assert ((ours - theirs).abs() <= 2.5 * level).all()
+
+
+@pytest.mark.parametrize("fill", ["zero", "mean"])
+def test_a_letterboxed_mask_lies_over_its_image(teacher: Teacher, fill: Fill) -> None:
+    other = Teacher(teacher.clip, teacher.tokenizer, fill=fill)
+    prepared = other.prepare(
+        torch.from_numpy(scene(128)[:128, :62]).permute(2, 0, 1), "letterbox"
+    )  # 31 columns: borders of 16 and 17
+    masks = torch.zeros(2, 128, 62, dtype=torch.bool)
+    masks[0], masks[1, :64] = True, True
+    whole, top = other.mask(prepared, masks, "letterbox")
+    assert torch.equal(whole, prepared)
+    assert torch.equal(top[:, :31, 16:47], prepared[:, :31, 16:47])
+    background = other.background.expand(3, 64, 64)
+    assert torch.equal(top[:, 34:], background[:, 34:]) and torch.equal(prepared[:, :, :16], background[:, :, :16])
+    assert torch.equal(prepared[:, :, 47:], background[:, :, 47:])
+    assert not torch.isclose(prepared[:, :, 16:47], background[:, :, 16:47]).all()
+
+
 @pytest.mark.parametrize("fill", ["zero", "mean"])
 def test_masking_by_hand(teacher: Teacher, fill: Fill) -> None:
     other = Teacher(teacher.clip, teacher.tokenizer, fill=fill)

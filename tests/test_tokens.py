@@ -13,12 +13,16 @@ from hypothesis import strategies as st
 from storage.tokens import read_tokens, write_tokens
 
 
-def tokens(seed: int, n: int, dim: int = 4) -> dict[str, Any]:
+def tokens(seed: int, n: int, dim: int = 4, *, mirrored: bool = False) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     kept = rng.random(n) < 0.7
     rows = rng.integers(0, 4, n) * kept
     m = int(rows.sum())
-    return {
+    also = {
+        "mirrored_global": (rng.standard_normal((1, n, dim)) * kept[:, None]).astype(np.float16),
+        "mirrored_instance": rng.standard_normal((1, m, dim)).astype(np.float16),
+    }
+    return (also if mirrored else {}) | {
         "global_": (rng.standard_normal((n, dim)) * kept[:, None]).astype(np.float16),
         "instance": rng.standard_normal((m, dim)).astype(np.float16),
         "offsets": np.concatenate([[0], np.cumsum(rows)]),
@@ -32,9 +36,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 999), n=st.integers(0, 6))
-def test_what_is_written_comes_back(tmp_path: Path, seed: int, n: int) -> None:
-    written = tokens(seed, n)
+@given(seed=st.integers(0, 999), n=st.integers(0, 6), mirrored=st.booleans())
+def test_what_is_written_comes_back(tmp_path: Path, seed: int, n: int, mirrored: bool) -> None:
+    written = tokens(seed, n, mirrored=mirrored)
     write_tokens(tmp_path / "a.zarr", **written)
     read = read_tokens(tmp_path / "a.zarr")
     for name, array in written.items():
@@ -43,6 +47,19 @@ def test_what_is_written_comes_back(tmp_path: Path, seed: int, n: int) -> None:
     for i in range(n):
         assert read.rows(i) == slice(written["offsets"][i], written["offsets"][i + 1])
     assert [path.name for path in tmp_path.iterdir()] == ["a.zarr"]
+    assert read.views == 1 + mirrored
+    other = (
+        (written["mirrored_global"][0], written["mirrored_instance"][0]) if mirrored else (read.global_, read.instance)
+    )
+    for array, expected in zip(read.view(mirrored=True), other, strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_a_zero_row_is_a_segment_without_a_token(tmp_path: Path) -> None:
+    written = tokens(1, 5)
+    written["instance"][2] = 0
+    write_tokens(tmp_path / "a.zarr", **written)
+    assert np.flatnonzero(~read_tokens(tmp_path / "a.zarr").encoded).tolist() == [2]
 
 
 def test_all_left_out(tmp_path: Path) -> None:
@@ -76,6 +93,8 @@ def test_equal_arrays_give_equal_bytes_and_a_second_write_replaces(tmp_path: Pat
         {"kept": np.zeros(5)},
         {"global_": np.zeros((5, 3))},
         {"global_": np.zeros(5)},
+        {"mirrored_global": np.zeros((2, 5, 4)), "mirrored_instance": np.zeros((2, 7, 4))},
+        {"mirrored_global": np.zeros((1, 5, 4))},
     ],
 )
 def test_arrays_that_disagree_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
@@ -90,6 +109,10 @@ def test_left_out_samples_have_no_tokens(tmp_path: Path) -> None:
     kept[np.flatnonzero(kept)[0]] = False
     with pytest.raises(ValueError, match="not kept"):
         write_tokens(tmp_path / "a.zarr", **{**good, "kept": kept})
+    good = tokens(1, 5, mirrored=True)
+    assert not good["kept"].all()
+    with pytest.raises(ValueError, match="not kept"):
+        write_tokens(tmp_path / "a.zarr", **{**good, "mirrored_global": np.ones((1, 5, 4))})
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

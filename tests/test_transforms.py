@@ -33,7 +33,7 @@ def picture(height: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch
 def test_image_and_ids_stay_together(height: int, width: int, seed: int, scale: float) -> None:
     image, ids = picture(height, width)
     config = AugmentConfig(size=64, jitter=(scale, scale))
-    view, view_ids = augment(image, ids, config, np.random.default_rng(seed))
+    view, view_ids, _ = augment(image, ids, config, np.random.default_rng(seed))
     assert view.shape == (3, 64, 64) and view_ids.shape == (64, 64)
     red = view[0] * PIXEL_STD[0] + PIXEL_MEAN[0]
     inside = view_ids > 0
@@ -49,6 +49,9 @@ def test_a_flip_happens_half_of_the_time_and_a_view_depends_on_its_generator_alo
     plain = sum(bool((view == ids).all()) for view in views)
     assert 70 < plain < 130
     assert all(bool((view == ids).all()) or bool((view == ids.flip(-1)).all()) for view in views)
+    for seed in range(20):
+        _, view, mirrored = augment(image, ids, config, np.random.default_rng(seed))
+        assert bool((view == (ids.flip(-1) if mirrored else ids)).all())
     assert (augment(image, ids, config, np.random.default_rng(3))[1] == views[3]).all()
 
 
