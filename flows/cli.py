@@ -106,12 +106,8 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("-h", "--help", action=_TreeHelp)
         command.add_argument("--store", default="", metavar="DIR", help="artefacts (or ZS_SEG_STORE; ./artifacts)")
         command.add_argument("--traceback", action="store_true", help="for developers: show where an error came from")
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, dask="local")
         return command
-
-    def add_runtime(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-        command.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0 = all cores")
 
     add("plan", commands.plan, "show what is there and what a run would build")
     run = add("run", commands.run, "build what is missing, stage by stage, and report")
@@ -169,8 +165,19 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", default="", metavar="FILE", help="write the rows there as well")
     bench.add_argument("--full", action="store_true", help="every size, batch and mode; much longer")
     for command in (run, stage, predict, evaluate, bench):
-        add_runtime(command)
+        _add_runtime_flags(command)
+    for command in (run, stage):
+        command.add_argument(
+            "--dask",
+            metavar="WHERE",
+            help="workers of cache-clip: local (default), local:N, none, tcp://HOST:PORT, or a scheduler file",
+        )
     return main_parser
+
+
+def _add_runtime_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    command.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0 = all cores")
 
 
 def _add_pq_flags(pq: argparse.ArgumentParser) -> None:
@@ -184,3 +191,7 @@ def _add_pq_flags(pq: argparse.ArgumentParser) -> None:
     pq.add_argument(
         "--check-ground-truth", action="store_true", help="compare its PNGs with its JSON too; takes twice as long"
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

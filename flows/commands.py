@@ -24,7 +24,7 @@ def _store(options: argparse.Namespace) -> Store:
 
 
 def _runtime(options: argparse.Namespace) -> Runtime:
-    return Runtime(device=options.device, threads=options.threads)
+    return Runtime(device=options.device, threads=options.threads, dask=options.dask)
 
 
 def plan(options: argparse.Namespace) -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from models.teacher import Teacher
 from pipeline.benchmarks import Benchmark
+from pipeline.cache_clip import TokensConfig
 from storage.shards import Sample, decode_ids, decode_image, read_shard
 from storage.tokens import write_tokens
 
@@ -22,9 +23,20 @@ def kept_for_training(sample: Sample, benchmark: Benchmark) -> bool:
 
 
 def encode_tar(
-    clip: Teacher, tar: Path, group: Path, batch: int, benchmark: Benchmark, *, hide: bool, bar: Any
+    teacher: Teacher,
+    tar: Path,
+    group: Path,
+    config: TokensConfig,
+    benchmark: Benchmark,
+    *,
+    hide: bool,
+    progress: Callable[[int, int], None],
 ) -> None:
-    """One tar to one group. Inputs of several images fill a batch, so memory is bounded whatever an image holds."""
+    """One tar to one group. Inputs of several images fill a batch, so memory is bounded whatever an image holds.
+
+    `progress(images, instances)`: that many more are encoded.
+    """
+    clip, batch = teacher, config.batch
     device = next(clip.parameters()).device
     offsets, segment_id, kept = [0], [], []
     pending: list[torch.Tensor] = []
@@ -52,7 +64,7 @@ def encode_tar(
                 segment_id += segments.tolist()
             encode(batch)
         offsets.append(len(segment_id))
-        bar.update()
+        progress(1, len(sample.segments) if kept[-1] else 0)
     encode(1)
     flags = np.array(is_global, dtype=bool)
     encoded = np.concatenate(rows) if rows else np.zeros((0, clip.dim), np.float16)
