@@ -120,15 +120,15 @@ def _counts(split: str, jobs: list[Job], benchmark: Benchmark) -> dict[str, int]
 def _encode(job: Job, runtime: Runtime, progress: Progress) -> str:
     """Make the job's group unless it is there, and return the device. The same job may be running elsewhere as well, so each
     writes to a name of its own, and the first to end has made the group."""
-    from pipeline.encoding import encode_tar
-    from storage.atomic import delete
-
     for path in (job.tar, job.group.parent):
         if not path.exists():
             raise ValueError(
                 f"a worker on {socket.gethostname()} does not find {path}; pass --store FOLDER with a folder that all "
                 "machines share under the same path"
             )
+    from pipeline.encoding import encode_tar
+    from storage.atomic import delete
+
     device = str(runtime.torch_device())
     if job.group.exists():
         progress(job.images, 0)
