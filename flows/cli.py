@@ -109,10 +109,6 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    def add_runtime(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-        command.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0 = all cores")
-
     add("plan", commands.plan, "show what is there and what a run would build")
     run = add("run", commands.run, "build what is missing, stage by stage, and report")
     run.add_argument("--from", dest="first", default="", metavar="STAGE", help="begin there, from cached inputs")
@@ -149,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", default="", metavar="FILE", help="write the rows there as well")
     bench.add_argument("--full", action="store_true", help="every size, batch and mode; much longer")
     for command in (run, stage, predict, evaluate, bench):
-        add_runtime(command)
+        _add_runtime_flags(command)
     for command in (run, stage):
         _add_training_flags(command)
     return main_parser
@@ -185,6 +181,17 @@ def _add_training_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--checkpoint-every", type=int, default=200, metavar="N", help="training steps between two saved states"
     )
+    command.add_argument(
+        "--dask",
+        default="local",
+        metavar="WHERE",
+        help="workers of cache-clip: local (default), local:N, none, tcp://HOST:PORT, or a scheduler file",
+    )
+
+
+def _add_runtime_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    command.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0 = all cores")
 
 
 def _add_pq_flags(pq: argparse.ArgumentParser) -> None:
@@ -198,3 +205,7 @@ def _add_pq_flags(pq: argparse.ArgumentParser) -> None:
     pq.add_argument(
         "--check-ground-truth", action="store_true", help="compare its PNGs with its JSON too; takes twice as long"
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,7 +26,7 @@ def _store(options: argparse.Namespace) -> Store:
 
 
 def _runtime(options: argparse.Namespace) -> Runtime:
-    names = ("device", "threads", "devices", "compile", "checkpoint_every")
+    names = ("device", "threads", "devices", "compile", "checkpoint_every", "dask")
     return Runtime(**{name: getattr(options, name) for name in names if hasattr(options, name)})
 
 

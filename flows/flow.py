@@ -12,10 +12,10 @@ from pipeline.runtime import Runtime
 from storage.keys import Ref
 
 
-def _build(step: Step, inputs: dict[str, Ref], request: Request, device: str) -> Ref:
+def _build(step: Step, inputs: dict[str, Ref], request: Request, runtime: Runtime) -> Ref:
     """Build one stage from its cached inputs; a complete artefact is left as it is."""
     assert inputs == dict(step.recipe.inputs)
-    outcome = stages.build(step, request.open_store(), Runtime(device=device))
+    outcome = stages.build(step, request.open_store(), runtime)
     get_run_logger().info(str(outcome))
     return outcome.ref
 
@@ -33,6 +33,7 @@ def zs_seg(
     coco: str = "",
     overrides: list[str] | None = None,
     device: str = "auto",
+    dask: str = "local",
 ) -> str:
     """Images to report, stage by stage; only what is missing is built.
 
@@ -44,10 +45,12 @@ def zs_seg(
         coco: Folder of real images in COCO's layout; empty = COCO_ROOT of the worker.
         overrides: Flags that change single fields, as on the command line, e.g. ["--v2c.lr", "2e-4"].
         device: Where to compute: auto, cpu, cuda, cuda:1, ...
+        dask: Workers of cache-clip: local, local:N, none, tcp://HOST:PORT, or a scheduler file.
 
     Returns:
         The last artefact as "kind/key".
     """
+    runtime = Runtime(device=device, dask=dask)
     request = Request(preset=preset, coco=coco, store=store, overrides=tuple(overrides or ()))
     steps, artefacts = line(stages.configure(request)), request.open_store()
     selected = stages.select(steps, first=from_stage, last=until_stage)
@@ -55,7 +58,7 @@ def zs_seg(
     built: dict[Ref, Ref] = {}  # what earlier tasks returned: Prefect draws its graph from these very objects
     for step in selected:
         inputs = {name: built.get(ref, ref) for name, ref in step.recipe.inputs.items()}
-        built[step.recipe.ref] = TASKS[step.stage](step, inputs, request, device)
+        built[step.recipe.ref] = TASKS[step.stage](step, inputs, request, runtime)
     if selected[-1] is steps[-1]:
         folder = stages.publish(preset, steps, artefacts)
         get_run_logger().info("report: %s", folder / "report.html")

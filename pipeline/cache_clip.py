@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import socket
+import threading
+import time
+import uuid
 from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
 
 from pipeline.benchmarks import Benchmark
+from pipeline.cluster import Progress, run_tasks
 from pipeline.runtime import Runtime
 from pipeline.teaching import TeacherConfig
 from storage.keys import Recipe, Ref
 from storage.store import Build, Store
 
+if TYPE_CHECKING:
+    from models.teacher import Teacher
+
 STAGE, VERSION = "cache-clip", 2
+SPLITS = ("train", "val")
 Method = Literal["pixels", "attention"]
 Crop = Literal["full", "box"]
 Resize = Literal["squeeze", "letterbox"]
@@ -66,45 +77,112 @@ def recipe(config: TokensConfig, *, teacher: TeacherConfig, benchmark: Benchmark
     return Recipe(kind="tokens", stage=STAGE, version=VERSION, config=content, inputs={"shards": shards})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One tar of `images` samples, and the group that its tokens go to; `hide`: the image filter holds."""
+
+    tar: Path
+    group: Path
+    images: int
+    hide: bool
+    config: TokensConfig
+    teacher: TeacherConfig
+    benchmark: Benchmark
+
+    def __str__(self) -> str:
+        return str(self.tar)
+
+
 def run(
     config: TokensConfig, *, teacher: TeacherConfig, benchmark: Benchmark, shards: Ref, store: Store, runtime: Runtime
 ) -> Ref:
-    """Encode every tar into one token group of the same name; a group that is there is not made again."""
+    """Encode every tar into one token group of the same name, each as a Dask task; a group that is there is not made again.
+
+    Raises ValueError as `run_tasks`, and where a tar is damaged, a worker does not see the store, or no image is left.
+    """
 
     def work(build: Build) -> None:
-        from pipeline.encoding import encode_tar
+        from storage.atomic import clean
         from storage.shards import Shards
-        from storage.tokens import read_tokens
 
         opened = Shards(store.open(shards).path)
-        clip = None
-        for split in ("train", "val"):
-            tars = opened.tars(split)
-            with runtime.bar(sum(opened.counts(split)), f"teacher tokens, {split}", "image") as bar:
-                for tar, count in zip(tars, opened.counts(split), strict=True):
-                    group = build.path / f"{tar.stem}.zarr"
-                    if not group.exists():
-                        clip = clip or teacher.load(runtime)
-                        encode_tar(
-                            clip, tar, group, config, benchmark,
-                            hide=split == "train", progress=lambda images, instances, bar=bar: bar.update(images),
-                        )  # fmt: skip
-                    else:
-                        bar.update(count)
-            images, kept, instances, too_small = sum(opened.counts(split)), 0, 0, 0
-            for tar in tars:
-                group = read_tokens(build.path / f"{tar.stem}.zarr")
-                kept, instances = kept + int(group.kept.sum()), instances + len(group.instance)
-                too_small += int((~group.encoded).sum())
-            build.counts[split] = {"images": images, "encoded": kept, "instances": instances, "too_small": too_small}
-            if split == "train":
-                build.counts[split]["left_out_by_image_filter"] = images - kept
-                log.info("%s: %d of %d training images are left for training", benchmark.protocol, kept, images)
-                if not kept:
-                    raise ValueError(
-                        f"the image filter of benchmark {benchmark.name} leaves no training image; add images"
-                    )
+        jobs = [
+            Job(tar=tar, group=build.path / f"{tar.stem}.zarr", images=count, hide=split == "train", config=config,
+                teacher=teacher, benchmark=benchmark)
+            for split in SPLITS
+            for tar, count in zip(opened.tars(split), opened.counts(split), strict=True)
+        ]  # fmt: skip
+        missing = [job for job in jobs if not job.group.exists()]
+        images, left = (sum(job.images for job in some) for some in (jobs, missing))
+        instances, started = 0, time.monotonic()
+        with runtime.bar(images, "teacher tokens", "image", initial=images - left) as bar:
 
-        build.provenance["device"] = str(runtime.torch_device())
+            def progress(more_images: int, more_instances: int) -> None:
+                nonlocal instances
+                instances += more_instances
+                bar.set_postfix_str(f"{instances / (time.monotonic() - started):.0f} instance/s", refresh=False)
+                bar.update(more_images)
+
+            devices, workers = run_tasks(_encode, missing, runtime, progress=progress)
+        _load.cache_clear()
+        clean(build.path)  # what lost workers were writing
+        for split in SPLITS:
+            build.counts[split] = _counts(split, [job for job in jobs if job.hide == (split == "train")], benchmark)
+        build.provenance |= {"device": ", ".join(sorted(set(devices))), "workers": workers}
 
     return store.build(recipe(config, teacher=teacher, benchmark=benchmark, shards=shards), work)
+
+
+def _counts(split: str, jobs: list[Job], benchmark: Benchmark) -> dict[str, int]:
+    from storage.tokens import read_tokens
+
+    images, kept, instances, too_small = sum(job.images for job in jobs), 0, 0, 0
+    for job in jobs:
+        group = read_tokens(job.group)
+        kept, instances = kept + int(group.kept.sum()), instances + len(group.instance)
+        too_small += int((~group.encoded).sum())
+    counts = {"images": images, "encoded": kept, "instances": instances, "too_small": too_small}
+    if split == "train":
+        counts["left_out_by_image_filter"] = images - kept
+        log.info("%s: %d of %d training images are left for training", benchmark.protocol, kept, images)
+        if not kept:
+            raise ValueError(f"the image filter of benchmark {benchmark.name} leaves no training image; add images")
+    return counts
+
+
+def _encode(job: Job, runtime: Runtime, progress: Progress) -> str:
+    """Make the job's group unless it is there, and return the device. The same job may be running elsewhere as well, so each
+    writes to a name of its own, and the first to end has made the group."""
+    for path in (job.tar, job.group.parent):
+        if not path.exists():
+            raise ValueError(
+                f"a worker on {socket.gethostname()} does not find {path}; pass --store FOLDER with a folder that all "
+                "machines share under the same path"
+            )
+    from pipeline.encoding import encode_tar
+    from storage.atomic import delete
+
+    device = str(runtime.torch_device())
+    if job.group.exists():
+        progress(job.images, 0)
+        return device
+    with _LOADING:
+        teacher = _load(job.teacher, runtime)
+    own = job.group.with_name(f".{job.group.name}.{uuid.uuid4().hex}.writing")
+    encode_tar(teacher, job.tar, own, job.config, job.benchmark, hide=job.hide, progress=progress)
+    try:
+        own.rename(job.group)
+    except OSError:
+        if not job.group.exists():
+            raise
+        delete(own)
+    return device
+
+
+_LOADING = threading.Lock()  # a cluster's workers may have several threads
+
+
+@functools.lru_cache(maxsize=1)
+def _load(teacher: TeacherConfig, runtime: Runtime) -> Teacher:
+    """The model, once a worker."""
+    return teacher.load(runtime)

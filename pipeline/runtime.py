@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ class Runtime:
     `device`: "auto" (the GPU if there is one) or a torch device such as "cpu" or "cuda:1". `threads`: CPU threads, 0 =
     all cores. `progress`: show progress bars. `checkpoint_every`: training steps between two saved states. `devices`: how
     many train stage 1 together, GPUs or, on a CPU, processes. `compile`: torch.compile its network.
+    `dask`: where stage "cache-clip" works: "local" (worker processes on this machine: one a GPU, else one for every four
+    cores, at least one, each with its share of the threads), "local:N" (N of them), "none" (this process), or a cluster
+    that is there: its address such as "tcp://10.0.0.1:8786", or the file that its scheduler wrote.
     """
 
     device: str = "auto"
@@ -37,6 +42,7 @@ class Runtime:
     checkpoint_every: int = 200
     devices: int = 1
     compile: bool = False
+    dask: str = "local"
 
     def __post_init__(self) -> None:
         if self.devices < 1 or self.checkpoint_every < 1:
@@ -45,6 +51,12 @@ class Runtime:
             )
         if self.threads < 0:
             raise ValueError(f"threads must be 0 (all cores) or more, not {self.threads}")
+        known = re.fullmatch(r"none|local(:[1-9]\d*)?|\w+://.+", self.dask)
+        if not known and not Path(self.dask).is_file():
+            raise ValueError(
+                f"--dask {self.dask!r} is unknown; give local, local:N, none, an address such as tcp://10.0.0.1:8786, "
+                "or the file of a running scheduler"
+            )
 
     @property
     def workers(self) -> int:
@@ -75,13 +87,17 @@ class Runtime:
             raise ValueError(f"device {self.device!r} cannot be used ({reason}); pass --device auto or cpu") from error
         return device
 
-    def bar(self, total: int | None, desc: str, unit: str = "it") -> tqdm[Any]:
-        """A progress bar with rate and remaining time; a log file gets a line every 10 s instead of two a second."""
+    def bar(self, total: int | None, desc: str, unit: str = "it", *, initial: int = 0) -> tqdm[Any]:
+        """A progress bar with rate and remaining time; a log file gets a line every 10 s instead of two a second.
+
+        `initial`: what an earlier run has done; it does not count in the rate.
+        """
         from tqdm import tqdm
 
         tty = sys.stderr.isatty()
         return tqdm(
             total=total,
+            initial=initial,
             desc=desc,
             unit=unit,
             disable=not self.progress,

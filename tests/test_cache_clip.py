@@ -144,9 +144,13 @@ def test_a_killed_build_ends_with_the_bytes_of_an_undisturbed_one(
     shaken = Store(tmp_path / "shaken")
     real = pipeline.encoding.write_tokens
 
+    written: list[Path] = []
+
     def write_and_die(path: Path, **content: np.ndarray) -> None:
         real(path, **content)
-        raise KeyboardInterrupt
+        written.append(path)
+        if len(written) == 2:  # the second group is written and has no name yet
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pipeline.encoding, "write_tokens", write_and_die)

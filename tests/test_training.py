@@ -255,7 +255,7 @@ def save_and_tell(folder, state):
     time.sleep(60)
 if sys.argv[2] == sys.argv[3]:
     training.save_training_state = save_and_tell
-build(Store(Path(sys.argv[1])), tiny_config(), until=sys.argv[2], runtime=Runtime(progress=False, checkpoint_every=2))
+build(Store(Path(sys.argv[1])), tiny_config(), until=sys.argv[2], runtime=Runtime(progress=False, checkpoint_every=2, dask="none"))
 """
 
 

@@ -9,7 +9,7 @@ from pipeline.line import Config, Step, line
 from pipeline.runtime import Runtime
 from storage.store import Store
 
-QUIET = Runtime(progress=False)
+QUIET = Runtime(progress=False, dask="none")
 
 
 def tiny_config() -> Config:

@@ -1,0 +1,204 @@
+"""Independent jobs, one Dask task each: in processes of this machine, on a cluster that is there, or without Dask in a loop.
+
+A job must be safe to run twice, also at the same time: a worker that is lost may only be out of reach, and what it had is run
+again elsewhere. Nothing here may change what a job writes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipeline.runtime import Runtime
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+Progress = Callable[[int, int], None]  # images and instances that were encoded since the last call
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+TOPIC = "zs-seg-progress"
+DEATHS = 5  # a job that ends more worker processes of this machine than that is given up
+CORES_A_WORKER = 4
+log = logging.getLogger(__name__)
+
+
+def run_tasks(
+    function: Callable[[Job, Runtime, Progress], Result], jobs: Sequence[Job], runtime: Runtime, *, progress: Progress
+) -> tuple[list[Result], int]:
+    """`function(job, runtime, progress)` of every job, where `runtime.dask` says; results in the jobs' order, and how many
+    workers there were.
+
+    `function` gets the runtime of its worker: its device, its number of threads. `progress` is called as jobs go on, from one
+    thread at a time; work that is done a second time is not reported again. Functions and jobs are pickled: the workers of
+    another machine need this package.
+
+    Raises what a job raises, once and without waiting for the other jobs, and ValueError when there is no such cluster, it
+    has no worker, is lost, or a job (named by its str) keeps ending its workers.
+    """
+    if not jobs:
+        return [], 0
+    if runtime.dask == "none":
+        return [function(job, runtime, progress) for job in jobs], 1
+    with (
+        _local(runtime, len(jobs)) if runtime.dask.startswith("local") else _existing(runtime) as (client, gpus, share)
+    ):
+        workers = len(client.nthreads())
+        log.info("%d worker%s, dashboard %s", workers, "s" * (workers > 1), client.dashboard_link)
+        return _run(client, functools.partial(_task, function, share, gpus), jobs, progress), workers
+
+
+def split_cores(runtime: Runtime, jobs: int) -> tuple[int, int, int]:
+    """Worker processes on this machine, CPU threads of each, and GPUs they take turns on (0 = all on `runtime.device`).
+
+    With `device` "auto" and GPUs: one worker a GPU. Else one worker for every four cores, at least one. "local:N" says N.
+    Never more workers than jobs. The threads are shared out evenly.
+    """
+    gpus = 0
+    if runtime.torch_device().type == "cuda" and runtime.device == "auto":
+        import torch
+
+        gpus = torch.cuda.device_count()
+    _, _, asked = runtime.dask.partition(":")
+    workers = min(int(asked) if asked else gpus or max(runtime.workers // CORES_A_WORKER, 1), jobs)
+    return workers, max(runtime.workers // workers, 1), gpus
+
+
+@contextmanager
+def _local(runtime: Runtime, jobs: int) -> Iterator[tuple[Client, int, Runtime]]:
+    """Worker processes that end with this process, however it ends.
+
+    One Dask thread each, for torch brings its own. No memory limit: Dask would let a worker pause at 80 % of it, for ever.
+    The C library keeps freed memory as it does by default: Dask has it given back at once, and fetching it anew for every
+    batch cost a ViT-B/16 a third more CPU time.
+    """
+    workers, threads, gpus = split_cores(runtime, jobs)
+    import dask
+    from distributed import Client, LocalCluster
+
+    settings = {
+        "distributed.scheduler.allowed-failures": DEATHS,
+        "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
+    }
+    with (
+        dask.config.set(settings),
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            memory_limit=None,
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client, gpus, replace(runtime, dask="none", threads=threads)
+
+
+@contextmanager
+def _existing(runtime: Runtime) -> Iterator[tuple[Client, int, Runtime]]:
+    """The cluster at an address, or the one whose scheduler wrote a file. Its workers keep their own threads unless
+    `runtime.threads` is set, which then counts for each of them."""
+    from distributed import Client
+
+    address = runtime.dask if "://" in runtime.dask else _address(Path(runtime.dask))
+    try:
+        client = Client(address, timeout=5, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no Dask scheduler answers at {address} ({' '.join(str(error).split())}); start one with `dask scheduler`, "
+            "correct --dask, or leave it out to use this machine"
+        ) from error
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=20)
+        except TimeoutError as error:
+            raise ValueError(
+                f"the Dask scheduler at {address} has no worker; start some with `dask worker {address} --nthreads 1`"
+            ) from error
+        yield client, 0, replace(runtime, dask="none")
+
+
+def _address(file: Path) -> str:
+    try:
+        return json.loads(file.read_bytes())["address"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is no file of a Dask scheduler; `dask scheduler --scheduler-file {file}` writes one"
+        ) from error
+
+
+def _run(client: Client, task: Callable[..., Any], jobs: Sequence[Any], progress: Progress) -> list[Any]:
+    from distributed import CancelledError, KilledWorker, as_completed
+
+    run, results, tally = uuid.uuid4().hex, [None] * len(jobs), _Tally(len(jobs), progress)
+    numbers = {f"job-{run}-{number}": number for number in range(len(jobs))}
+    client.subscribe_topic(TOPIC, lambda event: tally.hear(run, event[1]))
+    futures = client.map(functools.partial(task, run), range(len(jobs)), jobs, key=list(numbers))
+    try:
+        for future in as_completed(futures, loop=client.loop):
+            number = numbers[future.key]
+            try:
+                results[number], done = future.result()
+            except KilledWorker as error:
+                raise ValueError(
+                    f"{jobs[number]}: {error.allowed_failures + 1} worker processes died over it, most likely for want of "
+                    "memory; use fewer workers, or smaller batches"
+                ) from error
+            except CancelledError as error:
+                raise ValueError(
+                    "the Dask scheduler is gone; start it again, and the same command goes on where this one was"
+                ) from error
+            tally.add(number, *done)
+            future.release()  # else it is run again when the worker that has the result is lost
+    finally:
+        client.cancel(futures)
+    return results
+
+
+class _Tally:
+    """What the jobs have reported so far, job by job, passed on as what is new: a job that starts again repeats itself."""
+
+    def __init__(self, jobs: int, progress: Progress) -> None:
+        self._known = [(0, 0)] * jobs
+        self._progress = progress
+        self._lock = threading.Lock()  # results come in the main thread, reports in the client's
+
+    def hear(self, run: str, report: Sequence[Any]) -> None:
+        if report[0] == run:
+            self.add(*report[1:])
+
+    def add(self, number: int, images: int, instances: int) -> None:
+        with self._lock:
+            before = self._known[number]
+            now = max(before[0], images), max(before[1], instances)
+            self._known[number] = now
+            self._progress(now[0] - before[0], now[1] - before[1])
+
+
+def _task(
+    function: Callable[[Any, Runtime, Progress], Any], runtime: Runtime, gpus: int, run: str, number: int, job: Any
+) -> tuple[Any, tuple[int, int]]:
+    """One job on a worker; its progress goes out at most twice a second."""
+    from distributed import get_worker
+
+    worker, images, instances, told = get_worker(), 0, 0, time.monotonic()
+    if gpus:
+        runtime = replace(runtime, device=f"cuda:{int(worker.name) % gpus}")
+
+    def progress(more_images: int, more_instances: int) -> None:
+        nonlocal images, instances, told
+        images, instances = images + more_images, instances + more_instances
+        if time.monotonic() - told > 0.5:
+            told = time.monotonic()
+            worker.log_event(TOPIC, [run, number, images, instances])
+
+    return function(job, runtime, progress), (images, instances)

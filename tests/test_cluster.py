@@ -1,0 +1,341 @@
+"""Cache-clip on Dask: real worker processes, killed at will; wherever the tars were encoded, the artefact has the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from tiny import QUIET, build, tiny_config
+
+from pipeline import cache_clip, cluster
+from pipeline.cluster import run_tasks, split_cores
+from pipeline.runtime import Runtime
+from pipeline.scenes import ScenesConfig, benchmark
+from storage.keys import Ref
+from storage.shards import Shards
+from storage.store import Artefact, Store
+
+CONFIG = replace(tiny_config(), data=ScenesConfig(train_images=40, val_images=10))
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Ref]:
+    store = Store(tmp_path_factory.mktemp("shards"))
+    return store, build(store, CONFIG, until="shard")["shard"].recipe.ref
+
+
+def linked(shards: tuple[Store, Ref], root: Path) -> Store:
+    """A store of its own with the same shards."""
+    store = Store(root)
+    path = store.path(shards[1])
+    path.parent.mkdir(parents=True)
+    path.symlink_to(shards[0].path(shards[1]))
+    return store
+
+
+def encode(shards: tuple[Store, Ref], root: Path, dask: str, **runtime: bool) -> Artefact:
+    store = linked(shards, root) if not root.exists() else Store(root)
+    made = cache_clip.run(
+        CONFIG.tokens, teacher=CONFIG.teacher, benchmark=benchmark(ScenesConfig()), shards=shards[1], store=store,
+        runtime=replace(QUIET, dask=dask, threads=1, **runtime),
+    )  # fmt: skip
+    return store.open(made)
+
+
+@pytest.fixture(scope="module")
+def calm(shards: tuple[Store, Ref], tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    """Encoded in a loop, undisturbed."""
+    return encode(shards, tmp_path_factory.mktemp("calm") / "store", "none")
+
+
+@pytest.fixture(scope="module")
+def existing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The file of a scheduler with two workers, started as a user would."""
+    folder = tmp_path_factory.mktemp("cluster")
+    file, environment = folder / "scheduler.json", {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    words = [["scheduler", "--port", "0"], ["worker", "--nworkers", "2", "--nthreads", "1"]]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "dask", *word, "--no-dashboard", "--scheduler-file", str(file)],
+            cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
+        for word in words
+    ]  # fmt: skip
+    try:
+        while not file.exists():
+            assert not any(process.poll() for process in started)
+            time.sleep(0.05)
+        yield file
+    finally:
+        for process in reversed(started):
+            process.send_signal(signal.SIGINT)
+            process.wait(20)
+
+
+def one_line(caught: pytest.ExceptionInfo[ValueError]) -> str:
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def workers_of(process: psutil.Process) -> list[psutil.Process]:
+    return [child for child in process.children(recursive=True) if "spawn_main" in " ".join(child.cmdline())]
+
+
+def groups_in(root: Path) -> list[Path]:
+    return [path for path in root.glob("tokens/*/*.zarr") if not path.name.startswith(".")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["local", "local:2"])
+def test_worker_processes_of_this_machine_change_no_byte(
+    shards: tuple[Store, Ref], calm: Artefact, tmp_path: Path, where: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = encode(shards, tmp_path / "store", where, progress=True)
+    assert made.manifest.files == calm.manifest.files
+    assert made.manifest.counts == calm.manifest.counts
+    assert made.manifest.provenance["workers"] == (2 if where == "local:2" else 1)
+    assert made.manifest.provenance["device"] == calm.manifest.provenance["device"]
+    shown = capfd.readouterr().err
+    assert "| 50/50 [" in shown and re.search(r"image/s, \d+ instance/s", shown)
+    assert "distributed" not in shown and "Traceback" not in shown
+    assert not workers_of(psutil.Process())
+
+
+@pytest.mark.slow
+def test_a_cluster_by_address_and_by_file(
+    shards: tuple[Store, Ref], calm: Artefact, existing: Path, tmp_path: Path
+) -> None:
+    for name, where in {"file": str(existing), "address": json.loads(existing.read_text())["address"]}.items():
+        made = encode(shards, tmp_path / name, where)
+        assert made.manifest.files == calm.manifest.files
+        assert made.manifest.counts == calm.manifest.counts
+        assert made.manifest.provenance["workers"] in (1, 2)  # the second may have come later
+
+
+def test_a_worker_that_does_not_see_the_store(
+    shards: tuple[Store, Ref], existing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/proc/self/cwd is another folder for each process: the store is there for us, and not for the workers."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="does not find /proc/self/cwd/store/.*all machines share") as caught:
+        encode(shards, Path("/proc/self/cwd/store"), str(existing))
+    one_line(caught)
+
+
+def damage(shards: tuple[Store, Ref], root: Path, tar: str) -> tuple[Store, Ref]:
+    """A copy of the shards with one header of one tar overwritten."""
+    store, folder = Store(root), root / shards[1].kind / shards[1].key
+    folder.mkdir(parents=True)
+    for file in shards[0].path(shards[1]).iterdir():
+        content = bytearray(file.read_bytes())
+        if file.name == tar:
+            content[:100] = b"x" * 100
+        (folder / file.name).write_bytes(content)
+    return store, shards[1]
+
+
+def test_a_damaged_tar_is_told_in_one_line(shards: tuple[Store, Ref], existing: Path, tmp_path: Path) -> None:
+    damaged = damage(shards, tmp_path / "damaged", "train-000000.tar")
+    with pytest.raises(ValueError, match=r"train-000000.tar is damaged: .*--force shard") as caught:
+        encode(damaged, tmp_path / "store", str(existing))
+    one_line(caught)
+
+
+def _fail_first(job: Path, runtime: Runtime, progress: cluster.Progress) -> None:
+    if job.name == "0":
+        raise ValueError("the first job is wrong")
+    job.touch()
+    time.sleep(0.5)
+
+
+def test_a_mistake_stops_the_other_jobs(existing: Path, tmp_path: Path) -> None:
+    jobs = [tmp_path / str(number) for number in range(20)]
+    with pytest.raises(ValueError, match="the first job is wrong"):
+        run_tasks(_fail_first, jobs, replace(QUIET, dask=str(existing)), progress=lambda *_: None)
+    time.sleep(1.5)
+    assert len(list(tmp_path.iterdir())) < 10
+
+
+@pytest.mark.slow
+def test_a_killed_workers_tar_is_encoded_again(shards: tuple[Store, Ref], calm: Artefact, tmp_path: Path) -> None:
+    """Twice: before it has encoded anything, and as soon as some groups are there."""
+    killed: list[int] = []
+
+    def kill(when_there_are: int) -> None:
+        while len(groups_in(tmp_path / "store")) < when_there_are or not (found := workers_of(psutil.Process())):
+            time.sleep(0.01)
+        killed.append(found[0].pid)
+        found[0].kill()
+
+    def kill_twice() -> None:
+        kill(0)
+        kill(2)
+
+    killer = threading.Thread(target=kill_twice)
+    killer.start()
+    made = encode(shards, tmp_path / "store", "local:2")
+    killer.join()
+    assert len(set(killed)) == 2
+    assert made.manifest.files == calm.manifest.files
+    assert made.manifest.counts == calm.manifest.counts
+
+
+def _die(job: str, runtime: Runtime, progress: cluster.Progress) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_job_that_ends_every_worker_is_given_up() -> None:
+    with pytest.raises(ValueError, match="train-7.tar: 6 worker processes died over it") as caught:
+        run_tasks(_die, ["train-7.tar"], replace(QUIET, dask="local"), progress=lambda *_: None)
+    one_line(caught)
+    assert not workers_of(psutil.Process())
+
+
+COMMAND = (
+    sys.executable, "-m", "flows.cli", "run", "--preset", "demo", "--until", "cache-clip", "--threads", "1",
+    "--data.train-images", "40", "--data.val-images", "10", "--shard.samples-per-tar", "8",
+)  # fmt: skip
+
+
+def start(root: Path, *flags: str) -> subprocess.Popen[str]:
+    """The command line in a process group of its own, in an empty folder."""
+    (root / "here").mkdir(parents=True, exist_ok=True)
+    return subprocess.Popen(
+        [*COMMAND, "--store", str(root / "store"), *flags], cwd=root / "here", text=True, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def until_groups(root: Path, count: int, process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Wait for so many groups; the processes that run then."""
+    while len(groups_in(root / "store")) < count or not workers_of(psutil.Process(process.pid)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def survivors(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in psutil.wait_procs(processes, 10)[1] if p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    """SIGKILL of all its processes, and of the first alone; the groups that were there are left as they are."""
+    process = start(tmp_path / "calm")
+    told = process.communicate()[1]
+    assert process.returncode == 0, told
+    assert told.count("dashboard http://127.0.0.1:") == 1
+    assert not re.search("distributed|Traceback|Warning", told), told
+    (calm,) = (m for m in Store(tmp_path / "calm" / "store").manifests() if m.kind == "tokens")
+
+    root, before = tmp_path / "shaken", {}
+    for groups, everything in ((0, True), (1, False), (3, True)):
+        process = start(root)
+        children = until_groups(root, groups, process)
+        (os.killpg if everything else os.kill)(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert not survivors(children)
+        before |= {p.name: p.stat().st_mtime_ns for p in groups_in(root / "store")}
+    assert before
+    process = start(root, "--dask", "none")
+    assert process.wait(60) == 0
+    (shaken,) = (m for m in Store(root / "store").manifests() if m.kind == "tokens")
+    assert shaken.files == calm.files and shaken.counts == calm.counts
+    after = {p.name: p.stat().st_mtime_ns for p in groups_in(root / "store")}
+    assert before == {name: after[name] for name in before}
+    assert not list((root / "here").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_nothing_is_left_running_after_a_stop(tmp_path: Path, sign: signal.Signals, status: int) -> None:
+    process = start(tmp_path)
+    children = until_groups(tmp_path, 1, process)
+    os.killpg(process.pid, sign)  # as a terminal does it
+    _, told = process.communicate(timeout=20)
+    assert process.returncode == status, told
+    assert not survivors(children)
+    assert not re.search("distributed|Traceback|KeyboardInterrupt", told), told
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_no_scheduler_there(shards: tuple[Store, Ref], tmp_path: Path) -> None:
+    before = time.monotonic()
+    with pytest.raises(ValueError, match=r"no Dask scheduler answers at tcp://127.0.0.1:9 .*--dask") as caught:
+        encode(shards, tmp_path / "store", "tcp://127.0.0.1:9")
+    one_line(caught)
+    assert time.monotonic() - before < 15
+
+
+def test_what_is_no_cluster_is_refused(tmp_path: Path) -> None:
+    for wrong in ("", "cluster", "local:0", "local:two", str(tmp_path / "no.json"), str(tmp_path)):
+        with pytest.raises(ValueError, match=re.escape(f"--dask {wrong!r} is unknown; give local")) as caught:
+            Runtime(dask=wrong)
+        one_line(caught)
+    for content in ("", "[]", "{}"):
+        (tmp_path / "file.json").write_text(content)
+        with pytest.raises(ValueError, match=r"file.json is no file of a Dask scheduler") as caught:
+            run_tasks(_die, ["a"], Runtime(dask=str(tmp_path / "file.json")), progress=lambda *_: None)
+        one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("dask", "threads", "jobs", "workers", "each"),
+    [("local", 2, 9, 1, 2), ("local", 7, 9, 1, 7), ("local", 8, 9, 2, 4), ("local", 64, 9, 9, 7), ("local:3", 2, 9, 3, 1),
+     ("local:3", 6, 2, 2, 3)],
+)  # fmt: skip
+def test_how_cores_are_shared_out(dask: str, threads: int, jobs: int, workers: int, each: int) -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    assert split_cores(Runtime(device="cpu", threads=threads, dask=dask), jobs) == (workers, each, 0)
+    torch.set_num_threads(before)
+
+
+def test_one_tar_encoded_twice_at_the_same_time(shards: tuple[Store, Ref], calm: Artefact, tmp_path: Path) -> None:
+    tar = Shards(shards[0].path(shards[1])).tars("val")[0]
+    job = cache_clip.Job(
+        tar=tar, group=tmp_path / "val-000000.zarr", images=8, hide=False, config=CONFIG.tokens, teacher=CONFIG.teacher,
+        benchmark=benchmark(ScenesConfig()),
+    )  # fmt: skip
+    both = threading.Barrier(2, timeout=60)
+
+    waited: set[int] = set()
+
+    def meet(images: int, instances: int) -> None:
+        if threading.get_ident() not in waited:
+            waited.add(threading.get_ident())
+            both.wait()  # neither ends before the other has begun
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: cache_clip._encode(job, replace(QUIET, threads=1), meet), range(2)))
+    assert [path.name for path in tmp_path.iterdir()] == ["val-000000.zarr"]
+    for file in job.group.rglob("*"):
+        if file.is_file():
+            assert file.read_bytes() == (calm.path / file.relative_to(tmp_path)).read_bytes()
+
+
+def test_work_that_is_done_again_is_counted_once() -> None:
+    reported: list[tuple[int, int]] = []
+    tally = cluster._Tally(2, lambda *new: reported.append(new))
+    tally.hear("ours", ["ours", 0, 5, 9])
+    tally.hear("ours", ["another run", 1, 100, 100])
+    for images, instances in ((2, 3), (8, 12), (8, 12)):  # its worker was lost, another begins again
+        tally.hear("ours", ["ours", 0, images, instances])
+    tally.add(1, 4, 4)
+    assert [sum(column) for column in zip(*reported, strict=True)] == [12, 16]
+    assert all(images >= 0 and instances >= 0 for images, instances in reported)
