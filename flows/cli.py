@@ -102,6 +102,13 @@ def parser() -> argparse.ArgumentParser:
         if tree:
             command.add_argument("--preset", required=True, metavar="PRESET", help=f"one of {', '.join(PRESETS)}")
             command.add_argument("--coco", default="", metavar="DIR", help="folder in COCO's layout (or COCO_ROOT)")
+            command.add_argument(
+                "--max-steps",
+                type=int,
+                default=0,
+                metavar="N",
+                help="at most N steps of every training stage, for trials",
+            )
             command.add_argument("--skip-bad", action="store_true", help="go on without images that cannot be used")
             command.add_argument("-h", "--help", action=_TreeHelp)
         command.add_argument("--store", default="", metavar="DIR", help="artefacts (or ZS_SEG_STORE; ./artifacts)")
@@ -113,7 +120,21 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
         command.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0 = all cores")
 
-    add("plan", commands.plan, "show what is there and what a run would build")
+    plan = add("plan", commands.plan, "show what is there, what a run would build, and what that takes")
+    plan.add_argument(
+        "--tflops",
+        type=float,
+        default=50.0,
+        metavar="X",
+        help="assumed speed of the teacher where none was measured; 50",
+    )
+    plan.add_argument(
+        "--step-seconds",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="seconds of a step of v2c, instead of a measured one",
+    )
     run = add("run", commands.run, "build what is missing, stage by stage, and report")
     run.add_argument("--from", dest="first", default="", metavar="STAGE", help="begin there, from cached inputs")
     run.add_argument("--until", dest="last", default="", metavar="STAGE", help="end there")
@@ -131,6 +152,11 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("key", metavar="KEY", help="its key, or the beginning of it")
     verify = add("verify", commands.verify_artefacts, "compare artefacts, byte by byte, with their manifests")
     verify.add_argument("key", metavar="KEY", nargs="?", default="", help="one key; default: all")
+    verify.add_argument("--rows", type=int, default=0, metavar="N", help="encode N rows of tokens again; default 0")
+    verify.add_argument("--seed", type=int, default=0, metavar="N", help="decides which rows")
+    verify.add_argument(
+        "--teacher.pretrained", dest="teacher", default="", metavar="FILE", help="its weights, for --rows"
+    )
     predict = add("predict", commands.predict_images, "segment images with a trained checkpoint")
     predict.add_argument("--checkpoint", required=True, metavar="KEY", help="a checkpoint's key, or its folder")
     predict.add_argument("--images", required=True, nargs="+", metavar="PATH", help="image files, or folders of them")
@@ -142,6 +168,18 @@ def parser() -> argparse.ArgumentParser:
         "--teacher.pretrained", dest="teacher", default="", metavar="FILE", help="its weights, for --names"
     )
     evaluate = add("evaluate", commands.evaluate_checkpoint, "score a trained checkpoint on a benchmark's own files")
+    _add_evaluate_flags(evaluate)
+    _add_pq_flags(add("pq", commands.panoptic_quality, "panoptic quality of any result in COCO's panoptic format"))
+    bench = add("bench", commands.bench, "measure ours against a reference, in turn, in one process")
+    bench.add_argument("name", metavar="NAME", choices=BENCHES, help=f"one of {', '.join(BENCHES)}")
+    bench.add_argument("--json", default="", metavar="FILE", help="write the rows there as well")
+    bench.add_argument("--full", action="store_true", help="every size, batch and mode; much longer")
+    for command in (run, stage, verify, predict, evaluate, bench):
+        add_runtime(command)
+    return main_parser
+
+
+def _add_evaluate_flags(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--checkpoint", required=True, metavar="KEY", help="a checkpoint's key, or its folder")
     evaluate.add_argument(
         "--benchmark",
@@ -163,14 +201,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="its weights, for names new to the checkpoint",
     )
-    _add_pq_flags(add("pq", commands.panoptic_quality, "panoptic quality of any result in COCO's panoptic format"))
-    bench = add("bench", commands.bench, "measure ours against a reference, in turn, in one process")
-    bench.add_argument("name", metavar="NAME", choices=BENCHES, help=f"one of {', '.join(BENCHES)}")
-    bench.add_argument("--json", default="", metavar="FILE", help="write the rows there as well")
-    bench.add_argument("--full", action="store_true", help="every size, batch and mode; much longer")
-    for command in (run, stage, predict, evaluate, bench):
-        add_runtime(command)
-    return main_parser
 
 
 def _add_pq_flags(pq: argparse.ArgumentParser) -> None:
