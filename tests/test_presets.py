@@ -78,6 +78,7 @@ def test_max_steps_cuts_but_does_not_stretch_and_is_in_the_keys() -> None:
     demo = configure(Request(preset="demo"))
     cut = configure(Request(preset="demo", max_steps=400))
     assert (cut.v2c.steps, cut.g2s.steps, cut.cpa.steps) == (400, 400, demo.cpa.steps)
+    assert configure(Request(preset="demo", max_steps=10_000)) == demo
     keys = [{step.stage: step.recipe.key for step in line(config)} for config in (demo, cut)]
     assert [stage for stage in STAGES if keys[0][stage] != keys[1][stage]] == [
         "v2c",
