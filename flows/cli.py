@@ -102,6 +102,13 @@ def parser() -> argparse.ArgumentParser:
         if tree:
             command.add_argument("--preset", required=True, metavar="PRESET", help=f"one of {', '.join(PRESETS)}")
             command.add_argument("--coco", default="", metavar="DIR", help="folder in COCO's layout (or COCO_ROOT)")
+            command.add_argument(
+                "--max-steps",
+                type=int,
+                default=0,
+                metavar="N",
+                help="at most N steps of every training stage, for trials",
+            )
             command.add_argument("--skip-bad", action="store_true", help="go on without images that cannot be used")
             command.add_argument("-h", "--help", action=_TreeHelp)
         command.add_argument("--store", default="", metavar="DIR", help="artefacts (or ZS_SEG_STORE; ./artifacts)")
@@ -109,7 +116,21 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    add("plan", commands.plan, "show what is there and what a run would build")
+    plan = add("plan", commands.plan, "show what is there, what a run would build, and what that takes")
+    plan.add_argument(
+        "--tflops",
+        type=float,
+        default=50.0,
+        metavar="X",
+        help="assumed speed of the teacher where none was measured; 50",
+    )
+    plan.add_argument(
+        "--step-seconds",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="seconds of a step of v2c, instead of a measured one",
+    )
     run = add("run", commands.run, "build what is missing, stage by stage, and report")
     run.add_argument("--from", dest="first", default="", metavar="STAGE", help="begin there, from cached inputs")
     run.add_argument("--until", dest="last", default="", metavar="STAGE", help="end there")
@@ -127,6 +148,11 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("key", metavar="KEY", help="its key, or the beginning of it")
     verify = add("verify", commands.verify_artefacts, "compare artefacts, byte by byte, with their manifests")
     verify.add_argument("key", metavar="KEY", nargs="?", default="", help="one key; default: all")
+    verify.add_argument("--rows", type=int, default=0, metavar="N", help="encode N rows of tokens again; default 0")
+    verify.add_argument("--seed", type=int, default=0, metavar="N", help="decides which rows")
+    verify.add_argument(
+        "--teacher.pretrained", dest="teacher", default="", metavar="FILE", help="its weights, for --rows"
+    )
     predict = add("predict", commands.predict_images, "segment images with a trained checkpoint")
     predict.add_argument("--checkpoint", required=True, metavar="KEY", help="a checkpoint's key, or its folder")
     predict.add_argument("--images", required=True, nargs="+", metavar="PATH", help="image files, or folders of them")
@@ -144,7 +170,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("name", metavar="NAME", choices=BENCHES, help=f"one of {', '.join(BENCHES)}")
     bench.add_argument("--json", default="", metavar="FILE", help="write the rows there as well")
     bench.add_argument("--full", action="store_true", help="every size, batch and mode; much longer")
-    for command in (run, stage, predict, evaluate, bench):
+    for command in (run, stage, verify, predict, evaluate, bench):
         _add_runtime_flags(command)
     for command in (run, stage):
         _add_training_flags(command)

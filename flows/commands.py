@@ -13,12 +13,18 @@ from flows.stages import Request, duration
 from pipeline import v2c
 from pipeline.line import STAGES, line
 from pipeline.runtime import Runtime, torchrun_rank, under_torchrun
-from storage.keys import Recipe, Ref
+from storage.keys import Ref
 from storage.store import Manifest, Store
 
 
 def _request(options: argparse.Namespace) -> Request:
-    return Request(preset=options.preset, coco=options.coco, store=options.store, overrides=options.overrides)
+    return Request(
+        preset=options.preset,
+        coco=options.coco,
+        store=options.store,
+        overrides=options.overrides,
+        max_steps=options.max_steps,
+    )
 
 
 def _store(options: argparse.Namespace) -> Store:
@@ -31,37 +37,49 @@ def _runtime(options: argparse.Namespace) -> Runtime:
 
 
 def plan(options: argparse.Namespace) -> int:
+    from pipeline.counting import count
+    from pipeline.estimates import Estimator
+
+    for flag, value in (("--tflops", options.tflops), ("--step-seconds", options.step_seconds)):
+        if value < 0 or (value == 0 and flag == "--tflops"):
+            raise ValueError(f"{flag} must be above 0, not {value:g}")
     request = _request(options)
-    steps, store = line(stages.configure(request)), request.open_store()
-    rows = []
+    config = stages.configure(request)
+    steps, store = line(config), request.open_store()
+    counts = count(config, steps, store)
+    estimator = Estimator(config, steps, store, counts, tflops=options.tflops, step_seconds=options.step_seconds)
+    rows, notes = [], []
     for step in steps:
         ref, state = step.recipe.ref, store.state(step.recipe.ref)
-        known = store.open(ref).manifest if state == "fresh" else _newest_alike(store, step.recipe)
-        about = "" if state == "fresh" else "~"
-        size, seconds = (about + _size(known.bytes), about + duration(known.provenance["seconds"])) if known else "--"
-        rows.append((step.stage, str(ref), state, size, seconds))
+        if state == "fresh":
+            built = store.open(ref).manifest
+            rows.append((step.stage, str(ref), state, _size(built.bytes), duration(built.provenance["seconds"])))
+            continue
+        guess = estimator.estimate(step)
+        size = "-" if guess.bytes is None else f"~{_size(guess.bytes)}"
+        rows.append(
+            (step.stage, str(ref), state, size, "-" if guess.seconds is None else f"~{duration(guess.seconds)}")
+        )
+        if guess.seconds is not None:
+            notes.append(f"{step.stage} {guess.source}")
+            if step.stage == "v2c":
+                notes[-1] += f"; {duration(guess.seconds / 8)} on 8 such devices, if they are 8 times as fast"
     _print_table(("stage", "artefact", "state", "bytes", "time"), rows)
     missing = sum(row[2] != "fresh" for row in rows)
-    print(
-        f"\n{missing} of {len(rows)} stages to build in {store.root}"
-        + "; ~ is what the last one like it took" * any("~" in row[3] for row in rows)
-    )
-    if any(row[3] == "-" for row in rows):
-        print("- has no estimate: there is one as soon as a stage like it was built in this store")
+    print(f"\n{missing} of {len(rows)} stages to build in {store.root}")
+    for note in notes:
+        print(f"~ {note}")
+    if any(row[4] == "-" for row in rows):
+        print(
+            "- has no estimate: there is one as soon as a stage like it was built in this store, of v2c also with --step-seconds"
+        )
+    print(counts)
+    if counts.left:
+        batch, length = config.v2c.batch, config.v2c.steps
+        print(
+            f"v2c: {length:,} steps of {batch} images are {length * batch / counts.left:.1f} epochs of the images left"
+        )
     return 0
-
-
-def _newest_alike(store: Store, recipe: Recipe) -> Manifest | None:
-    """The manifest of the newest artefact that the same stage made."""
-    alike = [ref for ref in store.refs() if ref.kind == recipe.kind]
-    for ref in sorted(alike, key=lambda ref: store.path(ref).stat().st_mtime, reverse=True):
-        try:
-            manifest = store.open(ref).manifest
-        except ValueError:  # damaged: no estimate from this one
-            continue
-        if manifest.stage == recipe.stage:
-            return manifest
-    return None
 
 
 def run(options: argparse.Namespace) -> int:
@@ -139,6 +157,11 @@ def show_artefact(options: argparse.Namespace) -> int:
         print(f"  {_size(entry['bytes']):>9}  {entry['sha256'][:16]}  {name}")
     if len(shown) < len(manifest.files):
         print(f"  and {len(manifest.files) - len(shown)} more in {artefact.path / 'manifest.json'}")
+    if manifest.kind == "tokens":
+        from pipeline.token_checks import summary
+
+        print("\nrows")
+        _print_tree(summary(artefact.path), "  ")
     return 0
 
 
@@ -157,12 +180,25 @@ def _print_tree(value: Any, indent: str) -> None:
 
 
 def verify_artefacts(options: argparse.Namespace) -> int:
+    if options.rows < 0:
+        raise ValueError(f"--rows must be 0 (bytes only) or more, not {options.rows}")
     store = _store(options)
     refs: list[Ref] = [store.find(options.key)] if options.key else store.refs()
     damaged = []
     for ref in refs:
-        problems = store.verify(ref)
-        print(f"{ref!s:<28} {'; '.join(problems) or 'intact'}", flush=True)
+        problems, told = store.verify(ref), ""
+        if options.rows and ref.kind == "tokens" and not problems:
+            from pipeline.token_checks import encode_again
+
+            problems, told = encode_again(
+                store,
+                ref,
+                rows=options.rows,
+                seed=options.seed,
+                teacher_weights=options.teacher,
+                runtime=_runtime(options),
+            )
+        print(f"{ref!s:<28} {'; '.join(problems) or 'intact'}{told and f'; {told}'}", flush=True)
         if problems:
             damaged.append(ref)
     if damaged:

@@ -30,12 +30,14 @@ class Request:
 
     `coco`: folder of real images ("" = the environment's COCO_ROOT). `store`: folder of the artefacts ("" = the
     environment's ZS_SEG_STORE, else ./artifacts). `overrides`: flags of the config tree, as on the command line.
+    `max_steps`: at most so many steps of every training stage, 0 = as the preset says.
     """
 
     preset: str
     coco: str = ""
     store: str = ""
     overrides: tuple[str, ...] = ()
+    max_steps: int = 0
 
     def open_store(self) -> Store:
         return Store(Path(self.store or os.environ.get("ZS_SEG_STORE") or "artifacts"))
@@ -45,7 +47,8 @@ class Request:
         options = [
             word for name in ("coco", "store") if (value := getattr(self, name)) for word in (f"--{name}", value)
         ]
-        return shlex.join(["zs-seg", *words, "--preset", self.preset, *options, *self.overrides])
+        cut = ["--max-steps", str(self.max_steps)] if self.max_steps else []
+        return shlex.join(["zs-seg", *words, "--preset", self.preset, *options, *cut, *self.overrides])
 
 
 def configure(request: Request) -> Config:
@@ -53,6 +56,8 @@ def configure(request: Request) -> Config:
     config = preset(request.preset)
     if request.overrides:
         config = override(config, request.overrides)
+    if request.max_steps:
+        config = shorten(config, request.max_steps)
     if isinstance(config.data, CocoConfig):
         root = request.coco or config.data.root or os.environ.get("COCO_ROOT", "")
         if not root:
@@ -64,6 +69,18 @@ def configure(request: Request) -> Config:
             "leave --coco out, or use --preset coco-sample"
         )
     return config
+
+
+def shorten(config: Config, steps: int) -> Config:
+    """`config` with at most so many steps in every training stage, for trials. Raises ValueError for a negative number."""
+    if steps < 0:
+        raise ValueError(f"--max-steps must be 1 or more, or 0 for all, not {steps}")
+    return replace(
+        config,
+        v2c=replace(config.v2c, steps=min(config.v2c.steps, steps)),
+        g2s=replace(config.g2s, steps=min(config.g2s.steps, steps)),
+        cpa=replace(config.cpa, steps=min(config.cpa.steps, steps)),
+    )
 
 
 def override(config: Config, flags: Sequence[str]) -> Config:

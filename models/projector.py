@@ -12,6 +12,12 @@ from torch import Tensor, nn
 MAX_SCALE = 100.0  # CLIP's own limit
 
 
+def class_products(v: Tensor, text: Tensor) -> Tensor:
+    """v (..., D), text (K, D) -> scalar products (..., K); of text (K, S, D), S names a class, the largest of each class."""
+    products = v @ text.flatten(0, -2).T
+    return products.unflatten(-1, text.shape[:2]).amax(-1) if text.ndim == 3 else products
+
+
 class Projector(nn.Module):
     """V = P(F), an MLP, and the class logits l_qk = e^s cos(v_q, a_k) + b (D1).
 
@@ -50,9 +56,12 @@ class Projector(nn.Module):
         return self.mlp(features)
 
     def logits(self, v: Tensor, text: Tensor) -> Tensor:
-        """Class logits: v (..., D), text (K, D) -> (..., K), in the parameters' precision whatever autocast says."""
+        """Class logits: v (..., D), text (K, D) -> (..., K), in the parameters' precision whatever autocast says.
+
+        Text (K, S, D) has S names a class, which gets the largest of their logits.
+        """
         precision = self.log_scale.dtype
         with torch.autocast(v.device.type, enabled=False):
             classes = F.normalize(text.to(precision) - self.text_center, dim=-1)
-            cosine = F.normalize(v.to(precision), dim=-1) @ classes.T
+            cosine = class_products(F.normalize(v.to(precision), dim=-1), classes)
             return self.log_scale.exp().clamp(max=MAX_SCALE) * cosine + self.bias

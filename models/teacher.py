@@ -7,6 +7,7 @@ input as a whole, never cropped at the centre, so that no instance falls outside
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.masked_attention import embed_by_instance, patch_grid
+from models.teacher_files import CONFIG, TOKENIZER, WEIGHTS, is_teacher_folder
 
 SMALL_CLIP = Path(__file__).parent / "small_clip"  # model config and weights of the shipped teacher
 Fill = Literal["zero", "mean"]
@@ -127,44 +129,96 @@ def load_teacher(
 ) -> Teacher:
     """Load a frozen CLIP through open_clip.
 
-    `name` is an open_clip model name, or "small" for the shipped one. `pretrained` is an open_clip tag, a local weights file,
-    "shipped" (the small one's own weights), or "random" for weights drawn from `seed`, which only makes sense in trials.
+    `name` is an open_clip model name, or "small" for the shipped one. `pretrained` is an open_clip tag (from the hub, or its cache on
+    this machine), a local weights file, a folder with the files of the model's repository on the hub, "shipped" (the small one's own
+    weights), or "random" for weights drawn from `seed`, which only makes sense in trials.
 
-    Raises ValueError where the model or the weights cannot be had, naming what to fetch.
+    Raises ValueError where the model, its weights or its tokenizer cannot be had, naming what to fetch and where to put it.
     """
     identifier = f"local-dir:{SMALL_CLIP}" if name == "small" else name
     if (name == "small") != (pretrained == "shipped") and pretrained != "random":
         raise ValueError(f"teacher {name!r} with weights {pretrained!r}: 'small' goes with 'shipped', and only with it")
+    folder = Path(pretrained) if is_teacher_folder(pretrained) else None
+    preprocessing = None if name == "small" or pretrained == "random" else _preprocessing(name, pretrained, folder)
     with torch.random.fork_rng():  # random weights must not move anybody else's random state
         torch.manual_seed(seed)
         try:
             clip = open_clip.create_model(
                 identifier,
-                pretrained=None if pretrained in ("shipped", "random") else pretrained,
+                pretrained=None
+                if pretrained in ("shipped", "random")
+                else str(folder / WEIGHTS if folder else pretrained),
                 load_weights=pretrained != "random",
                 require_pretrained=pretrained != "random",
+                pretrained_text=pretrained != "random",  # else a text tower of the hub would bring its own weights
+                force_preprocess_cfg=preprocessing,
                 device=torch.device(device),
             )
         except Exception as error:  # a broken file raises whatever its reader raises
             raise ValueError(_advice(name, pretrained, error)) from error
-    return Teacher(clip, open_clip.get_tokenizer(identifier), fill=fill).to(device)
+    try:
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}" if folder else identifier)
+    except Exception as error:
+        raise ValueError(_tokenizer_advice(name, error)) from error
+    return Teacher(clip, tokenizer, fill=fill).to(device)
+
+
+def _preprocessing(name: str, pretrained: str, folder: Path | None) -> dict[str, Any] | None:
+    """How the weights want their images normalised, as far as open_clip does not find that out; a bare file does not say it."""
+    if folder:
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("preprocess_cfg")
+    tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
+    known = [{"mean": tag["mean"], "std": tag["std"]} for tag in tags]
+    if not Path(pretrained).is_file() or not known:
+        return None
+    if any(one != known[0] for one in known):
+        raise ValueError(
+            f"weights of {name} differ in how images are normalised, and file {pretrained} does not say it; put it with its "
+            f"repository's {CONFIG} into a folder, as {WEIGHTS}, and pass --teacher.pretrained FOLDER"
+        )
+    return known[0]
 
 
 def _advice(name: str, pretrained: str, error: Exception) -> str:
     """One line that says which weights are missing and how to bring them."""
-    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    reason = _reason(error)
     if name == "small":
         return f"the shipped teacher in {SMALL_CLIP} cannot be read ({reason}); install the package again"
     if name not in open_clip.list_models():
         return f"open_clip knows no model {name!r}; `python -c 'import open_clip; print(open_clip.list_models())'` lists them"
     if Path(pretrained).is_file():
         return f"weights file {pretrained} cannot be read as {name} ({reason}); download it again, or correct --teacher.name"
+    if is_teacher_folder(pretrained):
+        return f"{Path(pretrained) / WEIGHTS} cannot be read as {name} ({reason}); download it again, or correct --teacher.name"
     known = open_clip.get_pretrained_cfg(name, pretrained)
-    source = known.get("hf_hub") or known.get("url") if known else None
-    if source is None:
+    if not known:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
         return f"weights {pretrained!r} of {name} are neither a file nor a tag ({tags}): {reason}"
+    repository, _, file = known["hf_hub"].rpartition("/")
+    source = f"https://huggingface.co/{repository}/resolve/main/{file or WEIGHTS}" if repository else known["url"]
     return (
-        f"cannot load weights {pretrained!r} of {name} ({reason}); fetch {source.rstrip('/')} on a machine with a network "
-        "and pass the file with --teacher.pretrained FILE"
+        f"cannot load weights {pretrained!r} of {name} ({reason}); fetch {source} on a machine with a network and pass the file with "
+        f"--teacher.pretrained FILE"
+        + f", or bring it into the cache {_cache()} with `hf download {repository}`"
+        * bool(repository)
     )
+
+
+def _tokenizer_advice(name: str, error: Exception) -> str:
+    """One line that says which tokenizer files are missing and how to bring them."""
+    text = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
+    repository = text.get("hf_tokenizer_name") or text.get("hf_model_name") or f"timm/{name}"
+    return (
+        f"the tokenizer of {name} cannot be had ({_reason(error)}); fetch {TOKENIZER}, tokenizer_config.json, {CONFIG} and {WEIGHTS} of "
+        f"https://huggingface.co/{repository} into one folder and pass --teacher.pretrained FOLDER, or load it once with a network, which fills the cache {_cache()}"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def _cache() -> str:
+    import huggingface_hub.constants
+
+    return huggingface_hub.constants.HF_HUB_CACHE

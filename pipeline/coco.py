@@ -154,10 +154,11 @@ def _check_categories(path: Path, data: dict[str, Any], benchmark: Benchmark) ->
         if position is None:
             continue
         known = benchmark.categories[position]
-        told = (category.get("name", known.name), bool(category.get("isthing", known.isthing)))
-        if told != (known.name, known.isthing):
+        name = known.name.partition(",")[0].strip()  # synonyms may follow
+        told = (category.get("name", name), bool(category.get("isthing", known.isthing)))
+        if told != (name, known.isthing):
             raise ValueError(
-                f"{path}: category {known.id} is {told[0]!r} (isthing {told[1]:d}), but {known.name!r} "
+                f"{path}: category {known.id} is {told[0]!r} (isthing {told[1]:d}), but {name!r} "
                 f"(isthing {known.isthing:d}) in benchmark {benchmark.name}; choose the benchmark that fits the data"
             )
 

@@ -71,7 +71,7 @@ def run(config: G2SConfig, *, queries: Ref, text: Ref, checkpoint: Ref, store: S
         cached = read_queries(store.open(queries).path)
         freeze(model.projector)
         torch.manual_seed(config.seed)
-        architecture = {"dim": model.query_shape[1], "text_dim": bank.embedding.shape[1], "hidden": config.hidden}
+        architecture = {"dim": model.query_shape[1], "text_dim": bank.embedding.shape[-1], "hidden": config.hidden}
         generator = Generator(**architecture)
         modules = {"generator": generator.to(device).train()}
         train(

@@ -44,7 +44,7 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class Classes:
-    """The classes a prediction chooses from: unit text embeddings (K, D), category ids, thing and seen flags (K,)."""
+    """The classes a prediction chooses from: unit text embeddings (K, D) or (K, S, D), see `TextBank`, category ids, thing and seen flags (K,)."""
 
     text: Tensor
     ids: Tensor

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.projector import class_products
 from pipeline.benchmarks import Benchmark
 from pipeline.ceilings import Waterfall, pair
 from pipeline.inference import Classes, Output
@@ -68,7 +69,7 @@ class Judge:
         assert output.resized is not None
         pairs = pair(gt, output.resized)
         logits = {name: model.logits(output.features, self.classes.text) for name, model in self.models.items()}
-        guess = (own.to(self.classes.text.device) @ self.classes.text.T).argmax(1).cpu().numpy()
+        guess = class_products(own.to(self.classes.text.device), self.classes.text).argmax(1).cpu().numpy()
 
         stage_1 = self.models["inductive"]
         self.rows["ceiling"].rename(gt, guess.tolist())

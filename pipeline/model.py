@@ -17,7 +17,7 @@ from storage.checkpoints import load_checkpoint, save_checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A segmenter and its projector, the text embeddings `text` (K, D) of the classes, and the checkpoint's facts.
+    """A segmenter and its projector, the text embeddings `text` (K, D) or (K, S, D) of the classes, and the checkpoint's facts.
 
     `facts` holds `architecture` (arguments of the two constructors), `classes` (TextBank.classes()), `templates`, `resize` (the test view),
     `object_threshold`, `overlap_threshold`, `augment` and `matching` (stage 1's views and matcher), and `stage`.
@@ -35,7 +35,7 @@ class Model:
         return architecture["queries"], architecture["dim"]
 
     def logits(self, features: Tensor, text: Tensor) -> Tensor:
-        """Query features (..., C) and text embeddings (K, D) -> class logits (..., K)."""
+        """Query features (..., C) and text embeddings (K, D) or (K, S, D) -> class logits (..., K)."""
         return self.projector.logits(self.projector(features), text)
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def seen_rows(bank: TextBank, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The seen classes' embeddings A_s (K_s, D), and class index -> row of A_s or -1 (K,)."""
+    """The seen classes' embeddings A_s (K_s, D) or (K_s, S, D), see `TextBank`, and class index -> row of A_s or -1 (K,)."""
     seen = torch.tensor(bank.seen)
     row = torch.where(seen, seen.cumsum(0) - 1, -1)
     return bank.embedding[seen].to(device), row.to(device)
@@ -179,7 +179,7 @@ class G2SStep:
     def __init__(self, generator: Generator, projector: Projector, bank: TextBank, config: G2SConfig) -> None:
         self.generator, self.projector, self.config = generator, projector, config
         self.device = next(projector.parameters()).device
-        self.text_of_class = bank.embedding.to(self.device)
+        self.text_of_class = bank.first.to(self.device)
         self.text, self.seen_row = seen_rows(bank, self.device)
 
     def __call__(self, batch: QueryBatch, step: int) -> Iterator[dict[str, Tensor]]:
@@ -190,7 +190,7 @@ class G2SStep:
         feature, category = batch.feature.to(self.device), batch.category.to(self.device)
         image, query = (category >= 0).nonzero(as_tuple=True)
         label, real = category[image, query], feature[image, query]
-        eps = torch.randn(len(label), self.text.shape[1], generator=generator).to(self.device)
+        eps = torch.randn(len(label), self.text.shape[-1], generator=generator).to(self.device)
         fake, mu, log_var = self.generator(real, self.text_of_class[label], eps)
         terms = {"mmd": config.mmd_weight * losses.mmd_loss(fake, real)}
         if config.diversity_weight:
@@ -213,7 +213,7 @@ class CPAStep:
     def __init__(self, projector: Projector, generator: Generator, bank: TextBank, config: CPAConfig) -> None:
         self.projector, self.generator, self.config = projector, generator, config
         self.device = next(projector.parameters()).device
-        self.all_text = bank.embedding.to(self.device)
+        self.all_text, self.text_of_class = bank.embedding.to(self.device), bank.first.to(self.device)
         self.text, self.seen_row = seen_rows(bank, self.device)
         self.unseen = torch.tensor([k for k, seen in enumerate(bank.seen) if not seen], device=self.device)
 
@@ -230,7 +230,7 @@ class CPAStep:
         terms = {"real": config.real_weight * losses.focal_loss(logits, target, normaliser=matched)}
         drawn = torch.randint(len(self.unseen), (config.synthetic,), generator=generator).to(self.device)
         label = self.unseen[drawn]
-        fake = self.generator.generate(self.all_text[label], noise_into=config.noise_into, rng=generator)
+        fake = self.generator.generate(self.text_of_class[label], noise_into=config.noise_into, rng=generator)
         logits = self.projector.logits(self.projector(fake), self.all_text)
         target = one_hot(label, len(self.all_text))
         terms["synthetic"] = config.synthetic_weight * losses.focal_loss(logits, target, normaliser=config.synthetic)

@@ -215,7 +215,7 @@ def train_model(
     torch.manual_seed(config.seed)
     model = build_model(_architecture(config, bank), _facts(config, bank), bank.embedding)
     if config.text_centering:
-        model.projector.text_center.copy_(bank.embedding[torch.tensor(bank.seen)].mean(0))
+        model.projector.text_center.copy_(bank.first[torch.tensor(bank.seen)].mean(0))
     modules = {"segmenter": model.segmenter.to(device).train(), "projector": model.projector.to(device).train()}
     share_batch_statistics(model.segmenter, ranks)
     network = torch.compile(model.segmenter) if runtime.compile else model.segmenter
@@ -252,7 +252,7 @@ def train_model(
 
 
 def _architecture(config: V2CConfig, bank: TextBank) -> dict[str, Any]:
-    projector = {"dim": config.segmenter.dim, "text_dim": bank.embedding.shape[1], **asdict(config.projector)}
+    projector = {"dim": config.segmenter.dim, "text_dim": bank.embedding.shape[-1], **asdict(config.projector)}
     return {"segmenter": asdict(config.segmenter), "projector": projector}
 
 

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pipeline.benchmarks import Benchmark, Category
+from pipeline.class_names import spoken
 from pipeline.model import Model
 from pipeline.runtime import Runtime
 from pipeline.teaching import TeacherConfig
-from pipeline.text import embed_names
+from pipeline.text import embed_names, join
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """The classes to choose from: unit rows (K, D), and `ids`, `names`, `isthing`, `seen` of each in `facts`."""
+    """The classes to choose from: unit rows (K, D) or (K, S, D), see `TextBank`, and `ids`, `names`, `isthing`, `seen` of each in `facts`."""
 
     embedding: Tensor
     facts: dict[str, Any]
@@ -42,7 +42,8 @@ def extend(model: Model, names: Sequence[str], teacher_weights: str, runtime: Ru
         for column, value in (("ids", max(columns["ids"]) + 1), ("names", name), ("isthing", True), ("seen", False)):
             columns[column].append(value)
     if names:
-        embedding = torch.cat([embedding, _embed(model, list(names), teacher_weights, runtime)])
+        spoken(columns["names"], clean_names=facts["clean_names"])
+        embedding = join(embedding, _embed(model, list(names), teacher_weights, runtime))
     return Vocabulary(embedding=embedding, facts=columns)
 
 
@@ -96,9 +97,15 @@ def _require_same_order(name: str, ours: list[tuple[str, int]], theirs: list[tup
 
 
 def _embed(model: Model, names: list[str], teacher_weights: str, runtime: Runtime) -> Tensor:
-    """Unit rows (K, D) of `names` by the checkpoint's own teacher and templates."""
-    teacher = teacher_of(model.facts["classes"]["teacher"], teacher_weights).load(runtime)
-    return embed_names(teacher, names, tuple(model.facts["templates"])).cpu()
+    """Unit rows of `names` by the checkpoint's own teacher and templates."""
+    facts = model.facts["classes"]
+    if not model.facts["templates"]:
+        raise ValueError(
+            "the checkpoint's class embeddings were imported, so no other name can be embedded alike; "
+            "train it without --text.embeddings to use other names"
+        )
+    teacher = teacher_of(facts["teacher"], teacher_weights).load(runtime)
+    return embed_names(teacher, names, model.facts["templates"], clean_names=facts["clean_names"]).cpu()
 
 
 def teacher_of(identity: dict[str, Any], weights: str) -> TeacherConfig:

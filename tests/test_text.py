@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from clip_reference import embed_text, small_clip
+from coco_factory import CATEGORIES, make_coco
+from tiny import QUIET, build
 
+from flows.presets import preset
+from models.projector import Projector
 from pipeline import scenes, text
-from pipeline.benchmarks import Benchmark
+from pipeline.benchmarks import Benchmark, Category, load_benchmark
+from pipeline.class_names import spoken
+from pipeline.line import CocoConfig
+from pipeline.model import load_model
 from pipeline.runtime import Runtime
 from pipeline.teaching import TeacherConfig
-from pipeline.text import TextBank, TextConfig, open_text
+from pipeline.text import TextBank, TextConfig, join, open_text
+from pipeline.views import AugmentConfig, ResizeConfig
+from pipeline.vocabulary import extend
 from storage.store import Store
 
 TEACHER = TeacherConfig(name="small", pretrained="shipped", fill="mean")
@@ -59,7 +70,9 @@ def test_an_opened_bank_is_what_was_written(bank: TextBank) -> None:
     assert bank.teacher == TEACHER.identity
     listed = bank.classes()
     assert listed.pop("text") == bank.key
-    assert listed == {name: getattr(bank, name) for name in ("ids", "names", "isthing", "seen", "teacher")}
+    assert listed == {
+        name: getattr(bank, name) for name in ("ids", "names", "isthing", "seen", "teacher", "clean_names")
+    }
 
 
 def test_the_order_is_the_benchmarks(bank: TextBank, tmp_path: Path) -> None:
@@ -76,6 +89,7 @@ def test_keys_follow_everything_that_decides_the_rows() -> None:
         key(),
         key(replace(CONFIG, templates=CONFIG.templates[:2])),
         key(replace(CONFIG, templates=CONFIG.templates[::-1])),
+        key(replace(CONFIG, clean_names=True)),
         key(teacher=random),
         key(teacher=replace(random, seed=1)),
         key(teacher=replace(random, fill="zero")),
@@ -87,10 +101,18 @@ def test_keys_follow_everything_that_decides_the_rows() -> None:
     assert key(TextConfig(templates=CONFIG.templates), again) == keys[0]
 
 
-@pytest.mark.parametrize("templates", [(), ("a photo",), ("{}", "{} and {}")])
+@pytest.mark.parametrize("templates", [(), ("a photo", "{}"), ("{}", "{} and {}")])
 def test_a_template_without_exactly_one_place_is_refused(templates: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="exactly one {} for the class name"):
         TextConfig(templates=templates)
+
+
+def test_a_set_of_templates_stands_in_the_config_in_full() -> None:
+    config = TextConfig(templates=("published",))
+    assert len(config.templates) == 8 and config.templates[0] == "itap of a {}."
+    assert key(config) == key(TextConfig(templates=config.templates))
+    with pytest.raises(ValueError, match=r"'publshed' needs exactly one \{\}.*plain, short, published"):
+        TextConfig(templates=("publshed",))
 
 
 def test_the_counts_are_in_the_manifest(tmp_path: Path) -> None:
@@ -99,3 +121,177 @@ def test_the_counts_are_in_the_manifest(tmp_path: Path) -> None:
     unseen = len(BENCHMARK.unseen_ids)
     total = len(BENCHMARK.categories)
     assert store.open(ref).manifest.counts == {"classes": total, "seen": total - unseen, "templates": 3}
+
+
+# ------------------------------------------------------------------------------------------------ names and synonyms
+
+
+def named(*names: str) -> Benchmark:
+    """A benchmark of these class names, the last one unseen."""
+    categories = tuple(Category(id=i, name=name, isthing=True) for i, name in enumerate(names, 1))
+    return Benchmark(name="named", categories=categories, unseen_ids=(len(names),), protocol="none")
+
+
+def test_cleaned_names_get_the_rows_of_what_they_say(tmp_path: Path) -> None:
+    cleaned = make(tmp_path, replace(CONFIG, clean_names=True), named("red circle", "green-other-merged", "fog-stuff"))
+    plain = make(tmp_path, CONFIG, named("red circle", "green", "fog"))
+    assert torch.equal(cleaned.embedding, plain.embedding)
+    assert cleaned.names == ["red circle", "green-other-merged", "fog-stuff"] and cleaned.clean_names
+
+
+def test_a_class_with_synonyms_gets_the_largest_of_their_logits(tmp_path: Path) -> None:
+    """Against every name as a class of its own: the same numbers, reduced by hand."""
+    bank = make(tmp_path, benchmark=named("red circle, red disc, disc", "blue star", "fog, mist"))
+    alone = make(tmp_path, benchmark=named("red circle", "red disc", "disc", "blue star", "fog", "mist"))
+    assert bank.embedding.shape == (3, 3, 128)
+    torch.testing.assert_close(bank.first, alone.embedding[[0, 3, 4]])
+    torch.manual_seed(0)
+    projector = Projector(dim=8, text_dim=128, hidden=8, layers=1)
+    projector.text_center.copy_(alone.embedding.mean(0))
+    v = torch.randn(5, 7, 128)
+    one = projector.logits(v, alone.embedding)
+    expected = torch.stack([one[..., :3].amax(-1), one[..., 3], one[..., 4:].amax(-1)], dim=-1)
+    torch.testing.assert_close(projector.logits(v, bank.embedding), expected)
+    assert (one[..., :3].argmax(-1) != 0).any()  # a synonym does win somewhere
+
+
+def test_classes_with_and_without_synonyms_can_be_joined() -> None:
+    one, two, three = torch.randn(2, 4), torch.randn(1, 2, 4), torch.randn(3, 3, 4)
+    assert torch.equal(join(one, one), torch.cat([one, one]))
+    joined = join(join(one, two), three)
+    assert joined.shape == (6, 3, 4)
+    assert torch.equal(joined[:2], one[:, None].expand(-1, 3, -1)) and torch.equal(joined[3:], three)
+    assert torch.equal(joined[2], torch.stack([two[0, 0], two[0, 1], two[0, 0]]))
+
+
+@pytest.mark.parametrize(
+    ("names", "clean", "told"),
+    [
+        (
+            ("floor-other", "wall", "floor-merged"),
+            True,
+            "'floor-other' and 'floor-merged' would both be called 'floor'",
+        ),
+        (("person, human", "man, human"), False, "'person, human' and 'man, human' would both be called 'human'"),
+        (("person,", "man"), False, "'person,' has an empty part"),
+        (("-other", "man"), True, "'-other' has an empty part"),
+    ],
+)
+def test_names_that_cannot_be_told_apart_are_refused(names: tuple[str, ...], clean: bool, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        key(replace(CONFIG, clean_names=clean), benchmark=named(*names))
+
+
+def test_the_published_benchmarks_stay_apart_when_cleaned() -> None:
+    for name in ("coco-panoptic-zps", "coco-stuff-zss", "voc20", "pc59"):
+        names = load_benchmark(name).names
+        said = dict(zip(names, spoken(names, clean_names=True), strict=True))
+        assert not any("-" in part for parts in said.values() for part in parts)
+        if name == "coco-panoptic-zps":
+            assert said["sky-other-merged"] == ("sky",) and said["wall-brick"] == ("wall brick",)
+
+
+# ------------------------------------------------------------------------------------------------ imported rows
+
+
+def files(folder: Path, rows: np.ndarray, names: list[str], suffix: str = ".txt") -> TextConfig:
+    np.save(folder / "rows.npy", rows)
+    written = json.dumps(names) if suffix == ".json" else "\n".join(names) + "\n"
+    (folder / f"names{suffix}").write_text(written)
+    return TextConfig(embeddings=str(folder / "rows.npy"), names=str(folder / f"names{suffix}"))
+
+
+ROWS = np.random.default_rng(0).normal(size=(3, 128)).astype(np.float16) * 7
+THREE = named("red circle", "blue star", "fog")
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".json"])
+def test_imported_rows_are_the_files_made_unit_length(tmp_path: Path, suffix: str) -> None:
+    config = files(tmp_path, ROWS, THREE.names, suffix)
+    bank = make(tmp_path / "store", config, THREE)
+    expected = ROWS.astype(np.float64) / np.linalg.norm(ROWS.astype(np.float64), axis=1, keepdims=True)
+    np.testing.assert_allclose(bank.embedding.numpy(), expected, atol=1e-6)
+    assert bank.templates == [] and bank.names == THREE.names
+
+
+def test_imported_rows_count_by_content_not_by_path(tmp_path: Path) -> None:
+    keys = []
+    for folder, rows in (("a", ROWS), ("b", ROWS), ("c", ROWS + 1)):
+        (tmp_path / folder).mkdir()
+        keys.append(key(files(tmp_path / folder, rows, THREE.names), benchmark=THREE))
+    assert keys[0] == keys[1] != keys[2]
+    assert key(benchmark=THREE) not in keys
+
+
+@pytest.mark.parametrize(
+    ("rows", "names", "told"),
+    [
+        (ROWS, ["red circle", "fog", "blue star"], "name 2 is 'fog', but class 2 of benchmark named is 'blue star'"),
+        (ROWS, ["red circle", "blue star"], "name 3 is None, but class 3 of benchmark named is 'fog'"),
+        (ROWS, [*THREE.names, "mist"], "'mist' is no class of benchmark named"),
+        (ROWS[:, :64], THREE.names, r"shape \(3, 64\), but 3 classes of width 128"),
+        (ROWS[:2], THREE.names, r"shape \(2, 128\), but 3 classes"),
+        (
+            np.where(np.arange(3)[:, None] == 1, np.nan, ROWS),
+            THREE.names,
+            "row of class 'blue star' is zero or not finite",
+        ),
+        (ROWS * (np.arange(3)[:, None] != 2), THREE.names, "row of class 'fog' is zero or not finite"),
+        (np.array([{}]), THREE.names, "cannot be read as a .npy array"),
+        (ROWS.astype(np.int32), THREE.names, "holds no floating-point array"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(tmp_path: Path, rows: np.ndarray, names: list[str], told: str) -> None:
+    with pytest.raises(ValueError, match=told) as caught:
+        make(tmp_path / "store", files(tmp_path, rows, names), THREE)
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_and_names_belong_together(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pass --text.embeddings and --text.names"):
+        TextConfig(embeddings="rows.npy")
+    with pytest.raises(ValueError, match=r"gone.npy not found; correct --text.embeddings"):
+        key(replace(files(tmp_path, ROWS, THREE.names), embeddings="gone.npy"), benchmark=THREE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["synonyms", "imported"])
+def test_the_whole_line_runs_on_synonyms_and_on_imported_rows(tmp_path: Path, how: str) -> None:
+    """Real files whose JSON says "person" where the benchmark says "person, human"; then a further name."""
+    coco = make_coco(tmp_path / "coco", train=8)
+    names = {"person": "person, human, man", "giraffe": "giraffe, tall animal"} if how == "synonyms" else {}
+    facts = {
+        "categories": [{**c, "name": names.get(str(c["name"]), c["name"])} for c in CATEGORIES],
+        "unseen_ids": [25, 193], "protocol": "none",
+    }  # fmt: skip
+    (tmp_path / "own.json").write_text(json.dumps(facts))
+    sample = preset("coco-sample")
+    config = replace(
+        sample,
+        data=CocoConfig(root=str(coco), benchmark=str(tmp_path / "own.json")),
+        v2c=replace(
+            sample.v2c, steps=2, batch=2, calibration_images=2, text_centering=True,
+            augment=AugmentConfig(size=64), resize=ResizeConfig(short=64, longest=96),
+        ),
+        g2s=replace(sample.g2s, steps=2, batch=4),
+        cpa=replace(sample.cpa, steps=2, batch=4),
+    )  # fmt: skip
+    if how == "imported":
+        rows = np.random.default_rng(0).normal(size=(5, 128))
+        config = replace(config, text=files(tmp_path, rows, [str(c["name"]) for c in CATEGORIES]))
+    store = Store(tmp_path / "store")
+    steps = build(store, config)
+    report = json.loads((store.path(steps["evaluate"].recipe.ref) / "report.json").read_text())
+    assert {"inductive", "transductive"} <= report.keys()
+    model = load_model(store.path(steps["cpa"].recipe.ref))
+    assert model.text.shape == ((5, 3, 128) if how == "synonyms" else (5, 128))
+    if how == "imported":
+        with pytest.raises(ValueError, match="embeddings were imported, so no other name can be embedded alike"):
+            extend(model, ["boat"], "", QUIET)
+        return
+    vocabulary = extend(model, ["boat, ship", "tree"], "", QUIET)
+    assert vocabulary.embedding.shape == (7, 3, 128)
+    plain = make(tmp_path / "plain", sample.text, named("boat", "ship", "tree")).embedding
+    torch.testing.assert_close(vocabulary.embedding[5:, :2], plain[torch.tensor([[0, 1], [2, 2]])])
+    with pytest.raises(ValueError, match="'person, human, man' and 'human' would both be called 'human'"):
+        extend(model, ["human"], "", QUIET)
