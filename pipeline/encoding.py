@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,13 @@ def kept_for_training(sample: Sample, benchmark: Benchmark) -> bool:
     if benchmark.protocol != "image-filter":
         return True
     return not any(s.category_id in set(benchmark.unseen_ids) for s in sample.segments)
+
+
+def shown_in_training(sample: Sample, benchmark: Benchmark) -> Sample:
+    """The pixel-ignore protocol: the sample without its segments of unseen classes, so that no token of them is made."""
+    if benchmark.protocol != "pixel-ignore":
+        return sample
+    return replace(sample, segments=tuple(s for s in sample.segments if benchmark.seen[benchmark.index[s.category_id]]))
 
 
 def encode_tar(
@@ -39,6 +47,7 @@ def encode_tar(
 
     for sample in read_shard(tar):
         kept.append(not hide or kept_for_training(sample, benchmark))
+        sample = shown_in_training(sample, benchmark) if hide else sample
         if kept[-1]:
             image = torch.from_numpy(decode_image(sample)).permute(2, 0, 1).to(device)
             ids = torch.from_numpy(decode_ids(sample)).to(device)

@@ -158,12 +158,13 @@ class TrainingData:
         return self._targets(tar, row, sample, *augment(_image(sample), _ids(sample), self.augment, rng))
 
     def _targets(self, tar: int, row: int, sample: Sample, image: Tensor, ids: Tensor) -> Item:
-        """The view with what it shows of the sample's seen segments that are no crowds."""
+        """The view with what it shows of the sample's seen segments that are no crowds. Under pixel-ignore only those have tokens."""
         group = self.groups[tar]
-        first, end = int(group.offsets[row]), int(group.offsets[row + 1])
-        assert end - first == len(sample.segments), f"tokens of image {sample.image_id} do not fit its segments"
+        own = group.rows(row)
+        token_row = {int(segment): i for i, segment in enumerate(group.segment_id[own], own.start)}
         labels = [self.class_index[segment.category_id] for segment in sample.segments]
         places = [i for i, s in enumerate(sample.segments) if not s.iscrowd and self.seen[labels[i]]]
+        rows = [token_row[sample.segments[i].id] for i in places]
         masks = ids == torch.tensor([sample.segments[i].id for i in places], dtype=ids.dtype).view(-1, 1, 1)
         visible = masks.flatten(1).any(1)
         return Item(
@@ -172,7 +173,7 @@ class TrainingData:
             labels=torch.tensor([labels[i] for i in places], dtype=torch.int64)[visible],
             segments=torch.tensor(places, dtype=torch.int64)[visible],
             masks=masks[visible],
-            instance_tokens=torch.from_numpy(group.instance[first:end][places]).float()[visible],
+            instance_tokens=torch.from_numpy(group.instance[rows]).float()[visible],
             global_row=int(self.first_row[tar] + np.searchsorted(self.kept[tar], row)),
         )
 
