@@ -22,11 +22,13 @@ from flows.presets import preset
 from pipeline import assess
 from pipeline.benchmarks import Benchmark, load_benchmark
 from pipeline.encoding import shown_in_training
+from pipeline.inference import classes_of, outputs, semantic_map
 from pipeline.line import CocoConfig, Config
 from pipeline.loader import TrainingData
-from pipeline.metrics import ConfusionMatrix, semantic_scores
+from pipeline.metrics import ConfusionMatrix, class_map, semantic_scores
 from pipeline.model import load_model
 from pipeline.report import console_table
+from pipeline.scoring import GroundTruth, SemanticRow
 from pipeline.text import open_text
 from pipeline.views import AugmentConfig, ResizeConfig
 from pipeline.vocabulary import as_trained
@@ -195,7 +197,7 @@ def test_what_is_shown_in_training() -> None:
     sample = Sample(image_id=1, jpeg=b"", png=b"", height=2, width=2, segments=parts)
     categories = load_benchmark("coco-stuff-zss").categories
     for protocol, left in (("pixel-ignore", [0, 24]), ("image-filter", [0, 7, 20, 24]), ("none", [0, 7, 20, 24])):
-        benchmark = Benchmark(name="x", categories=categories, unseen_ids=(7, 20), protocol=protocol)
+        benchmark = Benchmark(name="x", categories=categories, unseen_ids=(7, 20), protocol=protocol)  # pyright: ignore[reportArgumentType]
         assert [s.category_id for s in shown_in_training(sample, benchmark).segments] == left
 
 
@@ -252,3 +254,21 @@ def test_the_teachers_names_on_true_masks_by_hand(run: Run) -> None:
             confusion.update(truth, guess, image=sample.image_id)
     expected = semantic_scores(confusion, categories=run.benchmark.categories, seen=run.benchmark.seen)
     assert run.report["ceiling"] == expected and expected["accuracy"] > 0
+
+
+def test_the_map_of_the_pictures_is_the_semantic_map(run: Run) -> None:
+    model = load_model(run.folder("cpa"))
+    bank = open_text(run.folder("text"), run.refs["text"].key)
+    classes = classes_of(bank.embedding, bank.classes(), torch.device("cpu"))
+    tagged = [
+        (sample, torch.from_numpy(decode_image(sample)).permute(2, 0, 1))
+        for tar in Shards(run.folder("shard")).tars("val")
+        for sample in read_shard(tar)
+    ]
+    for sample, output in outputs(model.segmenter, tagged, ResizeConfig(**model.facts["resize"]), batch=1):
+        logits = model.logits(output.features, classes.text)
+        ids, segments = SemanticRow(run.benchmark).predict(
+            GroundTruth(sample, run.benchmark), output, logits, classes, model.facts
+        )
+        named = class_map(ids, segments, run.benchmark.index, image=sample.image_id)
+        np.testing.assert_array_equal(named, semantic_map(output, logits, classes))
