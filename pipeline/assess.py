@@ -16,7 +16,7 @@ from pipeline.evaluate import EvaluateConfig, marks
 from pipeline.labels import LabelledImage, find_split, read_labels, write_labels
 from pipeline.predict import checkpoint_folder, read_image
 from pipeline.runtime import Runtime
-from pipeline.shard import load_sample
+from pipeline.samples import panoptic_sample
 from pipeline.views import ResizeConfig
 from storage.store import Store
 
@@ -136,7 +136,7 @@ class _Panoptic:
         from storage.shards import decode_image
 
         for entry in self.entries:
-            sample = load_sample(self.root, self.folder, entry)
+            sample = panoptic_sample(self.root, self.folder, entry)
             if isinstance(sample, str):
                 raise ValueError(f"{self.root}: {self.folder} image {entry.image_id} {sample}; re-download it")
             yield (entry, sample), torch.from_numpy(decode_image(sample)).permute(2, 0, 1)

@@ -52,9 +52,15 @@ class Benchmark:
     """Classes in a fixed order, the unseen ones among them, and the protocol that hides those from training.
 
     `image-filter` drops every training image that holds a segment of an unseen class. `pixel-ignore` keeps every image
-    and ignores the pixels of unseen classes. `none` keeps every image; segments of unseen classes are still never
-    targets. `files`: of a semantic benchmark, whose ground truth is label PNGs; without them it is a panoptic one, with
-    files in COCO's layout.
+    and makes the pixels of unseen classes unlabelled: no segment, no token of one, whatever class they are of. `none`
+    keeps every image; segments of unseen classes have teacher's tokens, but are still never targets. `files`: of a semantic
+    benchmark, whose ground truth is label PNGs; without them it is a panoptic one, with files in COCO's layout.
+
+    What pixel-ignore means in the losses: unlabelled pixels belong to no segment, so in the mask losses of a matched query they
+    are background like every pixel of another segment. This is what the published mask classifiers do (MaskFormer's and
+    Mask2Former's semantic data, and the zero-shot methods built on them), not the leaving out of points. An unmatched query
+    has no mask loss, so it may lie over an unseen object, and is only taught that this is none of the seen classes. The
+    image's pixels stay: the segmenter and the teacher's token of the whole image see all of them, as in the paper.
     """
 
     name: str

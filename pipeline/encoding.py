@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,13 @@ def kept_for_training(sample: Sample, benchmark: Benchmark) -> bool:
     if benchmark.protocol != "image-filter":
         return True
     return not any(s.category_id in set(benchmark.unseen_ids) for s in sample.segments)
+
+
+def shown_in_training(sample: Sample, benchmark: Benchmark) -> Sample:
+    """The pixel-ignore protocol: the sample without its segments of unseen classes, so that no token of them is made."""
+    if benchmark.protocol != "pixel-ignore":
+        return sample
+    return replace(sample, segments=tuple(s for s in sample.segments if benchmark.seen[benchmark.index[s.category_id]]))
 
 
 def encode_tar(
@@ -62,7 +70,8 @@ def encode_tar(
         decoded = encoder.decode(sample)
         return decoded.pinned() if device.type == "cuda" else decoded
 
-    for sample, decoded in _ahead(read_shard(tar), decode, threads=torch.get_num_threads()):
+    samples = (shown_in_training(sample, benchmark) if hide else sample for sample in read_shard(tar))
+    for sample, decoded in _ahead(samples, decode, threads=torch.get_num_threads()):
         kept.append(decoded is not None)
         segments = sample.segments if decoded else ()
         counts.append(len(segments))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from storage.shards import Sample
 
 STAGE, VERSION = "evaluate", 2
+HEADLINE = {"panoptic": ("sPQ", "uPQ", "hPQ"), "semantic": ("sIoU", "uIoU", "hIoU")}
 log = logging.getLogger(__name__)
 
 
@@ -31,7 +32,7 @@ class EvaluateConfig:
     """`batch` images share a forward pass where sizes agree. `pictures`: overlays in the report, of the first validation images that
     show an unseen class. `control_offset`: the seen_offset of the control row, calibrated stacking of stage 1 without any training.
     `sweep_images`: the diagnostic curves are of so many validation images, the first ones; `object_thresholds`, `seen_offsets`: their
-    points, to which the headline's own setting is added."""
+    points, to which the headline's own setting is added. Of a semantic benchmark there are no such curves."""
 
     batch: int = 8
     pictures: int = 8
@@ -85,7 +86,7 @@ def run(
     store: Store,
     runtime: Runtime,
 ) -> Ref:
-    """Score every validation image; report.json and report.html."""
+    """Score every validation image; report.json and report.html. Of a semantic benchmark by IoU alone."""
 
     def work(build: Build) -> None:
         from models.folding import for_inference
@@ -135,9 +136,9 @@ def run(
             **results,
             "published": beside_the_paper(benchmark.name, results, images=count, marks=warnings),
             "settings": {
-                "object_threshold": stage_1.facts["object_threshold"],
-                "object_threshold_chosen_on": "seen classes of training images",
-                "overlap_threshold": stage_1.facts["overlap_threshold"],
+                **(
+                    _thresholds(stage_1) if benchmark.task == "panoptic" else {}
+                ),  # they decide nothing in a semantic map
                 "seen_offset": 0.0,
                 "control_offset": config.control_offset,
                 "images": count,
@@ -152,9 +153,11 @@ def run(
             *results["left_out"].values(),
         )
         build.counts |= {
-            name: {key: round(results[name][key], 3) for key in ("sPQ", "uPQ", "hPQ")} for name in judge.rows
+            name: {key: round(results[name][key], 3) for key in HEADLINE[benchmark.task]} for name in judge.rows
         }
-        build.counts |= {"images": count, "sweep_images": results["sweeps"]["images"], "left_out": results["left_out"]}
+        if "sweeps" in results:
+            build.counts["sweep_images"] = results["sweeps"]["images"]
+        build.counts |= {"images": count, "left_out": results["left_out"]}
 
     inputs = {
         "shards": shards,
@@ -165,6 +168,14 @@ def run(
         "transductive": transductive,
     }
     return store.build(recipe(config, benchmark=benchmark, **inputs), work)
+
+
+def _thresholds(model: Model) -> dict[str, Any]:
+    return {
+        "object_threshold": model.facts["object_threshold"],
+        "object_threshold_chosen_on": "seen classes of training images",
+        "overlap_threshold": model.facts["overlap_threshold"],
+    }
 
 
 def marks(teacher: dict[str, Any], benchmark: Benchmark) -> list[str]:

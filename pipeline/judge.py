@@ -1,4 +1,5 @@
-"""Everything the report counts, image by image: the settings' scores, the ceilings, where quality is lost, and the sweeps."""
+"""Everything the report counts, image by image: the settings' scores, the ceilings, and of a panoptic benchmark where quality is
+lost and the sweeps."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from pipeline.ceilings import Waterfall, pair
 from pipeline.inference import Classes, Output
 from pipeline.metrics import PredictedSegment
 from pipeline.model import Model
-from pipeline.scoring import GroundTruth, Row
+from pipeline.scoring import GroundTruth, Row, SemanticRow
 from pipeline.sweeps import Sweeps
 from storage.shards import Sample
 
@@ -49,7 +50,8 @@ class Judge:
         self.benchmark, self.models, self.classes = benchmark, models, classes
         self.control_offset, self.sweep_images = control_offset, sweep_images
         names = *CHECKPOINTS, "control", "ceiling", "true_classes", *(f"true_masks_{name}" for name in CHECKPOINTS)
-        self.rows = {name: Row(benchmark) for name in names}
+        row = Row if benchmark.task == "panoptic" else SemanticRow
+        self.rows: dict[str, Row | SemanticRow] = {name: row(benchmark) for name in names}
         self.waterfalls = {name: Waterfall(benchmark) for name in CHECKPOINTS}
         self.sweeps = {
             name: Sweeps(benchmark, model.facts, object_thresholds=object_thresholds, seen_offsets=seen_offsets)
@@ -61,7 +63,7 @@ class Judge:
 
     @torch.no_grad()
     def update(self, sample: Sample, own: Tensor, output: Output) -> dict[str, Map]:
-        """Counts one image and returns its panoptic maps, inductive and transductive.
+        """Counts one image and returns its maps, inductive and transductive.
 
         `own`: the teacher's tokens of its segments (O, D).
         """
@@ -84,6 +86,8 @@ class Judge:
             named = np.zeros(len(sample.segments), np.int64)  # crowds are left out whatever their name
             named[pairs.segments] = logits[name].argmax(1).cpu().numpy()[pairs.nearest]
             self.rows[f"true_masks_{name}"].rename(gt, named.tolist())
+            if self.benchmark.task == "semantic":
+                continue
             self.waterfalls[name].update(gt, output, pairs, logits[name], self.classes, model.facts)
             if self.images < self.sweep_images:
                 self.sweeps[name].update(gt, output, logits[name], self.classes)
@@ -96,16 +100,25 @@ class Judge:
         return maps
 
     def results(self) -> dict[str, Any]:
-        """`metrics.scores` of every row by its name; `losses`, see `Waterfall.result`, and `sweeps`, see `Sweeps.curves`, by
-        checkpoint; `left_out`; and `teacher_accuracy`."""
-        perfect = self.rows["true_classes"].quality.result()
+        """`metrics.scores` (or `semantic_scores`) of every row by its name; of a panoptic benchmark `losses`, see
+        `Waterfall.result`, and `sweeps`, see `Sweeps.curves`, by checkpoint; `left_out`; and `teacher_accuracy`."""
         accuracy: dict[str, float] = {"instances": sum(map(len, self._right.values()))}
         for name, flag in (("seen", True), ("unseen", False)):
             accuracy[name] = 100 * sum(self._right[flag]) / max(len(self._right[flag]), 1)
         return {
             **{name: row.scores() for name, row in self.rows.items()},
+            **self._diagnosis(),
+            "left_out": dict(self.left_out),
+            "teacher_accuracy": accuracy,
+        }
+
+    def _diagnosis(self) -> dict[str, Any]:
+        quality = {name: row.quality.result() for name, row in self.rows.items() if isinstance(row, Row)}
+        if not quality:
+            return {}
+        return {
             "losses": {
-                name: waterfall.result(true_classes=perfect, actual=self.rows[name].quality.result())
+                name: waterfall.result(true_classes=quality["true_classes"], actual=quality[name])
                 for name, waterfall in self.waterfalls.items()
             },
             "sweeps": {
@@ -113,6 +126,4 @@ class Judge:
                 "of": self.images,
                 **{name: sweeps.curves() for name, sweeps in self.sweeps.items()},
             },
-            "left_out": dict(self.left_out),
-            "teacher_accuracy": accuracy,
         }

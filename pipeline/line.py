@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from pipeline import benchmarks, cache_clip, cpa, evaluate, g2s, queries, scenes, shard, text, v2c
+from pipeline import benchmarks, cache_clip, cpa, evaluate, g2s, labels, queries, scenes, shard, text, v2c
 from pipeline.teaching import TeacherConfig
 from storage.keys import Recipe, Ref
 
@@ -17,7 +17,8 @@ STAGES = ("scenes", "shard", "text", "cache-clip", "v2c", "queries", "g2s", "cpa
 @dataclass(frozen=True, kw_only=True)
 class CocoConfig:
     """Real images: `root` is a folder in COCO's own layout (not in any key; its content is). `benchmark` names the classes and the
-    split: one of the package's own, or a JSON file in the same format."""
+    split: one of the package's own, or a JSON file in the same format; a semantic one says itself where in the folder its images and
+    label maps lie."""
 
     root: str = ""
     benchmark: str = "coco-panoptic-zps"
@@ -50,7 +51,7 @@ class Step:
 
 
 def line(config: Config) -> list[Step]:
-    """The stages of a run in order. Reads no artefact; of real images it reads the annotations' and files' fingerprint.
+    """The stages of a run in order. Reads no artefact; of real images it takes the fingerprint.
 
     Raises ValueError where the data folder, the benchmark or the teacher's weights file cannot be found.
     """
@@ -65,8 +66,8 @@ def line(config: Config) -> list[Step]:
         benchmark = scenes.benchmark(config.data)
         source = add(scenes, config.data)
     else:
-        benchmark = _for_training(benchmarks.load_benchmark(config.data.benchmark))
-        source = shard.coco_source(config.data.root)
+        benchmark, root = _for_training(benchmarks.load_benchmark(config.data.benchmark)), config.data.root
+        source = labels.label_source(root, benchmark) if benchmark.files else shard.coco_source(root)
     teacher = config.teacher
     shards = add(shard, config.shard, source=source, benchmark=benchmark)
     bank = add(text, config.text, teacher=teacher, benchmark=benchmark)
@@ -83,9 +84,10 @@ def line(config: Config) -> list[Step]:
 
 
 def _for_training(benchmark: benchmarks.Benchmark) -> benchmarks.Benchmark:
-    if benchmark.task == "semantic" or benchmark.protocol == "pixel-ignore":
+    if all(benchmark.seen) or not any(benchmark.seen):
+        none = "unseen" if all(benchmark.seen) else "seen"
         raise ValueError(
-            f"benchmark {benchmark.name} ({benchmark.task}, protocol {benchmark.protocol}) is for `zs-seg evaluate`; training on "
-            "label maps and with pixel-ignore is not there yet, choose a panoptic benchmark with image-filter or none"
+            f"benchmark {benchmark.name} has no {none} class and is for `zs-seg evaluate`; train on one that has both, or "
+            "correct its unseen_ids"
         )
     return benchmark

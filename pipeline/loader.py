@@ -174,14 +174,16 @@ class TrainingData:
         return self._targets(tar, row, sample, *augment(_image(sample), _ids(sample), self.augment, rng))
 
     def _targets(self, tar: int, row: int, sample: Sample, image: Tensor, ids: Tensor, mirrored: bool = False) -> Item:
-        """The view with what it shows of the sample's seen segments that are no crowds, and the tokens that fit a mirrored view."""
+        """The view with what it shows of the sample's seen segments that are no crowds, and the tokens that fit a mirrored view. Under
+        pixel-ignore only those segments have tokens."""
         group = self.groups[tar]
         first_row = self.first_row[tar] + (len(self) if mirrored and self.token_views == 2 else 0)
         tokens = group.view(mirrored=mirrored)[1]
-        first, end = int(group.offsets[row]), int(group.offsets[row + 1])
-        assert end - first == len(sample.segments), f"tokens of image {sample.image_id} do not fit its segments"
+        own = group.rows(row)
+        token_row = {int(segment): i for i, segment in enumerate(group.segment_id[own], own.start)}
         labels = [self.class_index[segment.category_id] for segment in sample.segments]
         places = [i for i, s in enumerate(sample.segments) if not s.iscrowd and self.seen[labels[i]]]
+        rows = [token_row[sample.segments[i].id] for i in places]
         masks = ids == torch.tensor([sample.segments[i].id for i in places], dtype=ids.dtype).view(-1, 1, 1)
         visible = masks.flatten(1).any(1)
         return Item(
@@ -190,7 +192,7 @@ class TrainingData:
             labels=torch.tensor([labels[i] for i in places], dtype=torch.int64)[visible],
             segments=torch.tensor(places, dtype=torch.int64)[visible],
             masks=masks[visible],
-            instance_tokens=torch.from_numpy(tokens[first:end][places]).float()[visible],
+            instance_tokens=torch.from_numpy(tokens[rows]).float()[visible],
             global_row=int(first_row + np.searchsorted(self.kept[tar], row)),
         )
 

@@ -41,8 +41,8 @@ CHECKPOINTS = "inductive", "transductive"
 HEADLINE = {
     "Panoptic quality": ("sPQ", "uPQ", "hPQ"),
     "Semantic IoU": ("sIoU", "uIoU", "hIoU"),
-    "All classes": ("PQ", "SQ", "RQ", "PQ_th", "PQ_st"),
-}
+    "All classes": ("PQ", "SQ", "RQ", "PQ_th", "PQ_st", "mIoU", "accuracy"),
+}  # of which a benchmark has those of its task
 MEANING = {
     "sPQ": "mean panoptic quality of the seen classes",
     "uPQ": "mean panoptic quality of the unseen classes",
@@ -55,6 +55,8 @@ MEANING = {
     "RQ": "recognition quality: F1 of the matches",
     "PQ_th": "panoptic quality of the things",
     "PQ_st": "panoptic quality of the stuff",
+    "mIoU": "mean IoU of the classes that occur or are predicted",
+    "accuracy": "pixels that are right",
 }
 PRESET_PLACE, LINEAGE_PLACE = "<!--preset-->", "<!--lineage-->"  # filled by `report.publish`
 
@@ -79,11 +81,15 @@ def page(
         f"<ul class=marks>{marks}</ul>" if marks else "",
         f"<section>{_headline(report)}{_teacher_line(report['teacher_accuracy'])}</section>",
         _section("Beside the paper", _published(report["published"])) if report["published"] else "",
-        _section("Where is quality lost?", loss_table(report["losses"], report["left_out"])),
+        _section("Where is quality lost?", loss_table(report["losses"], report["left_out"]))
+        if "losses" in report
+        else "",
         _section("Predictions", picture_rows(pictures)) if pictures else "",
         _section("Classes", _class_table(report)),
         _section("Training losses", _curves(curves)) if any(curves.values()) else "",
-        f"<section class=aside><h2>Diagnostic curves, no results</h2>{_sweeps(report)}</section>",
+        f"<section class=aside><h2>Diagnostic curves, no results</h2>{_sweeps(report)}</section>"
+        if "sweeps" in report
+        else "",
         f"<div class=two>{_section('Settings', _settings(report['settings']))}{LINEAGE_PLACE}</div>",
     ]
     return (
@@ -107,8 +113,10 @@ def _section(title: str, content: str) -> str:
 
 
 def _headline(report: Mapping[str, Any]) -> str:
-    groups = "".join(f"<th colspan={len(names)} class=group>{title}" for title, names in HEADLINE.items())
-    names = [(name, " first" if name == group[0] else "") for group in HEADLINE.values() for name in group]
+    known = report[present(report)[0]]
+    shown = {title: found for title, names in HEADLINE.items() if (found := [name for name in names if name in known])}
+    groups = "".join(f"<th colspan={len(names)} class=group>{title}" for title, names in shown.items())
+    names = [(name, " first" if name == group[0] else "") for group in shown.values() for name in group]
     heads = "".join(f'<th class="number{first}" title="{MEANING[name]}">{name}' for name, first in names)
     rows = ""
     for key in present(report):
@@ -145,37 +153,43 @@ def _class_table(report: Mapping[str, Any]) -> str:
     keys = [key for key in present(report) if key in CLASS_TABLE]
     last = "transductive" if "transductive" in keys else keys[0]
     rows_of = {key: {row["id"]: row for row in report[key]["per_class"]} for key in keys}
-    columns = [(measure, key) for measure in ("PQ", "IoU") for key in keys]
-    details = ("SQ", "RQ", "tp", "fp", "fn")
-    groups = (
-        f"<th colspan=2><th colspan={len(keys)} class=group>PQ<th colspan={len(keys)} class=group>IoU"
-        f"<th colspan={len(details)} class=group>{SETTINGS[last].name}"
-    )
-    heads = "<th class=sort data-text=1>class<th class=sort data-text=1>kind"
+    panoptic = "PQ" in report[last]
+    measures, details = (("PQ", "IoU"), ("SQ", "RQ", "tp", "fp", "fn")) if panoptic else (("IoU",), ("pixels",))
+    columns = [(measure, key) for measure in measures for key in keys]
+    groups = f"<th colspan={1 + panoptic}>" + "".join(f"<th colspan={len(keys)} class=group>{m}" for m in measures)
+    groups += f"<th colspan={len(details)} class=group>{SETTINGS[last].name if panoptic else 'truth'}"
+    heads = "<th class=sort data-text=1>class" + "<th class=sort data-text=1>kind" * panoptic
     heads += "".join(
         f'<th class="number sort{" first" if key == keys[0] else ""}">{CLASS_TABLE[key]}' for _, key in columns
     )
-    heads += "".join(f'<th class="number sort{" first" if name == "SQ" else ""}">{name.upper()}' for name in details)
+    heads += "".join(
+        f'<th class="number sort{" first" if name == details[0] else ""}">{name.upper() if panoptic else name}'
+        for name in details
+    )
     body = ""
     for row in sorted(report[last]["per_class"], key=lambda row: row["seen"]):  # the unseen classes first
         mark = "" if row["seen"] else " <span class=pill>unseen</span>"
-        body += (
-            f'<tr{"" if row["seen"] else " class=unseen"}><td data-v="{escape(row["name"])}">{escape(row["name"])}{mark}'
-            f"<td class=kind>{'thing' if row['isthing'] else 'stuff'}"
-        )
+        body += f'<tr{"" if row["seen"] else " class=unseen"}><td data-v="{escape(row["name"])}">{escape(row["name"])}{mark}'
+        if panoptic:
+            body += f"<td class=kind>{'thing' if row['isthing'] else 'stuff'}"
         for measure, key in columns:
             other = rows_of[key][row["id"]]
-            empty = measure == "PQ" and not other["tp"] + other["fp"] + other["fn"]
+            empty = measure == measures[0] and not any(other[name] for name in details if name not in ("SQ", "RQ"))
             body += (
                 f'<td class="number bar{" first" if key == keys[0] else ""}{" absent" if empty else ""}" '
                 f'style="--v:{other[measure]:.1f}%" data-v={other[measure]:.4f}>{percent(other[measure])}'
             )
         for name in details:
             value = percent(row[name]) if name in ("SQ", "RQ") else str(row[name])
-            body += f'<td class="number{" first" if name == "SQ" else ""}" data-v={row[name]}>{value}'
+            body += f'<td class="number{" first" if name == details[0] else ""}" data-v={row[name]}>{value}'
+    note = (
+        "TP, FP, FN count segments. Grey: the class neither occurs nor is predicted."
+        if panoptic
+        else "Grey: the class does not occur."
+    )
     return (
-        f"<p class=note>Click a column to sort. TP, FP, FN count segments. Grey: the class neither occurs nor is "
-        f"predicted. Ceiling: true masks, teacher's names. All settings are in per_class.csv.</p><div class=scroll><table class=classes><thead><tr>{groups}<tr>{heads}</thead>"
+        f"<p class=note>Click a column to sort. {note} Ceiling: true masks, teacher's names. All settings are in "
+        f"per_class.csv.</p><div class=scroll><table class=classes><thead><tr>{groups}<tr>{heads}</thead>"
         f"<tbody>{body}</table></div>"
     )
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TABLE_COLUMNS = "sPQ", "uPQ", "hPQ", "sIoU", "uIoU", "hIoU"
 CLASS_FACTS = "id", "name", "isthing", "seen"
-CLASS_SCORES = "PQ", "SQ", "RQ", "IoU", "tp", "fp", "fn"
+CLASS_SCORES = "PQ", "SQ", "RQ", "IoU", "tp", "fp", "fn", "pixels"
 
 
 def write_report(
@@ -32,7 +32,7 @@ def write_report(
     """Writes `report.json`, `report.html` and `per_class.csv` into `folder`, which must exist.
 
     The table holds a row for each class: id, name, isthing, seen, and for each setting its PQ, SQ, RQ, IoU (percent), tp, fp
-    and fn, in columns such as `inductive_PQ`.
+    and fn, in columns such as `inductive_PQ`; of a semantic benchmark id, name, seen, and IoU and pixels in the ground truth.
 
     Args:
         folder: where to.
@@ -74,25 +74,29 @@ def console_table(report: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
     settings = report["settings"]
-    threshold = f"object_threshold {settings['object_threshold']:g}, chosen on {settings['object_threshold_chosen_on']}"
-    table = Table(title=report.get("preset", report["benchmark"]), caption="; ".join([threshold, *report["marks"]]))
+    remarks = list(report["marks"])
+    if "object_threshold" in settings:
+        chosen_on = settings["object_threshold_chosen_on"]
+        remarks.insert(0, f"object_threshold {settings['object_threshold']:g}, chosen on {chosen_on}")
+    table = Table(title=report.get("preset", report["benchmark"]), caption="; ".join(remarks))
     table.add_column("percent")
-    for name in TABLE_COLUMNS:
+    columns = [name for name in TABLE_COLUMNS if name in report[present(report)[0]]]
+    for name in columns:
         table.add_column(name, justify="right", style="bold" if name.startswith("h") else None)
     keys = present(report)
     for key, following in zip(keys, [*keys[1:], keys[-1]], strict=True):
-        cells = (percent(report[key][name]) for name in TABLE_COLUMNS)
+        cells = (percent(report[key][name]) for name in columns)
         table.add_row(SETTINGS[key].name, *cells, end_section=SETTINGS[following].ceiling and not SETTINGS[key].ceiling)
     return table
 
 
 def _class_csv(report: Mapping[str, Any]) -> str:
     keys = present(report)
+    first = report[keys[0]]["per_class"][0]
+    facts, measures = ([name for name in names if name in first] for names in (CLASS_FACTS, CLASS_SCORES))
     buffer = io.StringIO()
     table = csv.writer(buffer, lineterminator="\n")
-    table.writerow([*CLASS_FACTS, *(f"{key}_{score}" for key in keys for score in CLASS_SCORES)])
+    table.writerow([*facts, *(f"{key}_{score}" for key in keys for score in measures)])
     for rows in zip(*(report[key]["per_class"] for key in keys), strict=True):
-        table.writerow(
-            [*(rows[0][fact] for fact in CLASS_FACTS), *(row[score] for row in rows for score in CLASS_SCORES)]
-        )
+        table.writerow([*(rows[0][fact] for fact in facts), *(row[score] for row in rows for score in measures)])
     return buffer.getvalue()

@@ -1,4 +1,5 @@
-"""One row of scores under way: panoptic quality and IoU of one way to name what the segmenter found, image by image."""
+"""One row of scores under way: panoptic quality and IoU, or IoU alone, of one way to name what the segmenter found, image by
+image."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from pipeline.benchmarks import Benchmark
 from pipeline.inference import Classes, Output, panoptic_map, semantic_map
-from pipeline.metrics import ConfusionMatrix, PanopticQuality, PredictedSegment, class_map, scores
+from pipeline.metrics import ConfusionMatrix, PanopticQuality, PredictedSegment, class_map, scores, semantic_scores
 from storage.shards import Sample, decode_ids
 
 
@@ -68,3 +69,44 @@ class Row:
         return scores(
             self.quality.result(), self.confusion, categories=self.benchmark.categories, seen=self.benchmark.seen
         )
+
+
+class SemanticRow:
+    """One row of a semantic benchmark's report under way, with the methods of `Row`; it knows pixels and no segments."""
+
+    def __init__(self, benchmark: Benchmark) -> None:
+        self.benchmark = benchmark
+        self.confusion = ConfusionMatrix(len(benchmark.categories))
+
+    def predict(
+        self,
+        gt: GroundTruth,
+        output: Output,
+        logits: Tensor,
+        classes: Classes,
+        facts: dict[str, Any],
+        *,
+        seen_offset: float = 0.0,
+    ) -> tuple[np.ndarray, list[PredictedSegment]]:
+        """Score one image by its class logits; returns the semantic map, each class in it as one segment. The thresholds in
+        `facts` decide nothing here."""
+        found = semantic_map(output, logits, classes, seen_offset=seen_offset)
+        self.confusion.update(gt.classes, found, image=gt.sample.image_id)
+        shown = [
+            PredictedSegment(id=k + 1, category_id=self.benchmark.categories[k].id, score=1.0)
+            for k in np.unique(found).tolist()
+        ]
+        return found + 1, shown
+
+    def rename(self, gt: GroundTruth, guess: list[int]) -> None:
+        """Score one image whose masks are the true ones and whose segments are named by class index `guess`."""
+        name_of = {segment.id: k for segment, k in zip(gt.sample.segments, guess, strict=True)}
+        ids, place = np.unique(gt.ids, return_inverse=True)
+        found = np.array([name_of.get(i, -1) for i in ids.tolist()])[
+            place.reshape(gt.ids.shape)
+        ]  # void is counted nowhere
+        self.confusion.update(gt.classes, found, image=gt.sample.image_id)
+
+    def scores(self) -> dict[str, Any]:
+        """See `metrics.semantic_scores`."""
+        return semantic_scores(self.confusion, categories=self.benchmark.categories, seen=self.benchmark.seen)

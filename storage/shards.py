@@ -39,7 +39,8 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One image, undecoded: JPEG and PNG files as they were, size in pixels, segments in the annotations' order."""
+    """One image, undecoded: its JPEG and PNG files (the PNG as it was, or made of a label map), size in pixels, segments in the
+    annotations' order."""
 
     image_id: int
     jpeg: bytes

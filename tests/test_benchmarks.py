@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from pipeline.benchmarks import Benchmark, Category, LabelFiles, load_benchmark
-from pipeline.line import CocoConfig, Config, line
 
 SHARED_FACTS = Path(__file__).parents[2] / "shared" / "facts"  # what the classes were copied from; not everywhere
 
@@ -62,20 +61,6 @@ def test_the_classes_are_those_of_the_papers() -> None:
     assert json.loads((SHARED_FACTS / "coco_panoptic_zps.json").read_text()) == json.loads(
         (Path(__file__).parents[1] / "pipeline" / "facts" / "coco_panoptic_zps.json").read_text()
     )
-
-
-@pytest.mark.parametrize("name", ["coco-stuff-zss", "voc20", "mine.json"])
-def test_training_on_label_maps_and_with_pixel_ignore_is_refused(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("mine.json").write_text(json.dumps(FILE | {"protocol": "pixel-ignore"}))
-    assert load_benchmark("mine.json").task == "panoptic"
-    with pytest.raises(
-        ValueError,
-        match=f"benchmark {name.removesuffix('.json')} .* is for `zs-seg evaluate`; training .* is not there yet",
-    ):
-        line(Config(preset="mine", data=CocoConfig(root="/no/such", benchmark=name)))
 
 
 FILE: dict[str, Any] = {

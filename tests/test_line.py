@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 from coco_factory import CATEGORIES, make_coco
+from label_factory import make_stuff, write_stuff_benchmark
 
 from flows.presets import preset
+from pipeline.labels import LabelSource
 from pipeline.line import STAGES, CocoConfig, Config, line
 from pipeline.scenes import ScenesConfig
 from pipeline.shard import CocoSource
@@ -253,6 +255,42 @@ def test_a_benchmark_of_ones_own(coco: Path, tmp_path: Path) -> None:
     ):
         after = keys(sample(**facts))
         assert {stage for stage in before if before[stage] != after[stage]} == expected
+
+
+def test_label_maps_start_at_shard_and_count_by_content(tmp_path: Path) -> None:
+    """Of a semantic benchmark; where files lie moves nothing, and another split of the classes leaves the shards."""
+
+    def semantic(root: Path, **facts: Any) -> Config:
+        file = write_stuff_benchmark(tmp_path / "tiny.json", **facts)
+        return replace(preset("coco-sample"), data=CocoConfig(root=str(root), benchmark=str(file)))
+
+    data = make_stuff(tmp_path / "data")
+    steps = line(semantic(data))
+    assert tuple(step.stage for step in steps) == STAGES[1:]
+    assert isinstance(steps[0].run.keywords["source"], LabelSource)  # pyright: ignore[reportFunctionMemberAccess]
+    before = keys(semantic(data))
+    for facts, expected in (
+        ({"unseen_ids": [7]}, BELOW["text"] | BELOW["cache-clip"]),
+        ({"protocol": "none"}, BELOW["cache-clip"]),
+        ({"ignored": [255, 254]}, BELOW["shard"]),
+    ):
+        after = keys(semantic(data, **facts))
+        assert {stage for stage in before if before[stage] != after[stage]} == expected
+    assert keys(semantic(data.rename(tmp_path / "moved"))) == before
+    other = keys(semantic(make_stuff(tmp_path / "other", seed=1)))
+    assert {stage for stage in before if before[stage] != other[stage]} == BELOW["shard"]
+
+
+@pytest.mark.parametrize(
+    ("unseen", "told"), [([], "has no unseen class"), ([c["id"] for c in CATEGORIES], "has no seen class")]
+)
+def test_a_benchmark_with_nothing_to_learn_from_or_for_is_refused(
+    coco: Path, tmp_path: Path, unseen: list[int], told: str
+) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"categories": CATEGORIES, "unseen_ids": unseen, "protocol": "none"}))
+    with pytest.raises(ValueError, match=f"benchmark mine {told} and is for `zs-seg evaluate`"):
+        line(replace(preset("coco-sample"), data=CocoConfig(root=str(coco), benchmark=str(path))))
 
 
 def test_what_cannot_be_found_is_said_before_anything_runs(tmp_path: Path) -> None:
