@@ -52,7 +52,7 @@ def run_tasks(
     with (
         _local(runtime, len(jobs)) if runtime.dask.startswith("local") else _existing(runtime) as (client, gpus, share)
     ):
-        workers = len(client.nthreads())
+        workers = len(client.nthreads())  # pyright: ignore[reportArgumentType]
         log.info("%d worker%s, dashboard %s", workers, "s" * (workers > 1), client.dashboard_link)
         return _run(client, functools.partial(_task, function, share, gpus), jobs, progress), workers
 
@@ -90,7 +90,7 @@ def _local(runtime: Runtime, jobs: int) -> Iterator[tuple[Client, int, Runtime]]
         "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
     }
     with (
-        dask.config.set(settings),
+        dask.config.set(settings),  # pyright: ignore[reportPrivateImportUsage]
         LocalCluster(
             n_workers=workers,
             threads_per_worker=1,

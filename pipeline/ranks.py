@@ -172,6 +172,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             assert (
                 self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
             )
+            assert self.momentum is not None
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
             self.num_batches_tracked += 1

@@ -156,8 +156,8 @@ def train(
             _require_finite(name, step, batch.image_ids, list(own), *numbers, scaled=scaler.is_enabled())
             scaler.step(optimiser)
             scaler.update()
-            if average:
-                torch._foreach_lerp_(average, [p.detach() for p in parameters], 1.0 - schedule.ema)
+            for kept, parameter in zip(average, parameters, strict=False):
+                kept.lerp_(parameter.detach(), 1.0 - schedule.ema)
             values = dict(zip(own, numbers[1], strict=True))
             record.add(values, norm=numbers[2][0], waited=waited, seconds=time.perf_counter() - began)
             if (step + 1) % runtime.checkpoint_every == 0 or step + 1 == schedule.steps:

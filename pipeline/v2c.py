@@ -153,7 +153,7 @@ def run(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref, store: Store,
     Under torchrun (several machines that share the store) every process calls this; the first one builds, the others train along.
     """
     made = recipe(config, shards=shards, tokens=tokens, text=text)
-    inputs = tuple(store.open(ref).path for ref in (shards, tokens, text))
+    inputs = (store.open(shards).path, store.open(tokens).path, store.open(text).path)
 
     def work(build: Build) -> None:
         from pipeline.loader import TrainingData
@@ -165,7 +165,7 @@ def run(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref, store: Store,
         launch(train_model, config, *inputs, text.key, build.path, runtime=runtime)
         device = runtime.torch_device()
         bank = open_text(inputs[2], text.key)
-        data = TrainingData(*inputs[:2], bank, config.augment, seed=config.seed, workers=runtime.decoders)
+        data = TrainingData(inputs[0], inputs[1], bank, config.augment, seed=config.seed, workers=runtime.decoders)
         model = load_model(build.path, device)
         threshold, trials = choose_threshold(model, bank, data, config, runtime)
         model.facts["object_threshold"] = threshold
@@ -218,7 +218,7 @@ def train_model(
         model.projector.text_center.copy_(bank.first[torch.tensor(bank.seen)].mean(0))
     modules = {"segmenter": model.segmenter.to(device).train(), "projector": model.projector.to(device).train()}
     share_batch_statistics(model.segmenter, ranks)
-    network = torch.compile(model.segmenter) if runtime.compile else model.segmenter
+    network: Any = torch.compile(model.segmenter) if runtime.compile else model.segmenter
     train(
         STAGE,
         folder=folder,

@@ -136,11 +136,11 @@ def test_stage_1_trains_it(mask_loss: str) -> None:
     step = V2CStep(small_segmenter(), projector, bank, unit[:4], config)
     optimiser = torch.optim.AdamW([*step.segmenter.parameters(), *projector.parameters()], lr=1e-3)
 
-    one, other = (step(batch, torch.Generator().manual_seed(seed)) for seed in (3, 4))
+    one, other = (next(iter(step(batch, seed))) for seed in (3, 4))
     assert (one["dice"] == other["dice"]) == (mask_loss == "full")  # no points are drawn
 
     def total() -> Tensor:
-        terms = step(batch, torch.Generator().manual_seed(3))
+        (terms,) = step(batch, 3)
         assert terms.keys() == {"class", "mask" if mask_loss == "full" else "bce", "dice", "global", "instance"}
         return torch.stack(list(terms.values())).sum()
 
