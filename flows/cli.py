@@ -17,7 +17,7 @@ from flows.presets import PRESETS, preset
 from pipeline.line import STAGES
 
 TREE_COMMANDS = ("plan", "run", "stage")  # those that take flags of the config tree
-BENCHES = ("segmenter", "evaluate", "cache")
+BENCHES = ("segmenter", "evaluate", "cache", "train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

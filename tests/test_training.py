@@ -215,7 +215,7 @@ def test_mixed_precision_trains_and_resumes(tmp_path: Path, precision: Literal["
         folder.mkdir(exist_ok=True)
         torch.manual_seed(0)
         model.reset_parameters()
-        schedule = Schedule(steps=30, lr=3e-2, clip=1.0)
+        schedule = Schedule(steps=30, lr=1e-1, clip=1.0)
 
         def batches(start: int) -> Iterator[Halves]:
             for step in range(start, until):

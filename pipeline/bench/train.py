@@ -1,0 +1,213 @@
+"""What training waits for: the loader alone, the share of a step that waits for data, and stages 2 and 3 against a pass over the images.
+
+Images are those of the folder COCO_ROOT, where that is set, else generated scenes.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from models.folding import for_inference
+from models.generator import Generator
+from models.projector import Projector
+from models.segmenter import build_segmenter
+from models.teacher import Teacher
+from pipeline.bench.harness import Row, machine
+from pipeline.cpa import CPAConfig
+from pipeline.g2s import G2SConfig
+from pipeline.line import CocoConfig, Config, line
+from pipeline.loader import TrainingData
+from pipeline.query_data import query_batches
+from pipeline.ranks import launch
+from pipeline.record import read_curves
+from pipeline.runtime import Runtime
+from pipeline.scenes import ScenesConfig
+from pipeline.shard import ShardConfig
+from pipeline.steps import CPAStep, G2SStep, freeze
+from pipeline.teaching import TeacherConfig
+from pipeline.text import TextBank, open_text
+from pipeline.training import parameter_groups, train
+from pipeline.transforms import augment
+from pipeline.v2c import SegmenterConfig, V2CConfig, train_model
+from pipeline.views import AugmentConfig
+from storage.queries import read_queries, write_queries
+from storage.shards import Sample
+from storage.store import Store
+
+COCO_IMAGES = 118_287  # COCO's training images
+QUERIES, DIM, TEXT_DIM = 100, 256, 512
+SEEN, UNSEEN = 119, 14
+
+
+def rows(runtime: Runtime, *, full: bool = False) -> Iterator[Row]:
+    """Default: a few images and steps. `full`: 100 images, and an epoch of stages 2 and 3 of COCO's size, 6 GB on the disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        shards, tokens, text = _cached(Path(folder), runtime)
+        yield _loading(shards, tokens, text, runtime, images=100 if full else 8)
+        yield _waiting(shards, tokens, text, Path(folder), runtime, steps=10 if full else 4)
+        yield from _epochs(Path(folder), runtime, views=COCO_IMAGES if full else 2000, steps=0 if full else 100)
+
+
+def _cached(folder: Path, runtime: Runtime) -> tuple[Path, Path, Path]:
+    """Shards, tokens of the small teacher, and its text embeddings."""
+    root = os.environ.get("COCO_ROOT", "")
+    config = Config(
+        preset="bench",
+        data=CocoConfig(root=root) if root else ScenesConfig(train_images=100, val_images=4),
+        shard=ShardConfig(samples_per_tar=50),
+        teacher=TeacherConfig(name="small", pretrained="shipped", fill="mean"),
+    )
+    store, paths = Store(folder / "store"), {}
+    for step in line(config):
+        if step.stage == "v2c":
+            break
+        paths[step.stage] = store.open(step.run(store=store, runtime=replace(runtime, dask="none"))).path
+    return paths["shard"], paths["cache-clip"], paths["text"]
+
+
+def _loading(shards: Path, tokens: Path, text: Path, runtime: Runtime, *, images: int) -> Row:
+    """Ours: tar, tokens, a training view at 1024 px, in one thread. Reference: loose files, the same view, and the teacher asked on the
+    way, one call an image and an instance, with all threads, as a data set with a CLIP in it does."""
+    device = runtime.torch_device()
+    data = TrainingData(shards, tokens, open_text(text, ""), AugmentConfig(), seed=0, workers=1)
+    teacher = TeacherConfig(pretrained="random").load(runtime)
+    kept = [sample for sample, _ in islice(data.plain_samples(), images)]
+    with tempfile.TemporaryDirectory() as loose:
+        for sample in kept:
+            (Path(loose) / f"{sample.image_id}.jpg").write_bytes(sample.jpeg)
+            (Path(loose) / f"{sample.image_id}.png").write_bytes(sample.png)
+        started = time.perf_counter()
+        for _ in islice(data.batches(1, start=0), len(kept)):
+            pass
+        ours = time.perf_counter() - started
+        started = time.perf_counter()
+        for sample in kept:
+            _load_online(Path(loose), sample, teacher, device)
+        theirs = time.perf_counter() - started
+    return Row(
+        name=f"loading an image ({len(kept)} of them), against loose files and ViT-B/16 on the way", ours=ours / len(kept),
+        reference=theirs / len(kept), unit="s", device=machine(device), dtype="float32",
+    )  # fmt: skip
+
+
+def _load_online(folder: Path, sample: Sample, teacher: Teacher, device: torch.device) -> Tensor:
+    image = torch.from_numpy(np.array(Image.open(folder / f"{sample.image_id}.jpg").convert("RGB"))).permute(2, 0, 1)
+    colours = np.array(Image.open(folder / f"{sample.image_id}.png").convert("RGB"), np.int32)
+    ids = torch.from_numpy(colours[..., 0] + 256 * colours[..., 1] + 65536 * colours[..., 2])
+    view = augment(image, ids, AugmentConfig(), np.random.default_rng(0))[0]
+    prepared = teacher.prepare(image.to(device))
+    teacher.encode_images(prepared[None])
+    for segment in sample.segments:
+        teacher.encode_images(teacher.mask(prepared, (ids == segment.id)[None].to(device)))
+    return view
+
+
+def _waiting(shards: Path, tokens: Path, text: Path, folder: Path, runtime: Runtime, *, steps: int) -> Row:
+    """Stage 1 with the published network, at 1024 px on a GPU and 256 px on a CPU: what a step waits for data, of what it takes."""
+    device = runtime.torch_device()
+    size = 1024 if device.type == "cuda" else 256
+    config = V2CConfig(
+        segmenter=SegmenterConfig(backbone_weights=None), steps=10 * steps, batch=2, augment=AugmentConfig(size=size),
+        precision="bfloat16" if device.type == "cuda" else "float32",
+    )  # fmt: skip
+    out = folder / "v2c"
+    out.mkdir()
+    launched = replace(runtime, checkpoint_every=10**9)
+    launch(train_model, config, shards, tokens, text, "", out, runtime=launched)
+    later = read_curves(out)[1:]  # the first rows pay for the start
+    seconds = sum(row["seconds"] for row in later) / len(later)
+    waited = sum(row["seconds"] * row["waiting"] for row in later) / len(later)
+    return Row(
+        name=f"waiting for data in a step of stage 1, {size} px, batch 2", ours=waited, reference=seconds, unit="s",
+        device=machine(device), dtype=config.precision,
+    )  # fmt: skip
+
+
+def _epochs(folder: Path, runtime: Runtime, *, views: int, steps: int) -> Iterator[Row]:
+    """An epoch of stages 2 and 3 over COCO's training images from cached queries, against the frozen R50 segmenter over the same images
+    (one image of 800 x 1088 px, times their number). `steps` 0 = the whole epoch, else it is extrapolated."""
+    device = runtime.torch_device()
+    bank = _bank()
+    _write_queries(folder / "queries", views)
+    cached = read_queries(folder / "queries")
+    projector = Projector(dim=DIM, text_dim=TEXT_DIM, hidden=512, layers=3).to(device)
+    generator = Generator(dim=DIM, text_dim=TEXT_DIM, hidden=512).to(device)
+    segmenter = for_inference(build_segmenter(**asdict(SegmenterConfig(backbone_weights=None))).to(device).eval())
+    image = torch.randn(1, 3, 800, 1088, device=device)
+    passes = []
+    with torch.inference_mode():
+        for _ in range(4):
+            started = time.perf_counter()
+            segmenter(image, dense=False).features[-1].cpu()
+            passes.append(time.perf_counter() - started)
+    over_images = COCO_IMAGES * min(passes[1:])
+    known: Any = {"reference": over_images, "unit": "s", "device": machine(device), "dtype": "float32"}
+    for stage, config, module, step in (
+        ("2", G2SConfig(), generator, lambda c: G2SStep(generator, freeze(projector), bank, c)),
+        ("3", CPAConfig(), projector, lambda c: CPAStep(projector, freeze(generator), bank, c)),
+    ):
+        module.train().requires_grad_(True)
+        epoch = -(-COCO_IMAGES // config.batch)
+        schedule: Any = replace(config, steps=steps or epoch)
+        out = folder / f"stage {stage}"
+        out.mkdir()
+        started = time.perf_counter()
+        train(
+            f"stage {stage}", folder=out, schedule=schedule, modules={"module": module},
+            groups=parameter_groups({"module": module}, schedule),
+            batches=lambda start, c=schedule: query_batches(cached, c, start, sampling="natural", matched=True),
+            losses=step(schedule), runtime=runtime,
+        )  # fmt: skip
+        taken = (time.perf_counter() - started) / schedule.steps * epoch
+        how = "" if not steps else f", from {steps} steps"
+        yield Row(
+            name=f"an epoch of stage {stage} of COCO's size{how}, against a pass over the images", ours=taken, **known
+        )
+    if not steps:
+        size = sum(file.stat().st_size for file in (folder / "queries").rglob("*") if file.is_file())
+        yield Row(
+            name="memory of the process after these epochs, against the cached queries", ours=_resident(), reference=size / 1e6,
+            unit="MB", device=machine(device), dtype="float16",
+        )  # fmt: skip
+
+
+def _bank() -> TextBank:
+    classes = SEEN + UNSEEN
+    rows = torch.randn(classes, TEXT_DIM, generator=torch.Generator().manual_seed(0))
+    return TextBank(
+        key="", embedding=normalize(rows, dim=-1), ids=list(range(classes)), names=[str(k) for k in range(classes)],
+        isthing=[True] * classes, seen=[k < SEEN for k in range(classes)], teacher={}, templates=[],
+    )  # fmt: skip
+
+
+def _write_queries(folder: Path, views: int, *, a_group: int = 1000, found: int = 11) -> None:
+    """Random queries of `views` images, `found` of them with a segment of a seen class, in groups of a tar's size."""
+    rng = np.random.default_rng(0)
+    for number, first in enumerate(range(0, views, a_group)):
+        n = min(a_group, views - first)
+        segment = np.full((n, QUERIES), -1)
+        segment[:, :found] = np.arange(found)
+        category = np.where(segment >= 0, rng.integers(0, SEEN, segment.shape), -1)
+        feature = rng.standard_normal((n, QUERIES, DIM), np.float32)
+        image_id = np.arange(first, first + n)
+        path = folder / f"train-{number:06d}.zarr"
+        write_queries(path, feature=feature, segment=segment, category=category, image_id=image_id, view=np.zeros(n))
+
+
+def _resident() -> float:
+    """MB that belong to this process alone; pages of mapped files are the system's, and go when it needs them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1.024e-3
