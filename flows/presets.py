@@ -163,14 +163,15 @@ def _coco_zss(name: str, segmenter: SegmenterConfig) -> Config:
 
 
 def _coco(name: str, benchmark: str, v2c: V2CConfig, *, images: int, stage_1: int) -> Config:
-    """OpenAI's CLIP ViT-B/16 as the teacher and the eight sentences of the paper's predecessors; `stage_1` epochs, then 12 and 12."""
+    """OpenAI's CLIP ViT-B/16 as the teacher and the eight sentences of the paper's predecessors; `stage_1` epochs, then 12 and 12; mixed
+    precision as published, in bfloat16, which needs no scaling."""
     later = epochs(12, images=images, batch=16)
     return Config(
         preset=name,
         data=CocoConfig(benchmark=benchmark),
         teacher=TeacherConfig(name="ViT-B-16-quickgelu", pretrained="openai"),
         text=TextConfig(templates=("published",)),
-        v2c=replace(v2c, steps=epochs(stage_1, images=images, batch=v2c.batch)),
+        v2c=replace(v2c, steps=epochs(stage_1, images=images, batch=v2c.batch), precision="bfloat16"),
         g2s=G2SConfig(steps=later),
         cpa=CPAConfig(steps=later),
     )
