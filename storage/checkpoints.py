@@ -6,6 +6,8 @@ A training state is one file, so that a kill between two writes cannot mix two s
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,13 @@ def _save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, s
     # several in random order
     owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(owned, temporary, metadata=metadata)
+        try:
+            save_file(owned, temporary, metadata=metadata)
+        except SafetensorError as error:
+            if number := re.search(r"os error (\d+)", str(error)):  # a full disk and its like, for whoever knows these
+                code = int(number[1])
+                raise OSError(code, os.strerror(code), str(path)) from error
+            raise
 
 
 def _flatten(value: Any, tensors: list[torch.Tensor]) -> Any:

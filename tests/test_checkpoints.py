@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +140,21 @@ def test_training_goes_on_exactly(tmp_path: Path) -> None:
     rng.set_state(state["rng"])
     train(again, optimizer, rng)
     assert same(dict(again.state_dict()), dict(model.state_dict()))
+
+
+def test_a_disk_that_takes_no_more_is_an_oserror_and_leaves_the_last_state(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the end of the disk; in a process of its own, for it cannot be lifted."""
+    code = """
+import resource, sys, torch
+from pathlib import Path
+from storage.checkpoints import load_training_state, save_training_state
+folder = Path(sys.argv[1])
+save_training_state(folder, {"step": 1, "weight": torch.ones(10)})
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    save_training_state(folder, {"step": 2, "weight": torch.ones(10_000)})
+except OSError as error:
+    print(error.strerror, load_training_state(folder)["step"], sorted(p.name for p in folder.iterdir()))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout == "File too large 1 ['training.safetensors']\n"
