@@ -29,6 +29,7 @@ Result = TypeVar("Result")
 TOPIC = "zs-seg-progress"
 DEATHS = 5  # a job that ends more worker processes of this machine than that is given up
 CORES_A_WORKER = 4
+POLL, PATIENCE = 0.05, 30.0  # seconds: between two looks at the jobs; without any worker
 log = logging.getLogger(__name__)
 
 
@@ -42,19 +43,28 @@ def run_tasks(
     thread at a time; work that is done a second time is not reported again. Functions and jobs are pickled: the workers of
     another machine need this package.
 
-    Raises what a job raises, once and without waiting for the other jobs, and ValueError when there is no such cluster, it
+    Raises what a job raises, at once and without waiting for the other jobs, and ValueError when there is no such cluster, it
     has no worker, is lost, or a job (named by its str) keeps ending its workers.
     """
     if not jobs:
         return [], 0
     if runtime.dask == "none":
         return [function(job, runtime, progress) for job in jobs], 1
-    with (
-        _local(runtime, len(jobs)) if runtime.dask.startswith("local") else _existing(runtime) as (client, gpus, share)
-    ):
-        workers = len(client.nthreads())  # pyright: ignore[reportArgumentType]
-        log.info("%d worker%s, dashboard %s", workers, "s" * (workers > 1), client.dashboard_link)
-        return _run(client, functools.partial(_task, function, share, gpus), jobs, progress), workers
+    import distributed  # noqa: F401  sets the levels of its loggers
+
+    for name in ("distributed", "distributed.client"):  # what matters of it is told here
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    results: dict[int, Any] = {}
+    tally, workers = _Tally(len(jobs), progress), 0
+    while left := {number: job for number, job in enumerate(jobs) if number not in results}:
+        local = runtime.dask.startswith("local")
+        with _local(runtime, len(left)) if local else _existing(runtime) as (client, gpus, share):
+            threads: Any = client.nthreads()
+            count = len(threads)
+            log.info("%d Dask worker%s, dashboard %s", count, "s" * (count > 1), client.dashboard_link)
+            _run(client, functools.partial(_task, function, share, gpus), left, results, tally)
+            workers = max(workers, count)
+    return [results[number] for number in range(len(jobs))], workers
 
 
 def split_cores(runtime: Runtime, jobs: int) -> tuple[int, int, int]:
@@ -82,12 +92,13 @@ def _local(runtime: Runtime, jobs: int) -> Iterator[tuple[Client, int, Runtime]]
     batch cost a ViT-B/16 a third more CPU time.
     """
     workers, threads, gpus = split_cores(runtime, jobs)
-    import dask
+    import dask.config
     from distributed import Client, LocalCluster
 
     settings = {
         "distributed.scheduler.allowed-failures": DEATHS,
         "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
+        "distributed.nanny.pre-spawn-environ.DASK_LOGGING__DISTRIBUTED": "critical",
     }
     with (
         dask.config.set(settings),  # pyright: ignore[reportPrivateImportUsage]
@@ -95,6 +106,7 @@ def _local(runtime: Runtime, jobs: int) -> Iterator[tuple[Client, int, Runtime]]
             n_workers=workers,
             threads_per_worker=1,
             memory_limit=None,
+            preload=["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"],  # Ctrl-C is for this process
             dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,
         ) as cluster,
@@ -136,32 +148,43 @@ def _address(file: Path) -> str:
         ) from error
 
 
-def _run(client: Client, task: Callable[..., Any], jobs: Sequence[Any], progress: Progress) -> list[Any]:
-    from distributed import CancelledError, KilledWorker, as_completed
+def _run(
+    client: Client, task: Callable[..., Any], jobs: dict[int, Any], results: dict[int, Any], tally: _Tally
+) -> None:
+    """Run the jobs, by number; what they give goes into `results` as they end. Returns early when workers do not come back:
+    now and then Dask fails to start a worker process again that was killed while it started."""
+    from distributed import CancelledError, KilledWorker
 
-    run, results, tally = uuid.uuid4().hex, [None] * len(jobs), _Tally(len(jobs), progress)
-    numbers = {f"job-{run}-{number}": number for number in range(len(jobs))}
+    run = uuid.uuid4().hex
     client.subscribe_topic(TOPIC, lambda event: tally.hear(run, event[1]))
-    futures = client.map(functools.partial(task, run), range(len(jobs)), jobs, key=list(numbers))
+    keys = [f"job-{run}-{number}" for number in jobs]
+    futures = dict(zip(jobs, client.map(functools.partial(task, run), jobs, jobs.values(), key=keys), strict=True))
+    looked = alive = time.monotonic()
     try:
-        for future in as_completed(futures, loop=client.loop):
-            number = numbers[future.key]
-            try:
-                results[number], done = future.result()
-            except KilledWorker as error:
-                raise ValueError(
-                    f"{jobs[number]}: {error.allowed_failures + 1} worker processes died over it, most likely for want of "
-                    "memory; use fewer workers, or smaller batches"
-                ) from error
-            except CancelledError as error:
-                raise ValueError(
-                    "the Dask scheduler is gone; start it again, and the same command goes on where this one was"
-                ) from error
-            tally.add(number, *done)
-            future.release()  # else it is run again when the worker that has the result is lost
+        while futures:
+            for number in [number for number, future in futures.items() if future.done()]:
+                try:
+                    results[number], done = futures[number].result()
+                except KilledWorker as error:
+                    raise ValueError(
+                        f"{jobs[number]}: {error.allowed_failures + 1} worker processes died over it, most likely for want "
+                        "of memory; use fewer workers, or smaller batches"
+                    ) from error
+                except CancelledError as error:
+                    raise ValueError(
+                        "the Dask scheduler is gone; start it again, and the same command goes on where this one was"
+                    ) from error
+                tally.add(number, *done)
+                del futures[number]  # else it is run again when the worker that has its result is lost
+            time.sleep(POLL)
+            if (now := time.monotonic()) - looked > PATIENCE / 10:
+                looked = now
+                alive = now if client.nthreads() else alive
+            if now - alive > PATIENCE:
+                log.warning("no Dask worker for %d s; starting again with what is left", PATIENCE)
+                return
     finally:
-        client.cancel(futures)
-    return results
+        client.cancel(list(futures.values()))
 
 
 class _Tally:

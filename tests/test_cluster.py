@@ -25,7 +25,7 @@ from pipeline.runtime import Runtime
 from pipeline.scenes import ScenesConfig, benchmark
 from storage.keys import Ref
 from storage.shards import Shards
-from storage.store import Artefact, Store
+from storage.store import Artefact, Manifest, Store
 
 CONFIG = replace(tiny_config(), data=ScenesConfig(train_images=40, val_images=10))
 ROOT = Path(__file__).parents[1]
@@ -228,6 +228,12 @@ def until_groups(root: Path, count: int, process: subprocess.Popen[str]) -> list
     return psutil.Process(process.pid).children(recursive=True)
 
 
+def tokens_in(root: Path) -> Manifest:
+    store = Store(root / "store")
+    (ref,) = (ref for ref in store.refs() if ref.kind == "tokens")
+    return store.open(ref).manifest
+
+
 def survivors(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
     return [p for p in psutil.wait_procs(processes, 10)[1] if p.status() != psutil.STATUS_ZOMBIE]
 
@@ -240,8 +246,7 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert process.returncode == 0, told
     assert told.count("dashboard http://127.0.0.1:") == 1
     assert not re.search("distributed|Traceback|Warning", told), told
-    store = Store(tmp_path / "calm" / "store")
-    (calm,) = (store.open(ref).manifest for ref in store.refs() if ref.kind == "tokens")
+    calm = tokens_in(tmp_path / "calm")
 
     root, before = tmp_path / "shaken", {}
     for groups, everything in ((0, True), (1, False), (3, True)):
@@ -254,8 +259,7 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert before
     process = start(root, "--dask", "none")
     assert process.wait(60) == 0
-    again = Store(root / "store")
-    (shaken,) = (again.open(ref).manifest for ref in again.refs() if ref.kind == "tokens")
+    shaken = tokens_in(root)
     assert shaken.files == calm.files and shaken.counts == calm.counts
     after = {p.name: p.stat().st_mtime_ns for p in groups_in(root / "store")}
     assert before == {name: after[name] for name in before}
