@@ -7,7 +7,7 @@ alignment loss of weight 0 is not computed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from pipeline.g2s import G2SConfig
     from pipeline.text import TextBank
     from pipeline.v2c import V2CConfig
+
+
+Frozen = TypeVar("Frozen", bound=nn.Module)
 
 
 def seen_rows(bank: TextBank, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -242,6 +245,6 @@ def _encoded(tokens: Tensor) -> Tensor:
     return tokens[tokens.any(1)]
 
 
-def freeze(module: nn.Module) -> nn.Module:
+def freeze(module: Frozen) -> Frozen:
     """Evaluation mode, no gradients: what a later stage takes from an earlier one."""
     return module.eval().requires_grad_(False)
