@@ -33,6 +33,7 @@ def zs_seg(
     coco: str = "",
     overrides: list[str] | None = None,
     device: str = "auto",
+    devices: int = 1,
     dask: str = "local",
 ) -> str:
     """Images to report, stage by stage; only what is missing is built.
@@ -45,12 +46,13 @@ def zs_seg(
         coco: Folder of real images in COCO's layout; empty = COCO_ROOT of the worker.
         overrides: Flags that change single fields, as on the command line, e.g. ["--v2c.lr", "2e-4"].
         device: Where to compute: auto, cpu, cuda, cuda:1, ...
+        devices: GPUs (on a CPU: processes) of stage v2c.
         dask: Workers of cache-clip: local, local:N, none, tcp://HOST:PORT, or a scheduler file.
 
     Returns:
         The last artefact as "kind/key".
     """
-    runtime = Runtime(device=device, dask=dask)
+    runtime = Runtime(device=device, devices=devices, dask=dask)
     request = Request(preset=preset, coco=coco, store=store, overrides=tuple(overrides or ()))
     steps, artefacts = line(stages.configure(request)), request.open_store()
     selected = stages.select(steps, first=from_stage, last=until_stage)

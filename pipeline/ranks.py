@@ -87,6 +87,8 @@ def launch(function: Callable[..., None], *arguments: Any, runtime: Runtime) -> 
         return _member(function, runtime, *arguments)
     if runtime.devices == 1:
         return function(ALONE, runtime, *arguments)
+    if runtime.torch_device().type == "cuda" and runtime.devices > torch.cuda.device_count():
+        raise ValueError(f"there are {torch.cuda.device_count()} GPUs here, not {runtime.devices}; correct --devices")
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -202,7 +202,7 @@ def test_a_job_that_ends_every_worker_is_given_up() -> None:
     with pytest.raises(ValueError, match="train-7.tar: 6 worker processes died over it") as caught:
         run_tasks(_die, ["train-7.tar"], replace(QUIET, dask="local"), progress=lambda *_: None)
     one_line(caught)
-    assert not workers_of(psutil.Process())
+    assert not survivors(workers_of(psutil.Process()))
 
 
 COMMAND = (
@@ -235,7 +235,7 @@ def tokens_in(root: Path) -> Manifest:
 
 
 def survivors(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-    return [p for p in psutil.wait_procs(processes, 10)[1] if p.status() != psutil.STATUS_ZOMBIE]
+    return [p for p in psutil.wait_procs(processes, 30)[1] if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.slow
@@ -249,7 +249,7 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     calm = tokens_in(tmp_path / "calm")
 
     root, before = tmp_path / "shaken", {}
-    for groups, everything in ((0, True), (1, False), (3, True)):
+    for groups, everything in ((0, True), (2, False)):
         process = start(root)
         children = until_groups(root, groups, process)
         (os.killpg if everything else os.kill)(process.pid, signal.SIGKILL)

@@ -14,6 +14,7 @@ import torch
 from tiny import build, tiny_config
 from torch import Tensor, nn
 
+from flows.cli import main
 from pipeline import v2c
 from pipeline.line import Step, line
 from pipeline.loader import Batch, TrainingData
@@ -211,7 +212,7 @@ def test_stage_1_from_the_command_line_under_torchrun_and_with_devices(tmp_path:
     def call(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
-    prepared = call(*command, "run", *flags, "--until", "cache-clip")
+    prepared = call(*command, "run", *flags, "--until", "cache-clip", "--dask", "none")
     assert prepared.returncode == 0, prepared.stderr
     script = tmp_path / "zs_seg.py"
     script.write_text("import sys\nfrom flows.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n")
@@ -219,14 +220,21 @@ def test_stage_1_from_the_command_line_under_torchrun_and_with_devices(tmp_path:
     done = call(*torchrun, "stage", "v2c", *flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("built in") == 1
-    again = call(*command, "stage", "v2c", *flags)
-    assert "fresh, nothing to do" in again.stdout, again.stderr
-    refused = call(*torchrun, "run", *flags)
-    assert "under torchrun only `zs-seg stage v2c" in refused.stderr
     other = call(*command, "stage", "v2c", *flags, "--v2c.seed", "1", "--devices", "2")
     assert other.returncode == 0 and other.stdout.count("built in") == 1, other.stderr
-    uneven = call(*command, "stage", "v2c", *flags, "--v2c.seed", "2", "--devices", "3")
-    assert uneven.returncode == 2
-    assert (
-        uneven.stderr.splitlines()[-1] == "zs-seg: v2c: batch 4 cannot be split over 3 devices; choose a multiple of it"
-    )
+    store = Store(tmp_path)
+    assert sorted(ref.kind for ref in store.refs() if ref.kind == "checkpoint") == ["checkpoint"] * 2
+
+
+def test_under_torchrun_only_stage_1_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "here")
+    assert main(["run", "--preset", "demo"]) == 2
+    assert "under torchrun only `zs-seg stage v2c --preset demo` runs" in capsys.readouterr().err
+
+
+def test_a_batch_that_cannot_be_split_is_refused(cached: tuple[Store, dict[str, Step]]) -> None:
+    store, steps = cached
+    shards, tokens, text = (store.path(steps[stage].recipe.ref) for stage in ("shard", "cache-clip", "text"))
+    data = TrainingData(shards, tokens, open_text(text, ""), tiny_config().v2c.augment, seed=0, workers=1)
+    with pytest.raises(ValueError, match="v2c: batch 4 cannot be split over 3 devices; choose a multiple of it"):
+        next(data.batches(4, start=0, ranks=Ranks(world=3)))

@@ -22,7 +22,7 @@ def tiny_config() -> Config:
         v2c=replace(demo.v2c, steps=6, batch=4, points=64, bank=16, calibration_images=6, warmup=2),
         queries=replace(demo.queries, views=2),
         g2s=replace(demo.g2s, steps=6, hidden=32),
-        cpa=replace(demo.cpa, steps=6, lr=1e-2),
+        cpa=replace(demo.cpa, steps=6, lr=1e-1),
         evaluate=replace(demo.evaluate, pictures=2),
     )
 
