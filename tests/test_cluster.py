@@ -202,7 +202,6 @@ def test_a_job_that_ends_every_worker_is_given_up() -> None:
     with pytest.raises(ValueError, match="train-7.tar: 6 worker processes died over it") as caught:
         run_tasks(_die, ["train-7.tar"], replace(QUIET, dask="local"), progress=lambda *_: None)
     one_line(caught)
-    assert not survivors(workers_of(psutil.Process()))
 
 
 COMMAND = (
