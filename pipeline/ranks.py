@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -24,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pipeline.runtime import Runtime, under_torchrun
 from storage.atomic import write_text
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 PATIENCE = timedelta(minutes=30)  # for the slowest rank, before a run counts as hanging
 
 
@@ -98,6 +101,7 @@ def launch(function: Callable[..., None], *arguments: Any, runtime: Runtime) -> 
         run_id=f"zs-seg-{os.getpid()}", max_restarts=0, monitor_interval=0.5,
     )  # fmt: skip
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what ended them is told below
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     with TemporaryDirectory() as folder:
         try:
             elastic_launch(config, _teller)(Path(folder), function, runtime, *arguments)
@@ -109,6 +113,10 @@ def launch(function: Callable[..., None], *arguments: Any, runtime: Runtime) -> 
                 kind, what = json.loads(told.read_text())
                 raise (OSError if kind == "OSError" else ValueError)(*what) from error
             raise
+        finally:  # the launcher leaves its own behind
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
 
 
 def _teller(folder: Path, function: Callable[..., None], runtime: Runtime, *arguments: Any) -> None:

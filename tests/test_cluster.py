@@ -99,7 +99,7 @@ def groups_in(root: Path) -> list[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["local", "local:2"])
+@pytest.mark.parametrize("where", ["local:2"])
 def test_worker_processes_of_this_machine_change_no_byte(
     shards: tuple[Store, Ref], calm: Artefact, tmp_path: Path, where: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,7 +239,7 @@ def survivors(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    """SIGKILL of all its processes, and of the first alone; the groups that were there are left as they are."""
+    """SIGKILL of the first process, by which the others end; the groups that were there are left as they are."""
     process = start(tmp_path / "calm")
     told = process.communicate()[1]
     assert process.returncode == 0, told
@@ -247,14 +247,13 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert not re.search("distributed|Traceback|Warning", told), told
     calm = tokens_in(tmp_path / "calm")
 
-    root, before = tmp_path / "shaken", {}
-    for groups, everything in ((0, True), (2, False)):
-        process = start(root)
-        children = until_groups(root, groups, process)
-        (os.killpg if everything else os.kill)(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert not survivors(children)
-        before |= {p.name: p.stat().st_mtime_ns for p in groups_in(root / "store")}
+    root = tmp_path / "shaken"
+    process = start(root)
+    children = until_groups(root, 2, process)
+    process.kill()
+    process.communicate()
+    assert not survivors(children)
+    before = {p.name: p.stat().st_mtime_ns for p in groups_in(root / "store")}
     assert before
     process = start(root, "--dask", "none")
     assert process.wait(60) == 0
@@ -266,13 +265,12 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
-def test_nothing_is_left_running_after_a_stop(tmp_path: Path, sign: signal.Signals, status: int) -> None:
+def test_nothing_is_left_running_after_ctrl_c(tmp_path: Path) -> None:
     process = start(tmp_path)
     children = until_groups(tmp_path, 1, process)
-    os.killpg(process.pid, sign)  # as a terminal does it
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
     _, told = process.communicate(timeout=20)
-    assert process.returncode == status, told
+    assert process.returncode == 130, told
     assert not survivors(children)
     assert not re.search("distributed|Traceback|KeyboardInterrupt", told), told
     assert not list((tmp_path / "here").iterdir())
