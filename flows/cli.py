@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from flows import commands, stages
+from flows import ablate, commands, stages
 from flows.presets import PRESETS, preset
 from pipeline.line import STAGES
 
-TREE_COMMANDS = ("plan", "run", "stage")  # those that take flags of the config tree
+TREE_COMMANDS = ("plan", "run", "stage", "ablate")  # those that take flags of the config tree
 BENCHES = ("segmenter", "evaluate", "cache", "train")
 
 
@@ -143,6 +143,8 @@ def parser() -> argparse.ArgumentParser:
     )
     stage = add("stage", commands.stage, "build one stage from its cached inputs")
     stage.add_argument("stage", metavar="STAGE", help=f"one of {', '.join(STAGES)}")
+    ablation = add("ablate", ablate.ablate, "the paper's ablations over several seeds, as tables beside the paper's")
+    _add_ablate_flags(ablation)
     add("list", commands.list_artefacts, "list the complete artefacts")
     show = add("show", commands.show_artefact, "show an artefact's manifest")
     show.add_argument("key", metavar="KEY", help="its key, or the beginning of it")
@@ -170,11 +172,20 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("name", metavar="NAME", choices=BENCHES, help=f"one of {', '.join(BENCHES)}")
     bench.add_argument("--json", default="", metavar="FILE", help="write the rows there as well")
     bench.add_argument("--full", action="store_true", help="every size, batch and mode; much longer")
-    for command in (run, stage, verify, predict, evaluate, bench):
+    for command in (run, stage, ablation, verify, predict, evaluate, bench):
         _add_runtime_flags(command)
     for command in (run, stage):
         _add_training_flags(command)
     return main_parser
+
+
+def _add_ablate_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(ablate.NAMES)}; default: all but sweep"
+    )
+    command.add_argument("--seeds", type=int, default=3, metavar="N", help="training seeds 0 to N - 1; default 3")
+    command.add_argument("--jobs", type=int, default=1, metavar="N", help="so many at once, sharing the CPU's threads")
+    command.add_argument("--plan", action="store_true", help="only say what there is and what is to be built")
 
 
 def _add_evaluate_flags(evaluate: argparse.ArgumentParser) -> None:

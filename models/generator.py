@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from models.vision_centric import PrimitiveGenerator
+
 LAYERS = 4  # the paper's, in the encoder and in the decoder
 
 
@@ -87,3 +89,11 @@ class Generator(nn.Module):
         finally:
             for module, mode in modes:
                 module.training = mode
+
+
+def build_generator(
+    *, generator: Literal["vae", "primitives"], dim: int, text_dim: int, hidden: int
+) -> Generator | PrimitiveGenerator:
+    """A generator with fresh weights; draws from torch's global generator, so seed it first."""
+    kinds = {"vae": Generator, "primitives": PrimitiveGenerator}
+    return kinds[generator](dim=dim, text_dim=text_dim, hidden=hidden)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.runtime import Runtime
 from pipeline.schedule import Schedule, require_sampling
 from storage.keys import Recipe, Ref
 from storage.store import Build, Store
+
+if TYPE_CHECKING:
+    from pipeline.model import Model
 
 STAGE, VERSION = "cpa", 2
 
@@ -17,7 +20,8 @@ STAGE, VERSION = "cpa", 2
 class CPAConfig(Schedule):
     """Stage 3. L_f of paper Eq. 9. `synthetic`: U, made-up unseen features a step; `real_weight` and `synthetic_weight`:
     weights of the two losses, 1 in the paper; `noise_into`: where the generator's noise goes in (D7). `batch`: images a step; `sampling`:
-    see G2SConfig."""
+    see G2SConfig. `classifier`: "projector", stage 1's, or "linear", the vision-centric comparison's, which begins anew and knows no
+    other names than these classes'."""
 
     lr: float = 1e-4
     clip: float = 1.0
@@ -26,12 +30,15 @@ class CPAConfig(Schedule):
     synthetic_weight: float = 1.0
     noise_into: Literal["encoder", "latent"] = "encoder"
     sampling: Literal["natural", "balanced"] = "natural"
+    classifier: Literal["projector", "linear"] = "projector"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.synthetic < 1:
             raise ValueError(f"cpa: synthetic must be at least 1, not {self.synthetic}")
         require_sampling("cpa", self.sampling)
+        if self.classifier not in ("projector", "linear"):
+            raise ValueError(f"cpa: classifier {self.classifier!r} is not one of 'projector' and 'linear'; choose one")
 
 
 def recipe(config: CPAConfig, *, queries: Ref, text: Ref, checkpoint: Ref, generator: Ref) -> Recipe:
@@ -47,7 +54,7 @@ def run(
     """Fine-tune stage 1's projector from cached queries alone. The object threshold stays stage 1's (D8)."""
 
     def work(build: Build) -> None:
-        from models.generator import Generator
+        from models.generator import build_generator
         from pipeline.model import load_model, require_same_classes, save_model
         from pipeline.query_data import query_batches
         from pipeline.steps import CPAStep, freeze
@@ -64,9 +71,11 @@ def run(
         require_same_classes(model.facts, bank)
         cached = read_queries(store.open(queries).path)
         weights, facts = load_checkpoint(store.open(generator).path)
-        maker = Generator(**facts["architecture"])
+        maker = build_generator(**facts["architecture"])
         maker.load_state_dict(weights)
         freeze(maker.to(device))
+        if config.classifier == "linear":
+            model = with_linear_classifier(model)
         modules = {"projector": model.projector.train()}
         train(
             STAGE,
@@ -75,7 +84,7 @@ def run(
             modules=modules,
             groups=parameter_groups(modules, config),
             batches=lambda start: query_batches(cached, config, start, sampling=config.sampling),
-            losses=CPAStep(model.projector, maker, bank, config),
+            losses=CPAStep(model.projector, maker, bank, config, text=model.text),
             runtime=runtime,
         )
         model.facts["stage"] = STAGE
@@ -89,3 +98,21 @@ def run(
         }
 
     return store.build(recipe(config, queries=queries, text=text, checkpoint=checkpoint, generator=generator), work)
+
+
+def with_linear_classifier(model: Model) -> Model:
+    """The segmenter with a fresh classifier that has a weight row for each of its classes, in place of the projector."""
+    from dataclasses import replace
+
+    import torch
+
+    from models.vision_centric import LinearClassifier
+
+    device, classes = model.text.device, len(model.text)
+    architecture = model.facts["architecture"] | {"projector": {"dim": model.query_shape[1], "classes": classes}}
+    return replace(
+        model,
+        projector=LinearClassifier(**architecture["projector"]).to(device),
+        text=torch.eye(classes, device=device),
+        facts=model.facts | {"architecture": architecture},
+    )

@@ -109,7 +109,7 @@ def run(
         stage_1 = models["inductive"]
         _require_same_segmenter(stage_1, models["transductive"])
         pictures: list[Picture] = []
-        samples = _samples(store, shards, tokens)
+        samples = samples_with_tokens(store, shards, tokens)
         resize = ResizeConfig(**stage_1.facts["resize"])
         count = sum(_counts(store, shards))
         with runtime.bar(count, "evaluating", "image") as bar:
@@ -210,7 +210,7 @@ def _counts(store: Store, shards: Ref) -> list[int]:
     return Shards(store.open(shards).path).counts("val")
 
 
-def _samples(store: Store, shards: Ref, tokens: Ref) -> Iterator[tuple[tuple[Sample, Tensor], Tensor]]:
+def samples_with_tokens(store: Store, shards: Ref, tokens: Ref) -> Iterator[tuple[tuple[Sample, Tensor], Tensor]]:
     """((sample, its instance tokens (O, D)), image (3, H, W) uint8), tars and token groups in step."""
     import torch
 

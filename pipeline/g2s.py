@@ -17,6 +17,7 @@ STAGE, VERSION = "g2s", 2
 class G2SConfig(Schedule):
     """Stage 2. L_g2s = L_mmd + lambda_s L_div + lambda_v L_gv2s + beta KL (paper Eq. 8, D6).
 
+    `generator`: "vae", the paper's, or "primitives", the vision-centric comparison's, which is trained by L_mmd alone.
     `mmd_weight` is 1 in the paper, `diversity_weight` is lambda_s, `semantic_weight` lambda_v, `kl_weight` beta; 0 switches a loss off. `hidden`: width of the
     generator's layers. `tau`: Eq. 7's temperature. `batch`: images a step. `sampling`: "natural" or, rare classes
     as often as frequent ones, "balanced".
@@ -25,6 +26,7 @@ class G2SConfig(Schedule):
     lr: float = 1e-3
     weight_decay: float = 0.0
     clip: float = 1.0
+    generator: Literal["vae", "primitives"] = "vae"
     hidden: int = 512
     mmd_weight: float = 1.0
     diversity_weight: float = 1.0
@@ -37,6 +39,8 @@ class G2SConfig(Schedule):
         super().__post_init__()
         if self.tau <= 0:
             raise ValueError(f"g2s: tau must be above 0, not {self.tau}")
+        if self.generator not in ("vae", "primitives"):
+            raise ValueError(f"g2s: generator {self.generator!r} is not one of 'vae' and 'primitives'; choose one")
         if self.batch < 2:
             raise ValueError("g2s: batch must be at least 2, for the generator's BatchNorm")
         require_sampling("g2s", self.sampling)
@@ -55,7 +59,8 @@ def run(config: G2SConfig, *, queries: Ref, text: Ref, checkpoint: Ref, store: S
     def work(build: Build) -> None:
         import torch
 
-        from models.generator import Generator
+        from models.generator import build_generator
+        from models.projector import Projector
         from pipeline.model import load_model, require_same_classes
         from pipeline.query_data import query_batches
         from pipeline.steps import G2SStep, freeze
@@ -68,11 +73,14 @@ def run(config: G2SConfig, *, queries: Ref, text: Ref, checkpoint: Ref, store: S
         bank = open_text(store.open(text).path, text.key)
         model = load_model(store.open(checkpoint).path, device)
         require_same_classes(model.facts, bank)
+        assert isinstance(model.projector, Projector)
         cached = read_queries(store.open(queries).path)
         freeze(model.projector)
         torch.manual_seed(config.seed)
-        architecture = {"dim": model.query_shape[1], "text_dim": bank.embedding.shape[-1], "hidden": config.hidden}
-        generator = Generator(**architecture)
+        architecture = {
+            "generator": config.generator, "dim": model.query_shape[1], "text_dim": bank.embedding.shape[-1], "hidden": config.hidden,
+        }  # fmt: skip
+        generator = build_generator(**architecture)
         modules = {"generator": generator.to(device).train()}
         train(
             STAGE,

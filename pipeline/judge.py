@@ -30,7 +30,7 @@ class Judge:
     Args:
         benchmark: classes and split.
         models: "inductive" and "transductive", with the same segmenter and thresholds.
-        classes: what a prediction chooses from, in the benchmark's order.
+        classes: the teacher's rows of the classes, in the benchmark's order.
         control_offset: the seen_offset of the control row.
         sweep_images: how many images the sweeps see, the first ones.
         object_thresholds, seen_offsets: the sweeps' grids.
@@ -70,7 +70,7 @@ class Judge:
         gt, output = GroundTruth(sample, self.benchmark), output.resize()
         assert output.resized is not None
         pairs = pair(gt, output.resized)
-        logits = {name: model.logits(output.features, self.classes.text) for name, model in self.models.items()}
+        logits = {name: model.logits(output.features, model.text) for name, model in self.models.items()}
         guess = class_products(own.to(self.classes.text.device), self.classes.text).argmax(1).cpu().numpy()
 
         stage_1 = self.models["inductive"]

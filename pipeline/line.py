@@ -62,11 +62,11 @@ def line(config: Config) -> list[Step]:
         steps.append(Step(stage=module.STAGE, recipe=recipe, run=partial(module.run, stage_config, **inputs)))
         return recipe.ref
 
+    benchmark = benchmark_of(config)
     if isinstance(config.data, scenes.ScenesConfig):
-        benchmark = scenes.benchmark(config.data)
         source = add(scenes, config.data)
     else:
-        benchmark, root = _for_training(benchmarks.load_benchmark(config.data.benchmark)), config.data.root
+        root = config.data.root
         source = labels.label_source(root, benchmark) if benchmark.files else shard.coco_source(root)
     teacher = config.teacher
     shards = add(shard, config.shard, source=source, benchmark=benchmark)
@@ -81,6 +81,13 @@ def line(config: Config) -> list[Step]:
         inductive=stage_1, generator=generator, transductive=stage_3,
     )  # fmt: skip
     return steps
+
+
+def benchmark_of(config: Config) -> benchmarks.Benchmark:
+    """The classes of a run and their split. Raises ValueError for a benchmark that cannot be read or has but seen or unseen classes."""
+    if isinstance(config.data, scenes.ScenesConfig):
+        return scenes.benchmark(config.data)
+    return _for_training(benchmarks.load_benchmark(config.data.benchmark))
 
 
 def _for_training(benchmark: benchmarks.Benchmark) -> benchmarks.Benchmark:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models.projector import Projector
 from models.segmenter import Segmenter, build_segmenter
+from models.vision_centric import LinearClassifier
 from pipeline.text import TextBank
 from storage.checkpoints import load_checkpoint, save_checkpoint
 
@@ -19,12 +20,13 @@ from storage.checkpoints import load_checkpoint, save_checkpoint
 class Model:
     """A segmenter and its projector, the text embeddings `text` (K, D) or (K, S, D) of the classes, and the checkpoint's facts.
 
+    Where a linear classifier stands in the projector's place, `text` is the identity (K, K): a class is told by its place alone.
     `facts` holds `architecture` (arguments of the two constructors), `classes` (TextBank.classes()), `templates`, `resize` (the test view),
     `object_threshold`, `overlap_threshold`, `augment` and `matching` (stage 1's views and matcher), and `stage`.
     """
 
     segmenter: Segmenter
-    projector: Projector
+    projector: Projector | LinearClassifier
     text: Tensor
     facts: dict[str, Any]
 
@@ -42,9 +44,10 @@ class Model:
 def build_model(architecture: dict[str, Any], facts: dict[str, Any], text: Tensor) -> Model:
     """A network with fresh weights; draws from torch's global generator, so seed it first."""
     bare = {**architecture["segmenter"], "backbone_weights": None}  # a checkpoint holds all weights, and no path
+    head = architecture["projector"]
     return Model(
         segmenter=build_segmenter(**architecture["segmenter"]),
-        projector=Projector(**architecture["projector"]),
+        projector=LinearClassifier(**head) if "classes" in head else Projector(**head),
         text=text,
         facts={"architecture": {**architecture, "segmenter": bare}, **facts},
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.benchmarks import Benchmark, Category
 from pipeline.runtime import Runtime
+from pipeline.scene_layout import LayoutConfig
 from pipeline.scene_names import SHAPES, stuff_names, thing_names
 from storage.keys import Recipe, Ref
 from storage.store import Build, Store
@@ -45,6 +46,7 @@ class ScenesConfig:
     val_images: int = 300
     unseen_share: float = 0.1
     split: Literal["test", "validation"] = "test"
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
 
     def __post_init__(self) -> None:
         if self.train_images < 1 or self.val_images < 1:
@@ -122,7 +124,7 @@ def _draw_split(
     for number in range(1, count + 1):
         rng = np.random.default_rng([config.seed, split == "val2017", number])
         everything = split == "val2017" or bool(rng.random() < config.unseen_share)
-        scene = draw_scene(rng, size=config.size, **pools[everything])
+        scene = draw_scene(rng, size=config.size, layout=config.layout, **pools[everything])
         stem = f"{number:012d}"
         Image.fromarray(scene.image).save(folder / split / f"{stem}.jpg", quality=92)
         rgb = np.stack([scene.ids, np.zeros_like(scene.ids), np.zeros_like(scene.ids)], axis=-1).astype(np.uint8)

@@ -17,6 +17,7 @@ from models.generator import Generator
 from models.matcher import match
 from models.projector import Projector
 from models.segmenter import Segmenter
+from models.vision_centric import LinearClassifier, PrimitiveGenerator
 from pipeline.loader import Batch
 from pipeline.query_data import QueryBatch
 from pipeline.ranks import ALONE, Ranks
@@ -179,7 +180,9 @@ class V2CStep:
 class G2SStep:
     """L_g2s = L_mmd + lambda_s L_div + lambda_v L_gv2s + beta KL (paper Eq. 8, read as D6), from cached queries alone."""
 
-    def __init__(self, generator: Generator, projector: Projector, bank: TextBank, config: G2SConfig) -> None:
+    def __init__(
+        self, generator: Generator | PrimitiveGenerator, projector: Projector, bank: TextBank, config: G2SConfig
+    ) -> None:
         self.generator, self.projector, self.config = generator, projector, config
         self.device = next(projector.parameters()).device
         self.text_of_class = bank.first.to(self.device)
@@ -211,13 +214,25 @@ class G2SStep:
 
 
 class CPAStep:
-    """L_f = focal(P(F) over A_s) + focal(P(F'_u) over A) (paper Eq. 9): real seen and made-up unseen features, projector alone."""
+    """L_f = focal(P(F) over A_s) + focal(P(F'_u) over A) (paper Eq. 9): real seen and made-up unseen features, projector alone.
 
-    def __init__(self, projector: Projector, generator: Generator, bank: TextBank, config: CPAConfig) -> None:
+    `text`: what the classifier tells the classes by, `Model.text`: A, or of a linear classifier the identity.
+    """
+
+    def __init__(
+        self,
+        projector: Projector | LinearClassifier,
+        generator: Generator | PrimitiveGenerator,
+        bank: TextBank,
+        config: CPAConfig,
+        *,
+        text: Tensor,
+    ) -> None:
         self.projector, self.generator, self.config = projector, generator, config
         self.device = next(projector.parameters()).device
-        self.all_text, self.text_of_class = bank.embedding.to(self.device), bank.first.to(self.device)
-        self.text, self.seen_row = seen_rows(bank, self.device)
+        self.all_text, self.text_of_class = text.to(self.device), bank.first.to(self.device)
+        self.seen_row = seen_rows(bank, self.device)[1]
+        self.text = self.all_text[torch.tensor(bank.seen, device=self.device)]
         self.unseen = torch.tensor([k for k, seen in enumerate(bank.seen) if not seen], device=self.device)
 
     def __call__(self, batch: QueryBatch, step: int) -> Iterator[dict[str, Tensor]]:

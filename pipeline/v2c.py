@@ -202,6 +202,7 @@ def train_model(
     """What each of the processes does: the whole training; the first one leaves the weights in `folder`."""
     import torch
 
+    from models.projector import Projector
     from pipeline.loader import TrainingData
     from pipeline.model import build_model, save_model
     from pipeline.ranks import share_batch_statistics
@@ -214,6 +215,7 @@ def train_model(
     data = TrainingData(shards, tokens, bank, config.augment, seed=config.seed, workers=runtime.decoders)
     torch.manual_seed(config.seed)
     model = build_model(_architecture(config, bank), _facts(config, bank), bank.embedding)
+    assert isinstance(model.projector, Projector)
     if config.text_centering:
         model.projector.text_center.copy_(bank.first[torch.tensor(bank.seen)].mean(0))
     modules = {"segmenter": model.segmenter.to(device).train(), "projector": model.projector.to(device).train()}

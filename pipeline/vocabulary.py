@@ -99,6 +99,10 @@ def _require_same_order(name: str, ours: list[tuple[str, int]], theirs: list[tup
 def _embed(model: Model, names: list[str], teacher_weights: str, runtime: Runtime) -> Tensor:
     """Unit rows of `names` by the checkpoint's own teacher and templates."""
     facts = model.facts["classes"]
+    if "classes" in model.facts["architecture"]["projector"]:
+        raise ValueError(
+            "the checkpoint's classifier is linear and knows no other classes than its own; use one with a projector"
+        )
     if not model.facts["templates"]:
         raise ValueError(
             "the checkpoint's class embeddings were imported, so no other name can be embedded alike; "

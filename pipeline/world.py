@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from pipeline.scene_layout import LayoutConfig
 from pipeline.scene_names import APPEARANCES, SHAPES, TINTS
 
 INK, PAPER = (35, 35, 40), (235, 235, 230)  # the two tones of a striped or spotted thing
-MIN_VISIBLE = 0.6  # of a thing's own area: less than that and the scene is drawn again
 MIN_AREA = 60  # pixels
+PLAIN = LayoutConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,43 +29,58 @@ class Scene:
     names: dict[int, str]
 
 
-def draw_scene(rng: np.random.Generator, *, size: int, things: list[str], stuff: list[str]) -> Scene:
-    """Draw 2 to 4 things over 1 or 2 stuff regions; `things` and `stuff` are the class names to draw from.
+def draw_scene(
+    rng: np.random.Generator, *, size: int, things: list[str], stuff: list[str], layout: LayoutConfig = PLAIN
+) -> Scene:
+    """Draw `layout.things` things over 1 or 2 stuff regions; `things` and `stuff` are the class names to draw from.
 
-    Placements in which a segment is almost hidden are drawn again, so each thing shows at least `MIN_VISIBLE` of itself.
+    Placements in which a segment is almost hidden are drawn again, so each thing shows at least `layout.visible` of itself.
     """
     while True:
-        ids, names, visible = _placement(rng, size, things, stuff)
+        ids, names, visible = _placement(rng, size, things, stuff, layout)
         if visible:
-            return Scene(image=_paint(rng, ids, names), ids=ids, names=names)
+            return Scene(image=_paint(rng, ids, names, layout.clutter), ids=ids, names=names)
 
 
 def _placement(
-    rng: np.random.Generator, size: int, things: list[str], stuff: list[str]
+    rng: np.random.Generator, size: int, things: list[str], stuff: list[str], layout: LayoutConfig
 ) -> tuple[np.ndarray, dict[int, str], bool]:
     """Which class shows at each pixel: one stuff region or two, then things from back to front; and whether all can be seen."""
     ids, names = _ground(rng, size, stuff)
     whole = {}
-    for _ in range(int(rng.integers(2, 5))):
+    for _ in range(int(rng.integers(layout.things[0], layout.things[1] + 1))):
         name = things[rng.integers(len(things))]
-        mask = shape_mask(rng, name.split(" ")[1], size)
+        mask = shape_mask(rng, name.split(" ")[1], size, radius=layout.radius)
         segment = len(names) + 1
         ids[mask] = segment
         names[segment] = name
         whole[segment] = int(mask.sum())
     area = np.bincount(ids.ravel(), minlength=len(names) + 1)
-    return ids, names, all(area[s] >= max(MIN_AREA, MIN_VISIBLE * whole.get(s, 0)) for s in names)
+    return ids, names, all(area[s] >= max(MIN_AREA, layout.visible * whole.get(s, 0)) for s in names)
 
 
-def _paint(rng: np.random.Generator, ids: np.ndarray, names: dict[int, str]) -> np.ndarray:
-    """Colour every segment, then one light and some sensor noise over the whole image."""
+def _paint(rng: np.random.Generator, ids: np.ndarray, names: dict[int, str], clutter: int) -> np.ndarray:
+    """Colour every segment, then the clutter, one light and some sensor noise over the whole image."""
     size = len(ids)
     image = np.empty((size, size, 3), dtype=np.float32)
     for segment, name in names.items():
         first, second = name.split(" ")
         surface = _surface(rng, first, size) if second in SHAPES else textured(rng, TINTS[first], second, size)
         np.copyto(image, surface, where=(ids == segment)[..., None], casting="same_kind")
-    return photograph(rng, image)
+    return photograph(rng, _strokes(rng, image, clutter) if clutter else image)
+
+
+def _strokes(rng: np.random.Generator, image: np.ndarray, count: int) -> np.ndarray:
+    """`image` (S, S, 3) with short straight strokes, 1 or 2 pixels wide, in any colour."""
+    size = len(image)
+    canvas = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(canvas)
+    for _ in range(count):
+        y, x = rng.uniform(0, size, 2)
+        angle, length = rng.uniform(0, np.pi), rng.uniform(0.08, 0.25) * size
+        end = (x + length * np.cos(angle), y + length * np.sin(angle))
+        draw.line([(x, y), end], fill=tuple(int(v) for v in rng.integers(0, 256, 3)), width=int(rng.integers(1, 3)))
+    return np.asarray(canvas)
 
 
 def photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
@@ -130,20 +146,22 @@ def _surface(rng: np.random.Generator, appearance: str, size: int) -> np.ndarray
     return np.where(on[..., None], np.array(INK), np.array(PAPER)).astype(float)
 
 
-def shape_mask(rng: np.random.Generator, shape: str, size: int) -> np.ndarray:
-    """The shape's pixels (size, size) bool: radius 0.16 to 0.27 of the image, turned and placed at random inside it."""
-    radius = rng.uniform(0.16, 0.27) * size
-    cy, cx = rng.uniform(0.8 * radius, size - 0.8 * radius, size=2)
+def shape_mask(
+    rng: np.random.Generator, shape: str, size: int, *, radius: tuple[float, float] = PLAIN.radius
+) -> np.ndarray:
+    """The shape's pixels (size, size) bool: `radius` as shares of the image's side, turned and placed at random inside it."""
+    reach = rng.uniform(*radius) * size
+    cy, cx = rng.uniform(0.8 * reach, size - 0.8 * reach, size=2)
     turn = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[0:size, 0:size].astype(np.float32)
     distance = np.hypot(y - cy, x - cx)
     if shape == "circle":
-        return distance < 0.9 * radius
+        return distance < 0.9 * reach
     if shape == "ring":
-        return (distance < radius) & (distance > 0.55 * radius)
+        return (distance < reach) & (distance > 0.55 * reach)
     angles, radii = _outline(shape)
     points = [
-        (cx + radius * r * np.cos(a + turn), cy + radius * r * np.sin(a + turn))
+        (cx + reach * r * np.cos(a + turn), cy + reach * r * np.sin(a + turn))
         for a, r in zip(angles, radii, strict=True)
     ]
     canvas = Image.new("1", (size, size))

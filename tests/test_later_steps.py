@@ -128,7 +128,7 @@ def test_stage_2_knows_nothing_of_unseen_classes() -> None:
 def cpa(config: CPAConfig = CPA, texts: TextBank | None = None, *, training: bool = False) -> CPAStep:
     made = generator()
     freeze(made)
-    return CPAStep(projector().train(), made.train(training), texts or bank(), config)
+    return CPAStep(projector().train(), made.train(training), texts or bank(), config, text=(texts or bank()).embedding)
 
 
 @pytest.mark.parametrize("noise_into", ["encoder", "latent"])

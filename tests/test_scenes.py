@@ -15,7 +15,7 @@ from pipeline import scenes
 from pipeline.runtime import Runtime
 from pipeline.scene_names import SHAPES, stuff_names, thing_names
 from pipeline.scenes import UNSEEN, VALIDATION_UNSEEN, ScenesConfig
-from pipeline.world import MIN_VISIBLE, draw_scene
+from pipeline.world import PLAIN, draw_scene
 from storage.store import Store
 
 SMALL = ScenesConfig(train_images=30, val_images=10)
@@ -35,7 +35,7 @@ def test_every_segment_is_seen_and_every_pixel_belongs_to_one() -> None:
         assert set(np.unique(scene.ids)) == set(scene.names)
         assert 2 <= sum(name.split(" ")[1] in SHAPES for name in scene.names.values()) <= 4
         assert min(np.bincount(scene.ids.ravel())[1:]) >= 60
-    assert MIN_VISIBLE > 0.5  # else a thing could be mostly hidden and still be asked for
+    assert PLAIN.visible > 0.5  # else a thing could be mostly hidden and still be asked for
 
 
 def test_plain_things_have_their_colour() -> None:

@@ -157,7 +157,7 @@ def _epochs(folder: Path, runtime: Runtime, *, views: int, steps: int) -> Iterat
     known: Any = {"reference": over_images, "unit": "s", "device": machine(device), "dtype": "float32"}
     for stage, config, module, step in (
         ("2", G2SConfig(), generator, lambda c: G2SStep(generator, freeze(projector), bank, c)),
-        ("3", CPAConfig(), projector, lambda c: CPAStep(projector, freeze(generator), bank, c)),
+        ("3", CPAConfig(), projector, lambda c: CPAStep(projector, freeze(generator), bank, c, text=bank.embedding)),
     ):
         module.train().requires_grad_(True)
         epoch = -(-COCO_IMAGES // config.batch)

@@ -1,0 +1,165 @@
+"""The ablations: rows change what their names say and nothing else, share what keys allow, and their numbers are the reports'."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from flows import ablate, presets
+from flows.cli import main
+from pipeline.ablation import (
+    SCORES,
+    SETTINGS,
+    SWEPT,
+    TABLES,
+    Table,
+    Variant,
+    as_is,
+    cells,
+    html,
+    markdown,
+    seeded,
+    summary,
+    sweep,
+)
+from pipeline.line import Config, line
+from storage.store import Store
+
+
+def differences(one: Any, other: Any, path: str = "") -> dict[str, Any]:
+    """Field -> new value, of two nested dicts."""
+    if isinstance(one, dict):
+        found: dict[str, Any] = {}
+        for key in one:
+            found |= differences(one[key], other[key], f"{path}.{key}".strip("."))
+        return found
+    return {} if one == other else {path: other}
+
+
+def changes(table: str) -> list[dict[str, Any]]:
+    base = presets.preset("scenes")
+    return [differences(asdict(base), asdict(variant.change(base))) for variant in TABLES[table].variants]
+
+
+def test_rows_change_what_the_paper_toggles() -> None:
+    off = {"v2c.global_weight": 0.0, "v2c.instance_weight": 0.0}
+    mmd = {"g2s.diversity_weight": 0.0, "g2s.semantic_weight": 0.0}
+    assert changes("table4") == [off | mmd, mmd, {}]
+    attention, instances = {"v2c.target_attention": False}, {"v2c.instance_weight": 0.0}
+    assert changes("table5") == [attention | instances, attention, instances, {}]
+    assert changes("table6") == [mmd, {"g2s.diversity_weight": 0.0}, {"g2s.semantic_weight": 0.0}, {}]
+    centric, ours = changes("table2")
+    assert ours == {} and off.items() | mmd.items() <= centric.items()
+    assert centric["g2s.generator"] == "primitives" and centric["cpa.classifier"] == "linear"
+
+
+def test_the_sweep_moves_one_setting_at_a_time() -> None:
+    base = presets.preset("scenes")
+    first, *rest = [differences(asdict(base), asdict(v.change(base))) for v in sweep(base).variants]
+    assert first == {} and all(len(change) == 1 for change in rest)
+    assert {path for change in rest for path in change} == set(SWEPT)
+
+
+def test_seeds_leave_the_teacher_and_its_tokens_alone() -> None:
+    refs = [{s.stage: s.recipe.ref for s in line(seeded(presets.preset("scenes"), seed))} for seed in (0, 1)]
+    same = {stage for stage in refs[0] if refs[0][stage] == refs[1][stage]}
+    assert same == {"scenes", "shard", "text", "cache-clip"}
+
+
+def test_rows_that_differ_late_share_their_stage_1() -> None:
+    base = presets.preset("scenes")
+    every = [run for table in TABLES.values() for run in ablate._runs(table, base, 3)]
+    stage_1 = {(run.variant, run.ref("v2c")) for run in every}
+    assert len({ref for _, ref in stage_1}) == 3 * 5  # plain, whole, and table 5's three others
+    assert len({run.ref("evaluate") for run in every}) == 3 * 9
+
+
+def report(seed: int, shift: float) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    return {s: {k: float(rng.uniform(10, 60)) + shift for k in SCORES} | {"PQ": 1.0} for s in SETTINGS}
+
+
+def test_means_deviations_and_gains_are_those_of_the_runs() -> None:
+    table = Table(name="table4", title="modules", variants=TABLES["table4"].variants)
+    runs = {v.name: [report(seed, i) for seed in range(3)] for i, v in enumerate(table.variants)}
+    rows = summary(table, runs)
+    for row in rows:
+        for setting in SETTINGS:
+            for score in SCORES:
+                values = [run[setting][score] for run in runs[row["name"]]]
+                assert row["mean"][setting][score] == pytest.approx(np.mean(values))
+                assert row["sd"][setting][score] == pytest.approx(np.std(values, ddof=1))
+        gains = [run["transductive"]["hPQ"] - run["control"]["hPQ"] for run in runs[row["name"]]]
+        assert row["gain"] == {"mean": pytest.approx(np.mean(gains)), "sd": pytest.approx(statistics.stdev(gains))}
+    assert rows[2]["paper"]["transductive"] == {"hPQ": 22.6, "sPQ": 31.0, "uPQ": 17.7}
+    lines = cells(table, rows)
+    assert len(lines) == 4 and {len(line) for line in lines} == {11}
+    assert (
+        lines[3][-1] == "22.6"
+        and lines[1][3] == f"{rows[0]['mean']['inductive']['hPQ']:.1f} ± {rows[0]['sd']['inductive']['hPQ']:.1f}"
+    )
+    assert markdown(lines).count("\n") == 5 and html(lines).count("<tr>") == 4
+
+
+def test_every_row_of_the_paper_has_a_row_here() -> None:
+    paper = json.loads((Path(ablate.__file__).parents[1] / "pipeline/facts/published/ablations.json").read_text())
+    for name, table in TABLES.items():
+        assert set(paper[name]) == {variant.name for variant in table.variants}
+
+
+def test_a_single_run_has_no_deviation_and_a_sweep_no_paper() -> None:
+    table = Table(name="sweep", title="one", variants=(Variant(name="as the preset", change=as_is),))
+    (row,) = summary(table, {"as the preset": [report(0, 0)]})
+    assert row["paper"] == {} and row["sd"]["inductive"]["hPQ"] == 0.0
+    assert len(cells(table, [row])[0]) == 9
+
+
+@pytest.mark.parametrize("words", [["table9"], ["table4", "--seeds", "0"], ["table4", "--jobs", "0"]])
+def test_what_cannot_be_asked_for(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ablate", "--preset", "scenes", *words]) == 2
+    assert capsys.readouterr().err.startswith("zs-seg: ")
+
+
+def small(name: str) -> Config:
+    """A world that is learnt in seconds, badly."""
+    tiny = tiny_config()
+    return replace(tiny, preset=name, evaluate=replace(tiny.evaluate, sweep_images=2))
+
+
+@pytest.mark.slow
+def test_the_command_builds_tables_and_figures_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(presets.PRESETS, "tiny", lambda: small("tiny"))
+    words = ["ablate", "table2", "table4", "--preset", "tiny", "--seeds", "2", "--store", "store", "--threads", "1"]
+    assert main([*words, "--plan"]) == 0
+    assert "v2c          4 artefacts,   4 to build" in capsys.readouterr().out
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    folder = tmp_path / "runs" / "ablate-tiny"
+    assert {p.name for p in folder.iterdir()} == {
+        "table2.json", "table2.md", "table4.json", "table4.md", "figure4.png", "figure4.json", "figure5.png", "report.html",
+    }  # fmt: skip
+    content = json.loads((folder / "table4.json").read_text())
+    store = Store(tmp_path / "store")
+    entry = next(a for a in content["artefacts"] if a["variant"] == "+V2C" and a["seed"] == 1)
+    scored = json.loads((store.root / "report" / entry["evaluate"] / "report.json").read_text())
+    row = next(row for row in content["rows"] if row["name"] == "+V2C")
+    assert row["runs"][1] == {s: {k: scored[s][k] for k in SCORES} for s in SETTINGS}
+    centric = json.loads((folder / "table2.json").read_text())["rows"][0]
+    assert all(run["transductive"]["hPQ"] >= 0 for run in centric["runs"])
+    numbers = json.loads((folder / "figure4.json").read_text())
+    assert set(numbers) == {"baseline", "V2C, L_mmd alone", "V2C and G2S"}
+    assert "table4: modules" in out and (folder / "table4.md").read_text() in out
+    built = {ref: store.open(ref).manifest.provenance["created"] for ref in store.refs()}
+    assert main(words) == 0
+    assert "0 to build" in capsys.readouterr().out
+    assert built == {ref: store.open(ref).manifest.provenance["created"] for ref in store.refs()}
