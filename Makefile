@@ -4,7 +4,9 @@ PRESET ?= demo
 COCO ?=
 STORE ?=
 PREFECT_PORT ?= 4200
+RUNS ?= 1
 UV_VERSION := 0.13.9
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 PYTHON := .venv/bin/python
 FLAGS = $(if $(COCO),--coco "$(COCO)") $(if $(STORE),--store "$(STORE)")
@@ -15,7 +17,7 @@ INSTALLED := .venv/.installed
 CODE := flows models pipeline storage tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check plan shards text cache-clip v2c queries g2s cpa evaluate serve stop clean
+.PHONY: help install demo test check plan shards text cache-clip v2c queries g2s cpa evaluate serve stop image clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -61,11 +63,14 @@ cpa: install  ## training stage 3: the projector adapts; the transductive checkp
 evaluate: install  ## the report in runs/PRESET/
 	@$(ZS_SEG) run --preset $(PRESET) $(FLAGS)
 
-serve: install  ## local Prefect server and worker in the foreground; PREFECT_PORT=4200
-	@exec env $(SERVE) start --port $(PREFECT_PORT)
+serve: install  ## local Prefect server and worker in the foreground; PREFECT_PORT=4200, RUNS=1 at a time
+	@exec env $(SERVE) start --port $(PREFECT_PORT) --runs $(RUNS)
 
 stop: install  ## stop what `make serve` started
 	@$(SERVE) stop
+
+image: requirements.lock  ## the container image zs-seg, with Docker
+	@docker build --file docker/Dockerfile --tag zs-seg:$(VERSION) .
 
 clean:  ## remove environment, tool and Prefect's records; artefacts and reports stay
 	@if [ -x $(PYTHON) ] && [ -d .prefect ]; then $(SERVE) stop; fi

@@ -1,67 +1,125 @@
-"""The Prefect flow `zs-seg`: one task a stage. The store decides what is built; Prefect starts, watches and records."""
+"""The Prefect flow `zs-seg`: one task a stage, each in a process of its own. The store decides what is built; Prefect starts,
+watches and records."""
 
 from __future__ import annotations
 
-from prefect import flow, get_run_logger, task
-from prefect.cache_policies import NO_CACHE
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from flows import stages
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from pydantic import Field
+
+from flows import artifacts, child, stages
+from flows.presets import PRESETS
 from flows.stages import Request
 from pipeline.line import STAGES, Step, line
 from pipeline.runtime import Runtime
 from storage.keys import Ref
+from storage.store import Store
+
+if TYPE_CHECKING:
+    Preset = Stage = str
+else:  # lists to choose from in the form that starts a run
+    Preset, Stage = Literal[tuple(PRESETS)], Literal[STAGES]
+RETRY_DELAY = 5  # seconds, for a GPU to become free again
 
 
-def _build(step: Step, inputs: dict[str, Ref], request: Request, runtime: Runtime) -> Ref:
-    """Build one stage from its cached inputs; a complete artefact is left as it is."""
+def _build(step: Step, inputs: dict[str, Ref], request: Request, flags: list[str]) -> Ref:
+    """Build one stage from its cached inputs, in a process of its own; a complete artefact is left as it is."""
     assert inputs == dict(step.recipe.inputs)
-    outcome = stages.build(step, request.open_store(), runtime)
-    get_run_logger().info(str(outcome))
-    return outcome.ref
+    ref, store, logger = step.recipe.ref, request.open_store(), get_run_logger()
+    if store.state(ref) == "fresh":
+        logger.info("%s", stages.build(step, store, Runtime()))
+    else:
+        words = [*request.arguments("stage", step.stage), *flags]
+        child.run(f"{step.stage} ({ref})", words, lambda text: logger.info("%s  %s", ref.key, text))
+    return ref
+
+
+def _may_help(_task: Any, _run: Any, state: Any) -> bool:
+    """Another try mends a process that died, not a mistake of the user's."""
+    return isinstance(state.data, child.Died)
 
 
 # Prefect's own cache does not look whether the artefact is still there: off. The store finds a complete one by its key.
-TASKS = {stage: task(name=stage, task_run_name=stage, cache_policy=NO_CACHE)(_build) for stage in STAGES}
+TASKS = {
+    stage: task(
+        name=stage,
+        task_run_name=stage,
+        cache_policy=NO_CACHE,
+        retry_delay_seconds=RETRY_DELAY,
+        retry_condition_fn=_may_help,
+    )(_build)
+    for stage in STAGES
+}
 
 
-@flow(name="zs-seg", flow_run_name="{preset}")
+@flow(name="zs-seg", flow_run_name="{preset} until {until_stage}")
 def zs_seg(
-    preset: str = "demo",
-    from_stage: str = "",
-    until_stage: str = "",
-    store: str = "",
-    coco: str = "",
+    preset: Preset = "demo",
+    until_stage: Stage = "evaluate",
+    from_stage: Stage | None = None,
     overrides: list[str] | None = None,
+    coco: str = "",
+    store: str = "",
     device: str = "auto",
-    devices: int = 1,
-    dask: str = "local",
+    devices: Annotated[int, Field(ge=1)] = 1,
+    dask: str = "",
+    checkpoint_every: Annotated[int, Field(ge=1)] = 200,
+    retries: Annotated[int, Field(ge=0)] = 2,
 ) -> str:
     """Images to report, stage by stage; only what is missing is built.
 
     Args:
         preset: The run's configuration, see flows/presets.py.
-        from_stage: Begin there, from cached inputs; empty = the first stage.
-        until_stage: End there; empty = the last stage, which makes the report in runs/<preset>/.
-        store: Folder of the artefacts; empty = ZS_SEG_STORE of the worker, else ./artifacts.
+        until_stage: The last stage to build; with evaluate the report goes to runs/<preset>/ of the worker.
+        from_stage: Begin there, and fail at once if an earlier stage is not complete; empty = build what is missing.
+        overrides: Flags that change single fields of the preset, as on the command line, e.g. ["--v2c.lr", "2e-4"].
         coco: Folder of real images in COCO's layout; empty = COCO_ROOT of the worker.
-        overrides: Flags that change single fields, as on the command line, e.g. ["--v2c.lr", "2e-4"].
-        device: Where to compute: auto, cpu, cuda, cuda:1, ...
-        devices: GPUs (on a CPU: processes) of stage v2c.
-        dask: Workers of cache-clip: local, local:N, none, tcp://HOST:PORT, or a scheduler file.
+        store: Folder of the artefacts; empty = ZS_SEG_STORE of the worker, else ./artifacts.
+        device: Where to compute, such as auto, cpu, cuda or cuda:1.
+        devices: How many GPUs (on a CPU, processes) train stage v2c together.
+        dask: Workers of cache-clip, one of local, local:N, none, tcp://HOST:PORT or a scheduler's file; empty = ZS_SEG_DASK of the worker, else local.
+        checkpoint_every: Training steps between two saved states.
+        retries: How often a stage whose process died (a fault in CUDA, killed for want of memory) goes on from its last state.
 
     Returns:
         The last artefact as "kind/key".
     """
-    runtime = Runtime(device=device, devices=devices, dask=dask)
     request = Request(preset=preset, coco=coco, store=store, overrides=tuple(overrides or ()))
+    flags = [
+        "--device", device, "--devices", str(devices), "--dask", dask or os.environ.get("ZS_SEG_DASK") or "local",
+        "--checkpoint-every", str(checkpoint_every),
+    ]  # fmt: skip
     steps, artefacts = line(stages.configure(request)), request.open_store()
-    selected = stages.select(steps, first=from_stage, last=until_stage)
+    selected = stages.select(steps, first=from_stage or "", last=until_stage)
     stages.require_inputs(request, artefacts, steps, selected)
     built: dict[Ref, Ref] = {}  # what earlier tasks returned: Prefect draws its graph from these very objects
     for step in selected:
         inputs = {name: built.get(ref, ref) for name, ref in step.recipe.inputs.items()}
-        built[step.recipe.ref] = TASKS[step.stage](step, inputs, request, runtime)
+        built[step.recipe.ref] = TASKS[step.stage].with_options(retries=retries)(step, inputs, request, flags)
+    _show_stages(preset, steps, artefacts)
     if selected[-1] is steps[-1]:
-        folder = stages.publish(preset, steps, artefacts)
-        get_run_logger().info("report: %s", folder / "report.html")
+        _show_report(preset, stages.publish(preset, steps, artefacts))
     return str(selected[-1].recipe.ref)
+
+
+def _show_stages(preset: str, steps: list[Step], store: Store) -> None:
+    there = stages.lineage(steps, store)
+    rows = [{"stage": stage, "artefact": made["ref"], "seconds": made["seconds"]} for stage, made in there.items()]
+    create_table_artifact(rows, key=f"{preset}-stages", description=f"What {preset} has in {store.root}")
+
+
+def _show_report(preset: str, folder: Path) -> None:
+    page = (folder / "report.html").absolute()
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    marks = "; ".join((report["benchmark"], *report["marks"]))
+    create_table_artifact(artifacts.score_rows(report), key=f"{preset}-scores", description=marks)
+    create_link_artifact(page.as_uri(), str(page), key=f"{preset}-report", description="On the worker's machine")
+    if shown := artifacts.pictures(page.read_text(encoding="utf-8")):
+        create_markdown_artifact(shown, key=f"{preset}-pictures", description=marks)
+    get_run_logger().info("report: %s", page)

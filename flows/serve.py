@@ -27,19 +27,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.serve", description=__doc__)
     parser.add_argument("command", choices=("start", "stop"))
     parser.add_argument("--port", type=int, default=4200)
+    parser.add_argument("--runs", type=int, default=1, help="how many runs at a time; the others wait")
     options = parser.parse_args()
     home = Path(os.environ.setdefault("PREFECT_HOME", str(Path(".prefect").absolute())))
     if options.command == "stop":
         return stop(home)
     try:
-        return serve(home, options.port)
+        return serve(home, options.port, options.runs)
     except (ValueError, subprocess.CalledProcessError) as error:
         print(f"serve: {error}", file=sys.stderr)
         return 2
 
 
-def serve(home: Path, port: int) -> int:
-    """Start everything, stay until a signal comes or a part dies, then stop everything."""
+def serve(home: Path, port: int, runs: int) -> int:
+    """Start everything, stay until a signal comes or a part dies, then stop everything.
+
+    The worker takes `runs` flow runs at a time, so that no two share a GPU by accident; the others wait for their turn.
+    """
+    if runs < 1:
+        raise ValueError(f"--runs must be 1 or more, not {runs}")
     home.mkdir(parents=True, exist_ok=True)
     if running := _recorded(home):
         raise ValueError(f"already running ({', '.join(running)}); stop it with `make stop`")
@@ -58,7 +64,8 @@ def serve(home: Path, port: int) -> int:
         parts.append(_start(home, "server", "server", "start", "--host", "127.0.0.1", "--port", str(port)))
         _wait_until_healthy(parts[0], port)
         _prefect("work-pool", "create", POOL, "--type", "process", "--overwrite")
-        parts.append(_start(home, "worker", "worker", "start", "--pool", POOL, "--type", "process"))
+        worker = ("worker", "start", "--pool", POOL, "--type", "process", "--limit", str(runs))
+        parts.append(_start(home, "worker", *worker))
         _prefect("deploy", "--all", "--no-prompt")
         print(f"serving at http://127.0.0.1:{port}; stop with Ctrl-C or `make stop`", flush=True)
         while all(part.poll() is None for part in parts):

@@ -42,13 +42,17 @@ class Request:
     def open_store(self) -> Store:
         return Store(Path(self.store or os.environ.get("ZS_SEG_STORE") or "artifacts"))
 
-    def command(self, *words: str) -> str:
-        """The command line that does `words` for the same request."""
+    def arguments(self, *words: str) -> list[str]:
+        """What follows `zs-seg` on the command line that does `words` for the same request."""
         options = [
             word for name in ("coco", "store") if (value := getattr(self, name)) for word in (f"--{name}", value)
         ]
         cut = ["--max-steps", str(self.max_steps)] if self.max_steps else []
-        return shlex.join(["zs-seg", *words, "--preset", self.preset, *options, *cut, *self.overrides])
+        return [*words, "--preset", self.preset, *options, *cut, *self.overrides]
+
+    def command(self, *words: str) -> str:
+        """The command line that does `words` for the same request."""
+        return shlex.join(["zs-seg", *self.arguments(*words)])
 
 
 def configure(request: Request) -> Config:

@@ -1,21 +1,28 @@
-"""The deployment, against a real local Prefect server, started and stopped as `make serve` and `make stop` do."""
+"""The deployments, against a real local Prefect server, started and stopped as `make serve` and `make stop` do."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from tiny import QUIET
 
+from flows.presets import PRESETS
 from flows.stages import Request, configure
-from pipeline.line import STAGES, line
+from pipeline.line import STAGES, Step, line
+from storage.checkpoints import load_training_state
 from storage.store import Store
 
 pytestmark = pytest.mark.slow
@@ -25,6 +32,14 @@ OVERRIDES = (
     "--data.train-images", "24", "--data.val-images", "6", "--v2c.steps", "2", "--v2c.calibration-images", "4",
     "--g2s.steps", "2", "--cpa.steps", "2",
 )  # fmt: skip
+DEPLOYMENTS = {
+    "cache-clip": "cache-clip",
+    "v2c": "v2c",
+    "g2s": "g2s",
+    "cpa": "cpa",
+    "evaluate": "evaluate",
+    "full": "evaluate",
+}
 SERVE = [sys.executable, "-m", "flows.serve"]
 
 
@@ -34,19 +49,87 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_for(text: str, log: Path, process: subprocess.Popen[bytes], seconds: float) -> None:
+def wait_for(something: Callable[[], Any], seconds: float, told: Callable[[], object]) -> Any:
+    """What `something` returns, as soon as that is not false; fails with what `told` tells."""
     deadline = time.monotonic() + seconds
-    while text not in log.read_text():
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+    while not (found := something()):
+        assert time.monotonic() < deadline, told()
         time.sleep(0.2)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A served project: its working folder, its clients' environment, and the store of its runs."""
+
+    folder: Path
+    environment: dict[str, str]
+    store: Store
+    process: psutil.Process
+
+    def ask(self, path: str, **body: object) -> Any:
+        """Prefect's REST interface."""
+        data = json.dumps(body).encode() if body else None
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.environment['PREFECT_API_URL']}/{path}", data, headers)
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.load(answer)
+
+    def prefect(self, *words: str) -> str:
+        command = [sys.executable, "-m", "prefect", *words]
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def start(self, deployment: str, **parameters: object) -> str:
+        """`prefect deployment run zs-seg/DEPLOYMENT`, as a user would; the flow run's id."""
+        parameters = {"store": str(self.store.root), "dask": "none", "overrides": list(OVERRIDES), **parameters}
+        words = [word for name, value in parameters.items() for word in ("-p", f"{name}={_text(value)}")]
+        told = self.prefect("deployment", "run", f"zs-seg/{deployment}", *words)
+        return told.split("UUID: ")[1].split()[0]
+
+    def ended(self, run: str, seconds: float = 120) -> dict[str, Any]:
+        """The flow run, when it has come to an end."""
+        final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+        return wait_for(
+            lambda: (found := self.ask(f"flow_runs/{run}"))["state_type"] in final and found, seconds, self.log
+        )
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text()[-6000:]
+
+    def training(self, older: psutil.Process | None = None) -> psutil.Process:
+        """The process of stage v2c, another one than `older`, as soon as there is one."""
+        return wait_for(lambda: self._training(older), 60, self.log)
+
+    def _training(self, older: psutil.Process | None) -> psutil.Process | None:
+        for process in self.process.children(recursive=True):
+            if process != older and "flows.child" in _command(process) and "v2c" in _command(process):
+                return process
+        return None
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def steps_of(overrides: tuple[str, ...]) -> dict[str, Step]:
+    return {step.stage: step for step in line(configure(Request(preset="demo", overrides=overrides)))}
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A served project, in a working folder of its own; yields the environment of its clients.
-
-    The folder holds links to the project's files, for flow runs start in it and leave their reports there.
-    """
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A served project in a working folder of its own, with links to the project's files: flow runs start in it and leave
+    their reports there."""
     folder = tmp_path_factory.mktemp("project")
     for name in ("flows", "prefect.yaml"):
         (folder / name).symlink_to(ROOT / name)
@@ -58,11 +141,24 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
             [*SERVE, "start", "--port", str(port)], cwd=folder, env=environment, stdout=output, stderr=output
         )
     tree: list[psutil.Process] = []
+    store = Store(tmp_path_factory.mktemp("store"))
     try:
-        wait_for("serving at", log, process, 180)
-        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        yield {**environment, "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+        for stage, step in steps_of(OVERRIDES).items():  # while the server starts
+            step.run(store=store, runtime=QUIET)
+            if stage == "cache-clip":
+                break
+        wait_for(lambda: process.poll() is not None or "serving at" in log.read_text(), 180, log.read_text)
+        assert process.poll() is None, log.read_text()
+        top = psutil.Process(process.pid)
+        tree = [top, *top.children(recursive=True)]
+        yield Served(
+            folder=folder,
+            environment={**environment, "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"},
+            store=store,
+            process=top,
+        )
     finally:
+        tree += psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         subprocess.run([*SERVE, "stop"], cwd=folder, env=environment, check=True, timeout=90)
         process.wait(10)
     assert len(tree) >= 3
@@ -70,33 +166,89 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
     assert not list((folder / ".prefect").glob("*.pid"))
 
 
-def run_deployment(environment: dict[str, str], **parameters: object) -> subprocess.CompletedProcess[str]:
-    """`prefect deployment run zs-seg/full --watch`, as a user would."""
-    words = [word for name, value in parameters.items() for word in ("-p", f"{name}={_text(value)}")]
-    command = [sys.executable, "-m", "prefect", "deployment", "run", "zs-seg/full", *words, "--watch"]
-    return subprocess.run(
-        command, cwd=environment["PWD"], env=environment, capture_output=True, text=True, timeout=300, check=False
+def test_the_form_of_every_deployment_has_types_choices_and_descriptions(served: Served) -> None:
+    found = {row["name"]: row for row in served.ask("deployments/filter", limit=20)}
+    assert found.keys() == DEPLOYMENTS.keys()
+    for name, row in found.items():
+        form = row["parameter_openapi_schema"]["properties"]
+        assert all(field.get("description") for field in form.values()), form
+        assert form["preset"]["enum"] == list(PRESETS) and form["until_stage"]["enum"] == list(STAGES)
+        assert form["devices"] | {"type": "integer", "minimum": 1} == form["devices"]
+        assert row["description"] and row["parameters"]["until_stage"] == DEPLOYMENTS[name]
+        assert row["enforce_parameter_schema"]
+
+
+def test_every_deployment_completes_one_after_the_other(served: Served) -> None:
+    """All are asked for at once, and each builds what the ones before it have not; `evaluate` alone is too early the first time."""
+    early = served.start("evaluate")
+    runs = {name: served.start(name) for name in DEPLOYMENTS}
+    told = served.ended(early)["state"]
+    assert told["type"] == "FAILED" and "reads what stage v2c makes" in told["message"], told
+    assert "`zs-seg run --until v2c " in told["message"]
+    ended = {name: served.ended(run, 300) for name, run in runs.items()}
+    assert {name: run["state_type"] for name, run in ended.items()} == dict.fromkeys(runs, "COMPLETED"), served.log()
+    for first, second in zip(list(ended.values())[:-1], list(ended.values())[1:], strict=True):
+        assert first["end_time"] <= second["start_time"]
+
+    steps = steps_of(OVERRIDES)
+    assert [served.store.state(step.recipe.ref) for step in steps.values()] == ["fresh"] * len(steps)
+    report = json.loads((served.folder / "runs/demo/report.json").read_text())
+    assert {stage: made["ref"] for stage, made in report["lineage"].items()} == {
+        stage: str(step.recipe.ref) for stage, step in steps.items()
+    }
+    logs = served.ask("logs/filter", logs={"flow_run_id": {"any_": [runs["v2c"]]}}, limit=200)
+    key = steps["v2c"].recipe.ref.key
+    assert any(line["message"].startswith(f"{key}  v2c: building checkpoint/{key}") for line in logs)
+
+    shown = {row["key"]: row for row in served.ask("artifacts/filter", limit=200) if row["flow_run_id"] == runs["full"]}
+    assert shown.keys() == {"demo-stages", "demo-scores", "demo-report", "demo-pictures"}
+    scores = json.loads(shown["demo-scores"]["data"])
+    assert scores[0] == {
+        "percent": "inductive",
+        **{name: f"{report['inductive'][name]:.1f}" for name in ("sPQ", "uPQ", "hPQ", "sIoU", "uIoU", "hIoU")},
+    }
+    assert [row["stage"] for row in json.loads(shown["demo-stages"]["data"])] == list(STAGES)
+    assert (served.folder / "runs/demo/report.html").as_uri() in shown["demo-report"]["data"]
+    assert (
+        "](data:image/jpeg;base64," in shown["demo-pictures"]["data"] and len(shown["demo-pictures"]["data"]) < 200_000
     )
 
 
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def test_a_killed_and_a_cancelled_training_go_on_where_they_were(served: Served) -> None:
+    """`kill -9` twice: the first time the stage is tried again, the second time it has failed. The next run is cancelled."""
+    overrides = (*OVERRIDES, "--v2c.steps", "60")
+    step = steps_of(overrides)["v2c"]
+    partial = served.store.partial(step.recipe.ref)
+    parameters = {"overrides": list(overrides), "checkpoint_every": 1}
+    workers = served.process.children()
 
+    def saved() -> int:
+        return (load_training_state(partial) or {"step": 0})["step"]
 
-def test_deployment_runs_every_stage_and_leaves_a_report(served: dict[str, str], tmp_path: Path) -> None:
-    done = run_deployment(served, preset="demo", store=str(tmp_path), overrides=list(OVERRIDES))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert all(f"prefect.task-run.Completed * {stage}" in done.stdout for stage in STAGES), done.stdout
-    store, steps = Store(tmp_path), line(configure(Request(preset="demo", overrides=OVERRIDES)))
-    assert [store.state(step.recipe.ref) for step in steps] == ["fresh"] * len(steps)
-    report = json.loads((Path(served["PWD"]) / "runs/demo/report.json").read_text())
-    assert report["lineage"] == {
-        step.stage: {"ref": str(step.recipe.ref), "seconds": report["lineage"][step.stage]["seconds"]} for step in steps
-    }
+    run, killed, done = served.start("v2c", **parameters, retries=1), None, 0
+    for _ in range(2):
+        killed = served.training(older=killed)
+        wait_for(lambda before=done: saved() > before, 60, served.log)
+        killed.send_signal(signal.SIGKILL)
+        killed.wait(10)
+        done = saved()
+    told = served.ended(run)["state"]
+    assert told["type"] == "FAILED", told
+    assert f"the process of v2c ({step.recipe.ref}) was ended by SIGKILL" in told["message"]
+    assert served.store.state(step.recipe.ref) == "partial"
+    assert served.process.children() == workers and all(worker.is_running() for worker in workers)
 
+    run = served.start("v2c", **parameters)
+    training = served.training()
+    wait_for(lambda: saved() > done, 60, served.log)
+    family = [training, *training.parents()[:1]]
+    served.ask(f"flow_runs/{run}/set_state", state={"type": "CANCELLING"})  # as the button of the UI does
+    assert served.ended(run)["state_type"] == "CANCELLED"
+    assert not psutil.wait_procs(family, 5)[1]
+    cancelled_at = saved()
+    assert served.store.state(step.recipe.ref) == "partial" and done < cancelled_at < 60
 
-def test_a_mistake_fails_the_flow_with_its_message(served: dict[str, str], tmp_path: Path) -> None:
-    done = run_deployment(served, preset="demo", store=str(tmp_path), from_stage="cpa", until_stage="cpa")
-    assert done.returncode == 1, done.stdout
-    assert "stage cpa reads what stage queries makes" in (Path(served["PWD"]) / "log").read_text()
-    assert not list(tmp_path.iterdir())
+    assert served.ended(served.start("v2c", **parameters))["state_type"] == "COMPLETED", served.log()
+    manifest = served.store.open(step.recipe.ref).manifest
+    assert manifest.provenance["resumed"]
+    assert served.process.children() == workers

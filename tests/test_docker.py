@@ -1,0 +1,79 @@
+"""The container files, as far as that can be told without Docker: what they name is there, pinned, private, and fits together."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
+SERVICES: dict[str, Any] = COMPOSE["services"]
+INSTRUCTIONS = [
+    line.split(maxsplit=1)
+    for line in (ROOT / "docker/Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    if line and not line.startswith("#")
+]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_waits_for_what_is_there_and_says_when_it_is_ready(name: str) -> None:
+    service = SERVICES[name]
+    for other, how in service.get("depends_on", {}).items():
+        needed = SERVICES[other]
+        assert not needed.get("profiles"), f"{other} does not run without a profile"
+        assert ("healthcheck" in needed) == (how["condition"] == "service_healthy")
+        assert (needed.get("restart") == "no") == (how["condition"] == "service_completed_successfully")
+    assert "healthcheck" in service or service["restart"] == "no"
+    named = [volume.split(":")[0] for volume in service.get("volumes", [])]
+    assert {re.sub(r"\$\{\w+:-(.*)", r"\1", volume) for volume in named} <= COMPOSE["volumes"].keys()
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_images_are_pinned_ports_are_local_and_no_secret_is_written_down(name: str) -> None:
+    service = SERVICES[name]
+    assert service["image"] == f"zs-seg:{VERSION}" or re.fullmatch(r"\w+:\d+\.\d+-\w+", service["image"])
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+    secrets = {key: value for key, value in service.get("environment", {}).items() if "PASSWORD" in key}
+    assert all(value.startswith("${POSTGRES_PASSWORD:?set ") for value in secrets.values())
+
+
+def test_everything_that_works_on_artefacts_shares_the_store() -> None:
+    for name in ("worker", "worker-gpu", "dask-worker", "dask-worker-gpu"):
+        assert "store:/artifacts" in SERVICES[name]["volumes"]
+    for name in ("worker", "dask-worker"):
+        gpu = SERVICES[f"{name}-gpu"]
+        assert gpu["profiles"] == ["gpu"] and SERVICES[name]["profiles"] == ["cpu"]
+        assert {**gpu, "profiles": ["cpu"]} == {**SERVICES[name], "deploy": gpu["deploy"]}
+
+
+def test_the_image_is_made_from_the_lock_first_and_the_source_last_and_runs_as_nobody_special() -> None:
+    words = [word for word, _ in INSTRUCTIONS]
+    assert not [rest for word, rest in INSTRUCTIONS if word == "FROM" and ("latest" in rest or ":" not in rest)]
+    copied = [rest for word, rest in INSTRUCTIONS if word == "COPY"]
+    assert copied[0].startswith("requirements.lock") and copied[-1] == ". ."
+    assert "RUN" not in words[len(words) - words[::-1].index("COPY") :], "a step after the source runs at every change"
+    assert dict(INSTRUCTIONS)["USER"] == "1000:1000"
+    assert "--require-hashes" in (ROOT / "docker/Dockerfile").read_text()
+    uv = re.search(r"UV_VERSION := (\S+)", (ROOT / "Makefile").read_text())
+    assert uv and f"uv=={uv[1]}" in (ROOT / "docker/Dockerfile").read_text()
+
+
+def test_the_image_gets_the_source_and_nothing_else() -> None:
+    kept = [line[1:] for line in _lines(".dockerignore") if line.startswith("!")]
+    assert _lines(".dockerignore")[0] == "*"
+    assert all((ROOT / name).exists() for name in kept)
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert {*packages["packages"], "requirements.lock", "prefect.yaml"} <= set(kept)
+    assert not [name for name in kept if fnmatch.fnmatch(name, ".*") or name in ("artifacts", "runs", "tests")]
+
+
+def _lines(suffix: str) -> list[str]:
+    text = (ROOT / f"docker/Dockerfile{suffix}").read_text()
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
