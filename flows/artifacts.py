@@ -29,12 +29,11 @@ def pictures(page: str, rows: int = 3) -> str:
     """The first `rows` pictures of a report's page as one image in Markdown: photo, ground truth, both predictions beside each
     other. "" where the page has none.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     strips = []
     for photo, overlays in ROW.findall(page)[:rows]:
-        image = Image.open(io.BytesIO(base64.b64decode(photo))).convert("RGB")
-        image.thumbnail((PANEL, PANEL))
+        image = ImageOps.contain(Image.open(io.BytesIO(base64.b64decode(photo))).convert("RGB"), (PANEL, PANEL))
         panels = [image]
         for overlay in OVERLAY.findall(overlays):
             layer = Image.open(io.BytesIO(base64.b64decode(overlay))).convert("RGBA").resize(image.size)

@@ -31,8 +31,8 @@ def test_a_service_waits_for_what_is_there_and_says_when_it_is_ready(name: str) 
         assert ("healthcheck" in needed) == (how["condition"] == "service_healthy")
         assert (needed.get("restart") == "no") == (how["condition"] == "service_completed_successfully")
     assert "healthcheck" in service or service["restart"] == "no"
-    named = [volume.split(":")[0] for volume in service.get("volumes", [])]
-    assert {re.sub(r"\$\{\w+:-(.*)", r"\1", volume) for volume in named} <= COMPOSE["volumes"].keys()
+    mounts = [re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", volume) for volume in service.get("volumes", [])]
+    assert {mount.split(":")[0] for mount in mounts} <= COMPOSE["volumes"].keys()
 
 
 @pytest.mark.parametrize("name", SERVICES)
