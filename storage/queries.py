@@ -73,6 +73,11 @@ def write_queries(
     write_group(path, arrays)
 
 
+def check_queries(path: Path) -> None:
+    """Read one group. Raises ValueError when it is damaged."""
+    QueryBank(**read_group(path, _DTYPES, stage="queries"))
+
+
 def read_queries(folder: Path) -> QueryBank:
     """All groups of a queries artefact one after the other, in name order.
 
@@ -82,10 +87,10 @@ def read_queries(folder: Path) -> QueryBank:
     if not paths:
         raise ValueError(f"{folder} holds no queries; rebuild it with `zs-seg run --force queries`")
     small = {name: dtype for name, dtype in _DTYPES.items() if name != "feature"}
-    labels = [read_group(path, small) for path in paths]
+    labels = [read_group(path, small, stage="queries") for path in paths]
     features = []
     for path, arrays in zip(paths, labels, strict=True):
-        part = map_array(path, "feature", _DTYPES["feature"])
+        part = map_array(path, "feature", _DTYPES["feature"], stage="queries")
         try:
             QueryBank(feature=part, **arrays)
         except ValueError as error:

@@ -118,7 +118,8 @@ def write_tokens(
 def read_tokens(path: Path) -> TokenGroup:
     """The tokens of a tar. Raises ValueError, naming the group, when it is missing, damaged or its arrays disagree."""
     tokens = dict.fromkeys(("global", "instance", "mirrored_global", "mirrored_instance"), np.float16)
-    arrays = read_group(path, {**tokens, "offsets": np.int64, "segment_id": np.int32, "kept": np.bool_})
+    dtypes = {**tokens, "offsets": np.int64, "segment_id": np.int32, "kept": np.bool_}
+    arrays = read_group(path, dtypes, stage="cache-clip")
     try:
         return TokenGroup(global_=arrays.pop("global"), **arrays)
     except ValueError as error:
