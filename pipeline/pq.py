@@ -200,7 +200,7 @@ def read_panoptic(path: Path) -> Panoptic:
     """
     try:
         data = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error}); write it again") from error
     categories: dict[int, dict[str, Any]] = {}
     for item in _field(data, "categories", list, path) if isinstance(data, dict) and "categories" in data else []:
@@ -215,7 +215,10 @@ def read_panoptic(path: Path) -> Panoptic:
         if image_id in annotations:
             raise ValueError(f"{where} is annotated twice; remove one annotation")
         segments = _segments(_field(item, "segments_info", list, where), where)
-        annotations[image_id] = {"file_name": _field(item, "file_name", str, where), "segments_info": segments}
+        name = _field(item, "file_name", str, where)
+        if name in ("", ".", "..") or set(name) & set("/\\\0"):
+            raise ValueError(f"{where} has file_name {name!r}; it must be a bare file name")
+        annotations[image_id] = {"file_name": name, "segments_info": segments}
     if not annotations:
         raise ValueError(f"{path} holds no annotations; pass another file")
     return Panoptic(path=path, categories=categories, annotations=annotations)
