@@ -15,7 +15,7 @@ INSTALLED := .venv/.installed
 CODE := flows models pipeline storage tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check plan shards text cache-clip v2c queries g2s cpa evaluate serve stop clean
+.PHONY: help install demo test test-faults check plan shards text cache-clip v2c queries g2s cpa evaluate serve stop clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -27,6 +27,12 @@ demo: install  ## generated scenes, all stages, report in runs/demo/ (minutes on
 
 test: install  ## every test
 	@$(PYTHON) -m pytest
+
+test-faults: install  ## 240 random faults, a killed Prefect server, fuzzed files; about half an hour; SEED=0
+	@mkdir -p runs
+	@PYTHONPATH=. OMP_NUM_THREADS=1 $(PYTHON) tests/fault_run.py --seed $(or $(SEED),0) --count 240 --markdown runs/faults.md --json runs/faults.json
+	@PYTHONPATH=. $(PYTHON) tests/fault_prefect.py
+	@$(PYTHON) -m pytest tests/test_cluster.py tests/test_fuzz_readers.py tests/test_safety.py tests/test_store.py
 
 check: install  ## format, lint, types, quick tests
 	@$(PYTHON) -m ruff format --check $(CODE)
