@@ -160,7 +160,7 @@ def _shard(
 ) -> None:
     from PIL import Image
 
-    from storage.shards import read_shard, write_index, write_shard
+    from storage.shards import check_shard, read_shard, write_index, write_shard
 
     items = {split: everything[: config.limit or None] for split, everything in listed.items()}
     index: dict[str, list[dict[str, Any]]] = {split: [] for split in items}
@@ -175,7 +175,7 @@ def _shard(
             counts = Counter[str]()
             for i, chunk in enumerate(_chunks(chosen, config.samples_per_tar)):
                 path = build.path / f"{split}-{i:06d}.tar"
-                left = build.holds(path, lambda tar: list(read_shard(tar)))
+                left = build.holds(path, check_shard)
                 done = {sample.image_id: sample for sample in read_shard(path)} if left else {}
                 samples: list[Sample] = []
                 for item, loaded in zip(chunk, pool.map(partial(_load, done), chunk), strict=True):

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
+from zarr.storage import MemoryStore
 
 from storage.atomic import replacing
 
@@ -20,17 +22,29 @@ from storage.atomic import replacing
 def write_group(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write the arrays as the group `path`, which appears whole or not at all."""
     with replacing(path) as temporary:
-        group = zarr.open_group(temporary, mode="w", zarr_format=3)
-        for name, array in arrays.items():
-            group.create_array(
-                name,
-                data=np.ascontiguousarray(array),
-                chunks=tuple(max(1, size) for size in array.shape),
-                compressors=[Crc32cCodec()],  # embeddings do not compress
-                config={
-                    "write_empty_chunks": True
-                },  # else zarr leaves out all-zero arrays, and a lost file reads as zeros
-            )
+        _fill(zarr.open_group(temporary, mode="w", zarr_format=3), arrays)
+
+
+def _fill(group: zarr.Group, arrays: Mapping[str, np.ndarray]) -> None:
+    for name, array in arrays.items():
+        group.create_array(
+            name,
+            data=np.ascontiguousarray(array),
+            chunks=tuple(max(1, size) for size in array.shape),
+            compressors=[Crc32cCodec()],  # embeddings do not compress
+            config={"write_empty_chunks": True},  # else zarr leaves out all-zero arrays, and a lost file reads as zeros
+        )
+
+
+def check_group(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Is every file what writing `arrays`, as read from there, would make it? Raises ValueError when one is not."""
+    expected: dict[str, Any] = {}
+    _fill(zarr.open_group(MemoryStore(expected), mode="w", zarr_format=3), arrays)
+    found = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    names = sorted(found.keys() | expected.keys())
+    for name in names:
+        if name not in found or name not in expected or found[name].read_bytes() != expected[name].to_bytes():
+            raise ValueError(f"{path}: {name} is not what was written")
 
 
 def map_array(path: Path, name: str, dtype: np.dtype | type, *, stage: str) -> np.ndarray:

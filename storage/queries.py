@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.groups import map_array, read_group, write_group
+from storage.groups import check_group, map_array, read_group, write_group
 
 _DTYPES = {"feature": np.float16, "segment": np.int32, "category": np.int32, "image_id": np.int64, "view": np.int8}
 
@@ -74,8 +74,10 @@ def write_queries(
 
 
 def check_queries(path: Path) -> None:
-    """Read one group. Raises ValueError when it is damaged."""
-    QueryBank(**read_group(path, _DTYPES, stage="queries"))
+    """Read one group, every byte of it. Raises ValueError when it is damaged."""
+    arrays = read_group(path, _DTYPES, stage="queries")
+    QueryBank(**arrays)
+    check_group(path, arrays)
 
 
 def read_queries(folder: Path) -> QueryBank:

@@ -55,11 +55,20 @@ class Sample:
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> None:
     """Write a tar of the samples in the order given; it appears whole or not at all."""
-    with (
-        replacing(path) as temporary,
-        temporary.open("wb") as file,
-        TarWriter(file, user="zs-seg", group="zs-seg", mtime=0, encoder=False) as tar,
-    ):
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        _write(file, samples)
+
+
+def check_shard(path: Path) -> None:
+    """Read a tar, every byte of it. Raises ValueError as `read_shard`, and when it is not what writing its samples makes."""
+    file = io.BytesIO()
+    _write(file, read_shard(path))
+    if file.getvalue() != path.read_bytes():
+        raise ValueError(f"{path} is not what was written")
+
+
+def _write(file: Any, samples: Iterable[Sample]) -> None:
+    with TarWriter(file, user="zs-seg", group="zs-seg", mtime=0, encoder=False) as tar:
         for sample in samples:
             about: dict[str, Any] = {
                 "image_id": sample.image_id,

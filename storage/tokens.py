@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.groups import read_group, write_group
+from storage.groups import check_group, read_group, write_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,3 +124,8 @@ def read_tokens(path: Path) -> TokenGroup:
         return TokenGroup(global_=arrays.pop("global"), **arrays)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; rebuild it with `zs-seg run --force cache-clip`") from error
+
+
+def check_tokens(path: Path) -> None:
+    """Read a tar's tokens, every byte of them. Raises ValueError when they are damaged."""
+    check_group(path, read_tokens(path).arrays())
