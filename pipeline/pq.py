@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pipeline.metrics import PanopticMean, PanopticResult
 
 MAX_SEGMENT_ID = 256**3 - 1  # what a pixel of a PNG can hold
+MAX_PIXELS = 89_478_485  # of an image, PIL's limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +161,8 @@ def _count(
     for where in (gt_folder, folder):
         if not where.is_dir():
             raise ValueError(f"folder {where} not found; pass the folder of the PNGs")
+    _refuse_bombs(truth, gt_folder)
+    _refuse_bombs(guess, folder)
     image_ids = list(truth.annotations)
     categories = list(truth.categories.values())
     gt, predicted = (
@@ -185,6 +188,20 @@ def _count(
     tp, fp, fn = (np.array([count[name] for count in counts], np.int64) for name in ("tp", "fp", "fn"))
     iou_sum = np.array([count["iou"] for count in counts], np.float64)
     return PanopticResult(category_ids=tuple(truth.categories), iou_sum=iou_sum, tp=tp, fp=fp, fn=fn)
+
+
+def _refuse_bombs(side: Panoptic, folder: Path) -> None:
+    """hotcoco takes as much memory as a PNG's header asks for. Missing and damaged files are hotcoco's to find."""
+    for annotation in side.annotations.values():
+        path = folder / annotation["file_name"]
+        try:
+            with path.open("rb") as file:
+                header = file.read(24)
+        except OSError:
+            continue
+        width, height = int.from_bytes(header[16:20]), int.from_bytes(header[20:24])
+        if header.startswith(b"\x89PNG") and width * height > MAX_PIXELS:
+            raise ValueError(f"{path} has {width} x {height} pixels, more than {MAX_PIXELS}; write it again")
 
 
 def _told(error: Exception, image_ids: list[int | str]) -> str:
