@@ -32,7 +32,7 @@ test-faults: install  ## 240 random faults, a killed Prefect server, fuzzed file
 	@mkdir -p runs
 	@PYTHONPATH=. OMP_NUM_THREADS=1 $(PYTHON) tests/fault_run.py --seed $(or $(SEED),0) --count 240 --markdown runs/faults.md --json runs/faults.json
 	@PYTHONPATH=. $(PYTHON) tests/fault_prefect.py
-	@$(PYTHON) -m pytest tests/test_cluster.py tests/test_fuzz_readers.py tests/test_safety.py tests/test_store.py
+	@$(PYTHON) -m pytest tests/test_cluster.py tests/test_fuzz_readers.py tests/test_safety.py tests/test_store.py tests/test_store_inputs.py
 
 check: install  ## format, lint, types, quick tests
 	@$(PYTHON) -m ruff format --check $(CODE)

@@ -47,10 +47,10 @@ def lose(file: Path, rng: np.random.Generator) -> str:
 
 
 def swap(file: Path, rng: np.random.Generator) -> str:
-    """Two files of the same name's ending in the artefact change places: of the same size, where there are such."""
+    """Two files of one kind (the name's ending) in the artefact change places: of the same size, where there are such."""
     folder = next(parent for parent in file.parents if (parent / "manifest.json").exists() or ".partial" in parent.name)
     data = file.read_bytes()
-    others = [f for f in files_of(folder) if f.name[-5:] == file.name[-5:] and f.read_bytes() != data]
+    others = [f for f in files_of(folder) if f.suffix == file.suffix and f.read_bytes() != data]
     others = [f for f in others if f.stat().st_size == len(data)] or others
     if not others:
         replace(file, data[::-1])
