@@ -97,7 +97,7 @@ def _checksum(structure: Any, tensors: Sequence[torch.Tensor]) -> int:
     crc = zlib.crc32(json.dumps(structure).encode())
     for tensor in tensors:
         crc = zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
     return crc
 
 

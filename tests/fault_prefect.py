@@ -8,6 +8,7 @@ Also looks where the server listens. Each trial starts a real server and the rea
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,12 +68,16 @@ def trial(folder: Path, stage: str, calm: Store, steps: list[Step]) -> None:
         _wait(lambda: store.state(ref) == "fresh", PATIENCE, flow)
         _kill(process)
         killed = time.monotonic()
-    try:
-        code = flow.wait(PATIENCE)
-    except subprocess.TimeoutExpired:  # it has not given up hope yet; a person would press Ctrl-C
-        code = None
-        flow.kill()
-        flow.wait()
+    end = killed + PATIENCE
+    while flow.poll() is None and time.monotonic() < end and any(store.state(s.recipe.ref) != "fresh" for s in steps):
+        time.sleep(0.2)
+    with contextlib.suppress(
+        subprocess.TimeoutExpired
+    ):  # Prefect has not given up hope yet; a person would press Ctrl-C
+        flow.wait(10)
+    code = flow.poll()
+    flow.kill()
+    flow.wait()
     complete = [step for step in steps if store.state(step.recipe.ref) == "fresh"]
     print(f"server killed after {stage}: flow ended with {code} after {time.monotonic() - killed:.0f} s, {len(complete)} of "
           f"{len(STAGES)} stages complete", flush=True)  # fmt: skip
@@ -114,7 +119,7 @@ def _healthy(port: int) -> bool:
         return False
 
 
-def _wait(condition, seconds: float, process: subprocess.Popen[bytes] | None = None) -> None:
+def _wait(condition: Callable[[], bool], seconds: float, process: subprocess.Popen[bytes] | None = None) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end and (process is None or process.poll() is None), "waited in vain"

@@ -232,7 +232,7 @@ def failed(trial: Trial) -> bool:
 
 def table(trials: Sequence[Trial]) -> str:
     """Markdown: a row a kind."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             "fault",
             "tried",
