@@ -17,7 +17,7 @@ INSTALLED := .venv/.installed
 CODE := flows models pipeline storage tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check plan shards text cache-clip v2c queries g2s cpa evaluate serve stop image clean
+.PHONY: help install demo ablate test test-faults check plan shards text cache-clip v2c queries g2s cpa evaluate serve stop image clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -27,8 +27,17 @@ help:  ## this list
 demo: install  ## generated scenes, all stages, report in runs/demo/ (minutes on a CPU)
 	@$(ZS_SEG) run --preset demo $(FLAGS)
 
+ablate: install  ## the paper's ablations on generated scenes, three seeds, with figures (hours on a CPU)
+	@$(ZS_SEG) ablate --preset scenes $(FLAGS)
+
 test: install  ## every test
 	@$(PYTHON) -m pytest
+
+test-faults: install  ## 240 random faults, a killed Prefect server, fuzzed files; about half an hour; SEED=0
+	@mkdir -p runs
+	@PYTHONPATH=. OMP_NUM_THREADS=1 $(PYTHON) tests/fault_run.py --seed $(or $(SEED),0) --count 240 --markdown runs/faults.md --json runs/faults.json
+	@PYTHONPATH=. $(PYTHON) tests/fault_prefect.py
+	@$(PYTHON) -m pytest tests/test_cluster.py tests/test_fuzz_readers.py tests/test_safety.py tests/test_store.py tests/test_store_inputs.py
 
 check: install  ## format, lint, types, quick tests
 	@$(PYTHON) -m ruff format --check $(CODE)

@@ -225,9 +225,10 @@ def publish(preset: str, steps: Sequence[Step], store: Store, runs: Path = Path(
     """Copy the report to `<runs>/<preset>/`, with the preset's name and where every number came from; returns that folder."""
     from pipeline import report
 
-    folder = runs / preset
+    folder, ref = runs / preset, steps[-1].recipe.ref
+    store.require_intact(ref)
     try:
-        report.publish(store.open(steps[-1].recipe.ref).path, folder, preset=preset, lineage=lineage(steps, store))
+        report.publish(store.path(ref), folder, preset=preset, lineage=lineage(steps, store))
     except OSError as error:
         raise ValueError(f"folder {folder} cannot be written ({error.strerror}); mend that or run elsewhere") from error
     return folder

@@ -94,6 +94,10 @@ class Benchmark:
                 )
         if (least := min([*ids, *files.ignored])) < 0:
             raise ValueError(f"benchmark {self.name}: value {least} is negative; use the values in the label PNGs")
+        if (most := max([*ids, *files.ignored])) > 65535:
+            raise ValueError(
+                f"benchmark {self.name}: value {most} is above 65535, the most a label PNG holds; correct it"
+            )
         if both := sorted(set(files.ignored) & set(ids)):
             raise ValueError(f"benchmark {self.name}: values {both} are categories and ignored; choose one of both")
 
@@ -145,7 +149,7 @@ def load_benchmark(name: str) -> Benchmark:
     try:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         benchmark = _benchmark(path.stem if name.endswith(".json") else name, facts)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: no valid JSON ({error}); correct it") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(

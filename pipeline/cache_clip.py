@@ -105,6 +105,7 @@ def run(
     def work(build: Build) -> None:
         from storage.atomic import clean
         from storage.shards import Shards
+        from storage.tokens import check_tokens
 
         opened = Shards(store.open(shards).path)
         jobs = [
@@ -113,7 +114,7 @@ def run(
             for split in SPLITS
             for tar, count in zip(opened.tars(split), opened.counts(split), strict=True)
         ]  # fmt: skip
-        missing = [job for job in jobs if not job.group.exists()]
+        missing = [job for job in jobs if not build.holds(job.group, check_tokens)]
         images, left = (sum(job.images for job in some) for some in (jobs, missing))
         instances, started = 0, time.monotonic()
         with runtime.bar(images, "teacher tokens", "image", initial=images - left) as bar:

@@ -147,9 +147,19 @@ def _listed(root: Path, lists: Sequence[str]) -> tuple[str, list[str]]:
     path = next((path for path in lists if (root / path).is_file()), None)
     if path is None:
         raise ValueError(f"no list of the split's images found as {_either([root / p for p in lists])}; add it")
-    names = [line.strip() for line in (root / path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = (root / path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{root / path} cannot be read as a list ({error}); re-download it") from error
+    names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise ValueError(f"{root / path} names no image; re-download it")
+    if outside := [
+        name for name in names if name.startswith("/") or ".." in name.split("/") or set(name) & set("\\\0")
+    ]:
+        raise ValueError(
+            f"{root / path} names {outside[0]!r}, which is no name of an image below the folder; correct it"
+        )
     if len(set(names)) < len(names):
         raise ValueError(f"{root / path} names {max(names, key=names.count)!r} twice; re-download it")
     return path, names

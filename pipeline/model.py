@@ -60,13 +60,21 @@ def save_model(folder: Path, model: Model) -> None:
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> Model:
-    """Read a checkpoint, in evaluation mode."""
+    """Read a checkpoint, in evaluation mode. Raises ValueError when it is damaged, or its weights are not of the network it tells of."""
     tensors, facts = load_checkpoint(folder)
-    model = build_model(facts["architecture"], facts, tensors["text.embedding"].to(device))
-    for part in ("segmenter", "projector"):
-        state = {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
-        getattr(model, part).load_state_dict(state)
-        getattr(model, part).to(device).eval()
+    try:
+        model = build_model(facts["architecture"], facts, tensors["text.embedding"].to(device))
+        for part in ("segmenter", "projector"):
+            own = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
+            getattr(model, part).load_state_dict(own)
+            getattr(model, part).to(device).eval()
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"checkpoint {folder} does not fit together ({reason}); train it again, or pass another"
+        ) from error
     return model
 
 

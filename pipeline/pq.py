@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pipeline.metrics import PanopticMean, PanopticResult
 
 MAX_SEGMENT_ID = 256**3 - 1  # what a pixel of a PNG can hold
+MAX_PIXELS = 89_478_485  # of an image, PIL's limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +161,8 @@ def _count(
     for where in (gt_folder, folder):
         if not where.is_dir():
             raise ValueError(f"folder {where} not found; pass the folder of the PNGs")
+    _refuse_bombs(truth, gt_folder)
+    _refuse_bombs(guess, folder)
     image_ids = list(truth.annotations)
     categories = list(truth.categories.values())
     gt, predicted = (
@@ -187,6 +190,20 @@ def _count(
     return PanopticResult(category_ids=tuple(truth.categories), iou_sum=iou_sum, tp=tp, fp=fp, fn=fn)
 
 
+def _refuse_bombs(side: Panoptic, folder: Path) -> None:
+    """hotcoco takes as much memory as a PNG's header asks for. Missing and damaged files are hotcoco's to find."""
+    for annotation in side.annotations.values():
+        path = folder / annotation["file_name"]
+        try:
+            with path.open("rb") as file:
+                header = file.read(24)
+        except OSError:
+            continue
+        width, height = int.from_bytes(header[16:20]), int.from_bytes(header[20:24])
+        if header.startswith(b"\x89PNG") and width * height > MAX_PIXELS:
+            raise ValueError(f"{path} has {width} x {height} pixels, more than {MAX_PIXELS}; write it again")
+
+
 def _told(error: Exception, image_ids: list[int | str]) -> str:
     """hotcoco's message, with the image's own id for the number that it was given."""
     return re.sub(r"^image (\d+)", lambda found: f"image {image_ids[int(found[1])]}", str(error))
@@ -200,7 +217,7 @@ def read_panoptic(path: Path) -> Panoptic:
     """
     try:
         data = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error}); write it again") from error
     categories: dict[int, dict[str, Any]] = {}
     for item in _field(data, "categories", list, path) if isinstance(data, dict) and "categories" in data else []:
@@ -215,7 +232,10 @@ def read_panoptic(path: Path) -> Panoptic:
         if image_id in annotations:
             raise ValueError(f"{where} is annotated twice; remove one annotation")
         segments = _segments(_field(item, "segments_info", list, where), where)
-        annotations[image_id] = {"file_name": _field(item, "file_name", str, where), "segments_info": segments}
+        name = _field(item, "file_name", str, where)
+        if name in ("", ".", "..") or set(name) & set("/\\\0"):
+            raise ValueError(f"{where} has file_name {name!r}; it must be a bare file name")
+        annotations[image_id] = {"file_name": name, "segments_info": segments}
     if not annotations:
         raise ValueError(f"{path} holds no annotations; pass another file")
     return Panoptic(path=path, categories=categories, annotations=annotations)

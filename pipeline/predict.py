@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipeline.metrics import PredictedSegment
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # of PIL's others some start programs
 
 
 def run(
@@ -81,7 +82,11 @@ def checkpoint_folder(store: Store, checkpoint: str) -> Path:
 
     Raises ValueError where there is none.
     """
-    folder = Path(checkpoint) if Path(checkpoint).is_dir() else store.open(store.find(checkpoint)).path
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        ref = store.find(checkpoint)
+        store.require_intact(ref)
+        folder = store.path(ref)
     try:
         stage = json.loads((folder / "meta.json").read_bytes()).get("stage")
     except (OSError, ValueError, AttributeError):
@@ -128,8 +133,11 @@ def read_image(path: Path) -> np.ndarray:
     import numpy as np
     from PIL import Image
 
+    from storage.shards import refuse_bomb
+
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            refuse_bomb(image)
             return np.array(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0]

@@ -50,6 +50,7 @@ def run(
         from pipeline.loader import TrainingData
         from pipeline.model import load_model, require_same_classes
         from pipeline.text import open_text
+        from storage.queries import check_queries
 
         bank = open_text(store.open(text).path, text.key)
         model = load_model(store.open(checkpoint).path, runtime.torch_device())
@@ -65,7 +66,7 @@ def run(
         with runtime.bar(len(data) * config.views, "queries", "view") as bar:
             for number, tar in enumerate(data.tars):
                 group = build.path / f"{tar.stem}.zarr"
-                if not group.exists():
+                if not build.holds(group, check_queries):
                     _write_group(group, number, data, model, bank, config)
                 bar.update(len(data.kept[number]) * config.views)
         build.provenance["device"] = str(runtime.torch_device())

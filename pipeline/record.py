@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from storage.atomic import write_text
 
 CURVES, TENSORBOARD = "curves.jsonl", "tensorboard"
 EVERY = 10  # steps between two rows, each the mean over them
+log = logging.getLogger(__name__)
 MEASURED = ("seconds", "waiting")  # of a row's values these differ between two runs
 
 
@@ -19,7 +23,7 @@ class Record:
     """Rows of "step", the mean of each loss over the steps since the last row, their "total", the gradient's "norm" before clipping,
     "lr", "seconds" a step, and "waiting", the share of them that went into waiting for data.
 
-    `state()` belongs to the training state; a run that goes on from it forgets the rows written after it.
+    `state()`, with a checksum over the rows, belongs to the training state; a run that goes on from it forgets the rows written after it.
     """
 
     def __init__(
@@ -27,6 +31,7 @@ class Record:
     ) -> None:  # fmt: skip
         self.name, self.folder, self.schedule, self.runtime, self.writes = name, folder, schedule, runtime, writes
         self.step, self.recent, self.rows = start, state.get("recent", []), state.get("rows", 0)
+        self.crc = state.get("crc", 0)
 
     def __enter__(self) -> Record:
         self.bar = self.runtime.bar(self.schedule.steps, f"training {self.name}", "step")
@@ -35,8 +40,13 @@ class Record:
             from torch.utils.tensorboard import SummaryWriter
 
             path = self.folder / CURVES
-            lines = path.read_text().splitlines()[: self.rows] if self.rows else []
-            write_text(path, "".join(line + "\n" for line in lines))
+            if self.rows and not path.exists():
+                log.warning("%s is gone; going on without the %d rows in it", path, self.rows)
+                self.rows = self.crc = 0
+            text = b"".join(path.read_bytes().splitlines(keepends=True)[: self.rows]) if self.rows else b""
+            if zlib.crc32(text) != self.crc:
+                raise ValueError(f"{path} is damaged; delete it to go on without the rows in it")
+            write_text(path, text.decode())
             self.file = path.open("a", encoding="utf-8")
             self.board = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=self.step + 1)
         return self
@@ -48,7 +58,9 @@ class Record:
             self.board.close()
 
     def state(self) -> dict[str, Any]:
-        return {"recent": self.recent, "rows": self.rows}
+        if self.writes:
+            os.fsync(self.file.fileno())  # the rows must not be younger than the state that counts them
+        return {"recent": self.recent, "rows": self.rows, "crc": self.crc}
 
     def add(self, losses: dict[str, float], *, norm: float, waited: float, seconds: float) -> None:
         """One step is done."""
@@ -65,7 +77,9 @@ class Record:
             shown |= {"images/s": f"{self.schedule.batch / row['seconds']:.3g}", "waiting": f"{row['waiting']:.0%}"}
             self.bar.set_postfix(shown, refresh=False)
             if self.writes:
-                self.file.write(json.dumps({"step": self.step, **row}) + "\n")
+                line = json.dumps({"step": self.step, **row}) + "\n"
+                self.crc = zlib.crc32(line.encode(), self.crc)
+                self.file.write(line)
                 self.file.flush()
                 for key, value in row.items():
                     self.board.add_scalar(f"{self.name}/{key}", value, self.step)
@@ -73,5 +87,9 @@ class Record:
 
 
 def read_curves(folder: Path) -> list[dict[str, float]]:
-    """The curves of a finished training stage."""
-    return [json.loads(line) for line in (folder / CURVES).read_text().splitlines()]
+    """The curves of a finished training stage. Raises ValueError, naming the file, when it is missing or damaged."""
+    path = folder / CURVES
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}); rebuild with `zs-seg run --force STAGE`") from error

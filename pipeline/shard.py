@@ -160,7 +160,7 @@ def _shard(
 ) -> None:
     from PIL import Image
 
-    from storage.shards import read_shard, write_index, write_shard
+    from storage.shards import check_shard, read_shard, write_index, write_shard
 
     items = {split: everything[: config.limit or None] for split, everything in listed.items()}
     index: dict[str, list[dict[str, Any]]] = {split: [] for split in items}
@@ -175,7 +175,8 @@ def _shard(
             counts = Counter[str]()
             for i, chunk in enumerate(_chunks(chosen, config.samples_per_tar)):
                 path = build.path / f"{split}-{i:06d}.tar"
-                done = {sample.image_id: sample for sample in read_shard(path)} if path.exists() else {}
+                left = build.holds(path, check_shard)
+                done = {sample.image_id: sample for sample in read_shard(path)} if left else {}
                 samples: list[Sample] = []
                 for item, loaded in zip(chunk, pool.map(partial(_load, done), chunk), strict=True):
                     bar.update()
@@ -187,7 +188,7 @@ def _shard(
                         raise ValueError(f"{root}: {split} image {item.image_id} {loaded}; {CURE}")
                 if not samples:
                     continue
-                if len(samples) != len(done):  # else a killed build left this very tar
+                if [sample.image_id for sample in samples] != list(done):  # else a killed build left this very tar
                     write_shard(path, samples)
                 held = [segment for sample in samples for segment in sample.segments]
                 index[split].append({"tar": path.name, "samples": len(samples), "segments": len(held)})

@@ -214,8 +214,11 @@ def _file(name: str, field: str) -> Path:
 
 
 def open_text(folder: Path, key: str) -> TextBank:
-    """Read a text artefact."""
+    """Read a text artefact. Raises ValueError when it is damaged."""
     from storage.checkpoints import load_checkpoint
 
     tensors, meta = load_checkpoint(folder)
-    return TextBank(key=key, embedding=tensors["embedding"], **meta)
+    try:
+        return TextBank(key=key, embedding=tensors["embedding"], **meta)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder} holds no text bank ({error}); rebuild it with `zs-seg run --force text`") from error

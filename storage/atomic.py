@@ -38,8 +38,9 @@ def write_text(path: Path, text: str) -> None:
 
 def clean(folder: Path) -> None:
     """Remove what killed writers left behind in `folder`, at any depth."""
-    for leftover in sorted(folder.rglob(f".*{_SUFFIX}")):
-        delete(leftover)
+    for pattern in (f".*{_SUFFIX}", ".tmp??????"):  # the second kind is safetensors'
+        for leftover in sorted(folder.rglob(pattern)):
+            delete(leftover)
 
 
 def delete(path: Path) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], meta: Map
     """Write weights.safetensors and meta.json (JSON values) into `folder`, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dict(meta), indent=1, allow_nan=False) + "\n"
-    _save(folder / WEIGHTS, tensors)
+    # clones, because safetensors refuses tensors that share memory
+    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    _save(folder / WEIGHTS, owned)
     write_text(folder / META, text)
 
 
@@ -35,10 +38,11 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     """The tensors, on the CPU, and the meta data. Raises ValueError, naming the folder, when either is damaged."""
     try:
         return load_file(folder / WEIGHTS), json.loads((folder / META).read_bytes())
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"checkpoint {folder} is missing or damaged ({reason}); rebuild it with `zs-seg run`"
+            f"checkpoint {folder} is missing or damaged ({reason}); find it with `zs-seg verify` and rebuild it "
+            "with `zs-seg run --force STAGE`"
         ) from error
 
 
@@ -49,8 +53,11 @@ def save_training_state(folder: Path, state: Mapping[Any, Any]) -> None:
     and None come back as they were, tensors on the CPU. Raises TypeError for anything else.
     """
     tensors: list[torch.Tensor] = []
-    structure = json.dumps(_flatten(state, tensors))
-    _save(folder / STATE, {f"{i:06d}": tensor for i, tensor in enumerate(tensors)}, {"structure": structure})
+    structure = _flatten(state, tensors)
+    owned = [tensor.detach().cpu().contiguous().clone() for tensor in tensors]  # safetensors refuses shared memory
+    # safetensors has no checksum of its own, and writes several metadata entries in random order: so one
+    metadata = {"structure": json.dumps([structure, _checksum(structure, owned)])}
+    _save(folder / STATE, {f"{i:06d}": tensor for i, tensor in enumerate(owned)}, metadata)
 
 
 def load_training_state(folder: Path) -> Any | None:
@@ -60,9 +67,12 @@ def load_training_state(folder: Path) -> Any | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            structure = json.loads(file.metadata()["structure"])
-            return _unflatten(structure, [file.get_tensor(name) for name in sorted(file.keys())])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            structure, checksum = json.loads(file.metadata()["structure"])
+            tensors = [file.get_tensor(name) for name in sorted(file.keys())]
+        if checksum != _checksum(structure, tensors):
+            raise ValueError("its checksum differs")
+        return _unflatten(structure, tensors)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, SafetensorError) as error:
         raise ValueError(f"training state {path} is damaged; delete it to train from the start") from error
 
 
@@ -72,17 +82,23 @@ def remove_training_state(folder: Path) -> None:
 
 
 def _save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    # clones, because safetensors refuses tensors that share memory; at most one metadata entry, because it writes
-    # several in random order
-    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         try:
-            save_file(owned, temporary, metadata=metadata)
+            save_file(dict(tensors), temporary, metadata=metadata)
         except SafetensorError as error:
             if number := re.search(r"os error (\d+)", str(error)):  # a full disk and its like, for whoever knows these
                 code = int(number[1])
                 raise OSError(code, os.strerror(code), str(path)) from error
             raise
+
+
+def _checksum(structure: Any, tensors: Sequence[torch.Tensor]) -> int:
+    """CRC-32 over structure, types, shapes and bytes of contiguous tensors on the CPU."""
+    crc = zlib.crc32(json.dumps(structure).encode())
+    for tensor in tensors:
+        crc = zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return crc
 
 
 def _flatten(value: Any, tensors: list[torch.Tensor]) -> Any:

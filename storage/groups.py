@@ -1,72 +1,93 @@
 """A zarr 3 group of arrays, each written whole, as one chunk, by one writer.
 
-Whole groups only: on zarr 3.1, writers that share a chunk lose data silently. Equal arrays give equal bytes.
+Whole groups only: on zarr 3.1, writers that share a chunk lose data silently. Equal arrays give equal bytes. Behind each array
+stands its CRC-32C, which `read_group` checks; groups of an older version lack it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
+from zarr.codecs import Crc32cCodec
+from zarr.storage import MemoryStore
 
 from storage.atomic import replacing
-
-CURE = "find the damage with `zs-seg verify` and rebuild that artefact with `zs-seg run --force`"
 
 
 def write_group(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write the arrays as the group `path`, which appears whole or not at all."""
     with replacing(path) as temporary:
-        group = zarr.open_group(temporary, mode="w", zarr_format=3)
-        for name, array in arrays.items():
-            group.create_array(
-                name,
-                data=np.ascontiguousarray(array),
-                chunks=tuple(max(1, size) for size in array.shape),
-                compressors=None,  # embeddings do not compress
-                config={
-                    "write_empty_chunks": True
-                },  # else zarr leaves out all-zero arrays, and a lost file reads as zeros
-            )
+        _fill(zarr.open_group(temporary, mode="w", zarr_format=3), arrays)
 
 
-def map_array(path: Path, name: str, dtype: np.dtype | type) -> np.ndarray:
-    """One array of a group, mapped into memory and not read: its only chunk is the array, byte for byte.
+def _fill(group: zarr.Group, arrays: Mapping[str, np.ndarray]) -> None:
+    for name, array in arrays.items():
+        group.create_array(
+            name,
+            data=np.ascontiguousarray(array),
+            chunks=tuple(max(1, size) for size in array.shape),
+            compressors=[Crc32cCodec()],  # embeddings do not compress
+            config={"write_empty_chunks": True},  # else zarr leaves out all-zero arrays, and a lost file reads as zeros
+        )
 
-    Raises ValueError as `read_group` does.
+
+def check_group(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Is every file what writing `arrays`, as read from there, would make it? Raises ValueError when one is not."""
+    expected: dict[str, Any] = {}
+    _fill(zarr.open_group(MemoryStore(expected), mode="w", zarr_format=3), arrays)
+    found = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    names = sorted(found.keys() | expected.keys())
+    for name in names:
+        if name not in found or name not in expected or found[name].read_bytes() != expected[name].to_bytes():
+            raise ValueError(f"{path}: {name} is not what was written")
+
+
+def map_array(path: Path, name: str, dtype: np.dtype | type, *, stage: str) -> np.ndarray:
+    """One array of a group, mapped into memory and not read: its only chunk begins with the array, byte for byte.
+
+    Raises ValueError as `read_group` does; wrong bytes in the data go unnoticed.
     """
-    try:
-        array = zarr.open_array(path / name, mode="r", zarr_format=3)
-        if not array.size:
-            return np.empty(array.shape, dtype)
-        chunk = path / name / "c" / "/".join("0" * array.ndim)
-        if array.dtype != dtype or array.chunks != array.shape or array.compressors:
-            raise ValueError("it was not written as one plain chunk")
-        if chunk.stat().st_size != array.size * array.dtype.itemsize:
-            raise ValueError("its data is cut off")
-        return np.memmap(chunk, array.dtype, "r", shape=array.shape)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: array {name} is missing or damaged; {CURE}") from error
+    with _damage_named(path, name, stage):
+        array, chunk = _open(path, name, dtype)
+        return np.memmap(chunk, array.dtype, "r", shape=array.shape) if array.size else np.empty(array.shape, dtype)
 
 
-def read_group(path: Path, dtypes: Mapping[str, np.dtype | type]) -> dict[str, np.ndarray]:
-    """The arrays of those names.
+def read_group(path: Path, dtypes: Mapping[str, np.dtype | type], *, stage: str) -> dict[str, np.ndarray]:
+    """The arrays of those names; `stage` made them.
 
     Raises ValueError, naming the group, when one is missing, damaged or of another dtype.
     """
-    if not path.is_dir():
-        raise ValueError(f"{path} is missing; {CURE}")
     arrays = {}
     for name, dtype in dtypes.items():
-        try:
-            array = zarr.open_array(path / name, mode="r", zarr_format=3)
-            if array.nchunks_initialized != array.nchunks:  # zarr would read zeros
-                raise ValueError("its data is gone")
-            arrays[name] = np.asarray(array[...])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: array {name} is missing or damaged; {CURE}") from error
-        if arrays[name].dtype != dtype:
-            raise ValueError(f"{path}: array {name} is {arrays[name].dtype}, not {np.dtype(dtype)}; {CURE}")
+        with _damage_named(path, name, stage):
+            arrays[name] = np.asarray(_open(path, name, dtype)[0][...])
     return arrays
+
+
+def _open(path: Path, name: str, dtype: np.dtype | type) -> tuple[zarr.Array, Path]:
+    """An array and its only chunk, which is of the right size: where none is, zarr would read zeros."""
+    array = zarr.open_array(path / name, mode="r", zarr_format=3)
+    chunk = path / name / "c" / "/".join("0" * array.ndim)
+    if array.dtype != dtype:
+        raise ValueError(f"it is {array.dtype}, not {np.dtype(dtype)}")
+    if array.size:
+        if array.chunks != array.shape or array.compressors not in ((), (Crc32cCodec(),)):
+            raise ValueError("it was not written as one plain chunk")
+        if chunk.stat().st_size != array.size * array.dtype.itemsize + 4 * len(array.compressors):
+            raise ValueError("its data is cut off")
+    return array, chunk
+
+
+@contextmanager
+def _damage_named(path: Path, name: str, stage: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # zarr and its codecs raise of everything
+        what = f"{path}: array {name} is missing or damaged" if path.is_dir() else f"{path} is missing"
+        cure = f"find the damage with `zs-seg verify` and rebuild it with `zs-seg run --force {stage}`"
+        raise ValueError(f"{what} ({' '.join(str(error).split())}); {cure}") from error

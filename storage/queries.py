@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.groups import map_array, read_group, write_group
+from storage.groups import check_group, map_array, read_group, write_group
 
 _DTYPES = {"feature": np.float16, "segment": np.int32, "category": np.int32, "image_id": np.int64, "view": np.int8}
 
@@ -73,6 +73,13 @@ def write_queries(
     write_group(path, arrays)
 
 
+def check_queries(path: Path) -> None:
+    """Read one group, every byte of it. Raises ValueError when it is damaged."""
+    arrays = read_group(path, _DTYPES, stage="queries")
+    QueryBank(**arrays)
+    check_group(path, arrays)
+
+
 def read_queries(folder: Path) -> QueryBank:
     """All groups of a queries artefact one after the other, in name order.
 
@@ -82,10 +89,10 @@ def read_queries(folder: Path) -> QueryBank:
     if not paths:
         raise ValueError(f"{folder} holds no queries; rebuild it with `zs-seg run --force queries`")
     small = {name: dtype for name, dtype in _DTYPES.items() if name != "feature"}
-    labels = [read_group(path, small) for path in paths]
+    labels = [read_group(path, small, stage="queries") for path in paths]
     features = []
     for path, arrays in zip(paths, labels, strict=True):
-        part = map_array(path, "feature", _DTYPES["feature"])
+        part = map_array(path, "feature", _DTYPES["feature"], stage="queries")
         try:
             QueryBank(feature=part, **arrays)
         except ValueError as error:

@@ -1,5 +1,6 @@
 """Shards: webdataset tars of undecoded samples, `{image_id:012d}.jpg/.json/.png` each.
 
+JPEG has no checksum of its own, so every JSON holds one over its sample (tars of an older version: none).
 The same samples always give the same bytes (mtime 0, one owner, members in order). A tar is read front to back.
 """
 
@@ -9,6 +10,7 @@ import io
 import json
 import re
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from storage.atomic import replacing, write_text
 
 INDEX = "index.json"
 MAX_SEGMENT_ID = 256**3 - 1
+_TAR = re.compile(r"(train|val)-\d{6}\.tar")
 _MEMBER = re.compile(r"\d{12}\.(jpg|json|png)")
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -52,23 +55,33 @@ class Sample:
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> None:
     """Write a tar of the samples in the order given; it appears whole or not at all."""
-    with (
-        replacing(path) as temporary,
-        temporary.open("wb") as file,
-        TarWriter(file, user="zs-seg", group="zs-seg", mtime=0, encoder=False) as tar,
-    ):
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        _write(file, samples)
+
+
+def check_shard(path: Path) -> None:
+    """Read a tar, every byte of it. Raises ValueError as `read_shard`, and when it is not what writing its samples makes."""
+    file = io.BytesIO()
+    _write(file, read_shard(path))
+    if file.getvalue() != path.read_bytes():
+        raise ValueError(f"{path} is not what was written")
+
+
+def _write(file: Any, samples: Iterable[Sample]) -> None:
+    with TarWriter(file, user="zs-seg", group="zs-seg", mtime=0, encoder=False) as tar:
         for sample in samples:
-            about = {
+            about: dict[str, Any] = {
                 "image_id": sample.image_id,
                 "height": sample.height,
                 "width": sample.width,
                 "segments": [asdict(segment) for segment in sample.segments],
             }
+            about["crc32"] = _checksum(about, sample.jpeg, sample.png)
             tar.write(
                 {
                     "__key__": f"{sample.image_id:012d}",
                     "jpg": sample.jpeg,
-                    "json": json.dumps(about, separators=(",", ":")).encode(),
+                    "json": _dumps(about),
                     "png": sample.png,
                 }
             )
@@ -109,10 +122,19 @@ def _members(path: Path) -> Iterator[dict[str, Any]]:
         raise ValueError("the archive is cut off or a header is broken")
 
 
+def _dumps(about: dict[str, Any]) -> bytes:
+    return json.dumps(about, separators=(",", ":")).encode()
+
+
+def _checksum(about: dict[str, Any], jpeg: bytes, png: bytes) -> int:
+    return zlib.crc32(png, zlib.crc32(jpeg, zlib.crc32(_dumps(about))))
+
+
 def _sample(files: dict[str, Any]) -> Sample:
     try:
         about = json.loads(files["json"])
-        return Sample(
+        checksum = about.pop("crc32", None)
+        sample = Sample(
             image_id=about["image_id"],
             jpeg=files["jpg"],
             png=files["png"],
@@ -120,8 +142,11 @@ def _sample(files: dict[str, Any]) -> Sample:
             width=about["width"],
             segments=tuple(Segment(**segment) for segment in about["segments"]),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"sample {files['__key__']} has a broken json") from error
+    if checksum not in (None, _checksum(about, sample.jpeg, sample.png)):
+        raise ValueError(f"sample {files['__key__']} is not what its checksum says")
+    return sample
 
 
 def decode_image(sample: Sample) -> np.ndarray:
@@ -136,8 +161,19 @@ def decode_ids(sample: Sample) -> np.ndarray:
 
 
 def open_image(data: bytes, kind: str) -> Image.Image:
-    """A "JPEG" or "PNG" whose header is read and whose pixels are not; a file of another kind is refused."""
-    return Image.open(io.BytesIO(data), formats=[kind])
+    """A "JPEG" or "PNG" whose header is read and whose pixels are not; a file of another kind is refused.
+
+    Raises Image.DecompressionBombError where the header promises more pixels than PIL's limit.
+    """
+    image = Image.open(io.BytesIO(data), formats=[kind])
+    refuse_bomb(image)
+    return image
+
+
+def refuse_bomb(image: Image.Image) -> None:
+    """Raises Image.DecompressionBombError for more pixels than PIL's limit, of which PIL itself only warns up to twice of it."""
+    if image.width * image.height > (limit := Image.MAX_IMAGE_PIXELS or 0):
+        raise Image.DecompressionBombError(f"it has {image.width} x {image.height} pixels, more than {limit}")
 
 
 def encode_ids(ids: np.ndarray) -> bytes:
@@ -163,10 +199,12 @@ class Shards:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self._index: dict[str, list[dict[str, Any]]] = json.loads((folder / INDEX).read_bytes())
-            self._tars = {split: [folder / tar["tar"] for tar in tars] for split, tars in self._index.items()}
-            self._counts = {split: [int(tar["samples"]) for tar in tars] for split, tars in self._index.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            index: dict[str, list[dict[str, Any]]] = json.loads((folder / INDEX).read_bytes())
+            self._tars = {split: [folder / tar["tar"] for tar in tars] for split, tars in index.items()}
+            self._counts = {split: [int(tar["samples"]) for tar in tars] for split, tars in index.items()}
+            if strange := [tar["tar"] for tars in index.values() for tar in tars if not _TAR.fullmatch(tar["tar"])]:
+                raise ValueError(f"{strange[0]!r} is no name of a tar")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(
                 f"{folder / INDEX} is missing or damaged; rebuild with `zs-seg run --force shard`"
             ) from error

@@ -75,6 +75,18 @@ class Build:
     counts: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    def holds(self, piece: Path, read: Callable[[Path], object]) -> bool:
+        """Did a killed build leave this file or folder, and whole? `read` raises ValueError for a damaged one, which then goes."""
+        if not piece.exists():
+            return False
+        try:
+            read(piece)
+        except ValueError:
+            log.warning("%s, which a killed build left, is damaged; making it again", piece)
+            delete(piece)
+            return False
+        return True
+
 
 @dataclass(frozen=True, kw_only=True)
 class Artefact:
@@ -126,11 +138,19 @@ class Store:
         ref, partial, started = recipe.ref, self.partial(recipe.ref), time.monotonic()
         resumed = partial.is_dir()
         log.info("%s: %s %s", recipe.stage, "going on with" if resumed else "building", ref)
+        inputs = self._check_inputs(recipe)
         partial.mkdir(exist_ok=True)
         (partial / MANIFEST).unlink(missing_ok=True)
         clean(partial)
         build = Build(path=partial)
-        work(build)
+        try:
+            work(build)
+        except Exception:
+            self._check_inputs(recipe)  # a damaged input is the better reason
+            raise
+        if self._check_inputs(recipe) != inputs:
+            delete(partial)
+            raise ValueError(f"an input of {ref} was rebuilt meanwhile, with other bytes; run again")
         written, files = _files(partial), {}
         if (size := sum(file.stat().st_size for file in written)) > LARGE:
             log.info("%s: hashing %.1f GB", recipe.stage, size / 1e9)
@@ -159,6 +179,24 @@ class Store:
         fsync(self.path(ref).parent)
         log.info("%s: %s complete, %d files, %.1f MB", recipe.stage, ref, len(files), manifest.bytes / 1e6)
 
+    def _check_inputs(self, recipe: Recipe) -> list[dict[str, Any]]:
+        """Hash all that the build reads, before it and after it: nothing becomes complete that was made from a changed byte.
+
+        Returns each input's files. Raises ValueError as `require_intact`; what was made of a damaged input goes with it.
+        """
+        checked: list[Manifest] = []
+        started = time.monotonic()
+        for ref in recipe.inputs.values():
+            try:
+                checked.append(self.require_intact(ref))
+            except ValueError:
+                if self.state(ref) == "fresh":  # damaged, and not just gone
+                    delete(self.partial(recipe.ref))
+                raise
+        if (size := sum(manifest.bytes for manifest in checked)) > LARGE:
+            log.info("%s: checked %.1f GB of inputs in %.0f s", recipe.stage, size / 1e9, time.monotonic() - started)
+        return [manifest.files for manifest in checked]
+
     def open(self, ref: Ref) -> Artefact:
         """The complete artefact, its files present and of the right size.
 
@@ -171,8 +209,15 @@ class Store:
             )
         manifest = self._manifest(ref)
         if problems := _size_problems(self.path(ref), manifest):
-            raise ValueError(f"{ref} is damaged ({problems[0]}); rebuild it with `zs-seg run --force {manifest.stage}`")
+            raise _damaged(manifest, problems)
         return Artefact(ref=ref, path=self.path(ref), manifest=manifest)
+
+    def require_intact(self, ref: Ref) -> Manifest:
+        """Read every byte of a complete artefact. Raises ValueError as `open`, and when a byte is not what was written."""
+        manifest = self.open(ref).manifest
+        if problems := self.verify(ref):
+            raise _damaged(manifest, problems)
+        return manifest
 
     def refs(self) -> list[Ref]:
         """Every complete artefact, sorted by kind and key."""
@@ -241,7 +286,7 @@ class Store:
             manifest = Manifest(**data)
             if checksum != recipe_key("manifest", 1, data, {}) or manifest.ref != ref:
                 raise ValueError("it has been edited")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             reason = f"{ref} is damaged, its {MANIFEST} cannot be used"
             raise ValueError(f"{reason}; delete the folder {path.parent} and run again") from error
         return manifest
@@ -257,6 +302,8 @@ class Store:
             )
             if error.errno in (errno.ENOSPC, errno.EDQUOT) and not elsewhere:
                 reason = "has no space left; free some and run again (the build goes on where it stopped)"
+            elif error.errno == errno.EFBIG and not elsewhere:
+                reason = "takes no file of that size; raise the limit (ulimit -f, or the file system's) and run again"
             elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) and not elsewhere:
                 reason = "cannot be used; mend its permissions"
             elif error.errno == errno.EEXIST and error.filename == str(self.root):
@@ -266,6 +313,11 @@ class Store:
             raise ValueError(
                 f"store {self.root} {reason}, or pass another --store ({ref}: {error.strerror})"
             ) from error
+
+
+def _damaged(manifest: Manifest, problems: list[str]) -> ValueError:
+    reason = f"{manifest.ref} is damaged ({problems[0]})"
+    return ValueError(f"{reason}; rebuild it with `zs-seg run --force {manifest.stage}`")
 
 
 def _files(folder: Path) -> list[Path]:

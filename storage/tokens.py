@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.groups import read_group, write_group
+from storage.groups import check_group, read_group, write_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +118,14 @@ def write_tokens(
 def read_tokens(path: Path) -> TokenGroup:
     """The tokens of a tar. Raises ValueError, naming the group, when it is missing, damaged or its arrays disagree."""
     tokens = dict.fromkeys(("global", "instance", "mirrored_global", "mirrored_instance"), np.float16)
-    arrays = read_group(path, {**tokens, "offsets": np.int64, "segment_id": np.int32, "kept": np.bool_})
+    dtypes = {**tokens, "offsets": np.int64, "segment_id": np.int32, "kept": np.bool_}
+    arrays = read_group(path, dtypes, stage="cache-clip")
     try:
         return TokenGroup(global_=arrays.pop("global"), **arrays)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; rebuild it with `zs-seg run --force cache-clip`") from error
+
+
+def check_tokens(path: Path) -> None:
+    """Read a tar's tokens, every byte of them. Raises ValueError when they are damaged."""
+    check_group(path, read_tokens(path).arrays())

@@ -88,6 +88,7 @@ def test_build_open_and_manifest(store: Store) -> None:
 
 
 def test_inputs_stand_in_the_manifest_with_their_kind(store: Store) -> None:
+    store.build(RECIPE, work)
     recipe = Recipe(kind="queries", stage="queries", version=1, config=None, inputs={"tokens": REF})
     assert store.open(store.build(recipe, work)).manifest.inputs == {"tokens": str(REF)}
 
