@@ -23,7 +23,7 @@ from storage.store import Build, Store
 if TYPE_CHECKING:
     from models.teacher import Teacher
 
-STAGE, VERSION = "cache-clip", 2
+STAGE, VERSION = "cache-clip", 3
 SPLITS = ("train", "val")
 Method = Literal["pixels", "attention"]
 Crop = Literal["full", "box"]

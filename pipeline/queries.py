@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipeline.model import Model
     from pipeline.text import TextBank
 
-STAGE, VERSION = "queries", 2
+STAGE, VERSION = "queries", 3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 STAGE = "shard"
 KIND = "shards"
-VERSION = 1
+VERSION = 2
 CURE = "re-download it or pass --skip-bad"
 
 Source = CocoSource | LabelSource | Ref
