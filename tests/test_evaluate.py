@@ -14,6 +14,7 @@ from quarters import BENCHMARK, CLASSES, HEIGHT, THRESHOLDS, WIDTH, perfect, qua
 from tiny import QUIET, build, tiny_config
 from torch import Tensor
 
+from models.projector import Projector
 from pipeline import evaluate, scenes
 from pipeline.benchmarks import Benchmark
 from pipeline.evaluate import _require_same_segmenter, marks
@@ -182,6 +183,7 @@ def tiny_model(seed: int) -> Model:
 
 def test_different_segmenters_are_refused() -> None:
     one, other = tiny_model(0), tiny_model(0)
+    assert isinstance(other.projector, Projector)
     with torch.no_grad():
         other.projector.bias.add_(1)  # stage 3's work
     _require_same_segmenter(one, other)

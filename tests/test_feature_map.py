@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ def test_distances_are_those_of_the_class_means() -> None:
     result = compare(real, made)
     centres = [{k: sum(rows.astype(float)) / len(rows) for k, rows in part.items()} for part in (real, made)]
 
-    def distance(a: np.ndarray, b: np.ndarray) -> float:
+    def distance(a: Any, b: Any) -> float:
         return sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) ** 0.5
 
     for i, k in enumerate(real):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from models import losses
 from models.generator import Generator
+from models.projector import Projector
 from pipeline.cpa import CPAConfig
 from pipeline.g2s import G2SConfig
 from pipeline.query_data import QueryBatch
@@ -192,6 +193,7 @@ def test_real_features_never_push_unseen_classes() -> None:
 def test_synthetic_classes_are_drawn_uniformly_among_the_unseen() -> None:
     """Seen through the targets: with every logit at 0, a class's gradient counts how often it was drawn."""
     step = cpa(replace(CPA, synthetic=9_000, synthetic_weight=1.0))
+    assert isinstance(step.projector, Projector)
     with torch.no_grad():
         step.projector.log_scale.fill_(-20.0)  # logits are the bias, which is 0
         step.projector.bias.zero_()

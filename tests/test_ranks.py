@@ -16,6 +16,7 @@ from tiny import build, tiny_config
 from torch import Tensor, nn
 
 from flows.cli import main
+from models.projector import Projector
 from pipeline import v2c
 from pipeline.line import Step, line
 from pipeline.loader import Batch, TrainingData
@@ -129,6 +130,7 @@ def _train(
     data = Doubled(shards, tokens, bank, config.augment, seed=config.seed, workers=1)
     torch.manual_seed(config.seed)
     model = build_model(v2c._architecture(config, bank), v2c._facts(config, bank), bank.embedding)
+    assert isinstance(model.projector, Projector)
     modules = {"segmenter": model.segmenter.double().train(), "projector": model.projector.double().train()}
     share_batch_statistics(model.segmenter, ranks)
     folder = folder / f"{ranks.world} {config.accumulate}"

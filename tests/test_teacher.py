@@ -43,7 +43,7 @@ def tiny_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def scene(size: int) -> np.ndarray:
     """A picture (size, size, 3) uint8 of the kind that the small teacher knows."""
-    names = {"things": list(thing_names(("circle", "star"))), "stuff": list(stuff_names())}
+    names: dict[str, Any] = {"things": list(thing_names(("circle", "star"))), "stuff": list(stuff_names())}
     return draw_scene(np.random.default_rng(size), size=size, **names).image
 
 

@@ -162,7 +162,7 @@ def _samples(count: int) -> Iterator[Sample]:
     if root:
         yield from coco_samples(Path(root), count)
         return
-    names = {"things": list(thing_names(SHAPES)), "stuff": list(stuff_names())}
+    names: dict[str, Any] = {"things": list(thing_names(SHAPES)), "stuff": list(stuff_names())}
     drawn = []
     for number in range(min(count, 32)):
         scene = draw_scene(np.random.default_rng(number), size=WIDTH, **names)
