@@ -14,7 +14,7 @@ from pipeline.line import STAGES
 from storage.collect import collect, survey
 from storage.differences import differences
 from storage.keys import Ref
-from storage.lineage import Lineage, Node, ancestry
+from storage.lineage import Lineage, Node
 from storage.runs import Runs
 from storage.store import MANIFEST, Store
 
@@ -149,7 +149,7 @@ def verify_artefacts(options: argparse.Namespace) -> int:
     drawn = _draw(store, refs, options) if options.sample else None
     damaged = []
     for ref in refs:
-        problems, told = store.verify(ref, files=drawn and drawn.get(ref, ())), ""
+        problems, told = store.verify(ref, files=None if drawn is None else drawn.get(ref, [])), ""
         if options.rows and ref.kind == "tokens" and not problems:
             from pipeline.token_checks import encode_again
 
@@ -161,7 +161,7 @@ def verify_artefacts(options: argparse.Namespace) -> int:
                 teacher_weights=options.teacher,
                 runtime=open_runtime(options),
             )
-        if problems or told or not drawn:
+        if problems or told or drawn is None:
             print(f"{ref!s:<28} {'; '.join(problems) or 'intact'}{told and f'; {told}'}", flush=True)
         if problems:
             damaged.append(ref)
@@ -207,7 +207,7 @@ def _line(name: str, store: Store, lineage: Lineage) -> tuple[dict[str, Node], s
         ref = store.find(name)
         if not lineage.node(ref):
             raise ValueError(f"{ref} is damaged; `zs-seg verify {ref.key}` says how")
-        return ancestry(ref, lineage.node), str(ref)
+        return lineage.line(ref), str(ref)
     refs = runs.lines(name)[-1].refs
     line = {stage: node for stage, ref in refs.items() if (node := lineage.node(ref))}
     if not line:

@@ -17,7 +17,7 @@ from pipeline.counting import Counts
 from pipeline.line import Config, Step
 from pipeline.teaching import SMALL_CLIP
 from storage.keys import canonical
-from storage.lineage import Lineage, Node, ancestry
+from storage.lineage import Lineage, Node
 
 UNITS = {
     "scenes": "image", "shard": "image", "text": "class", "cache-clip": "teacher input", "v2c": "step", "queries": "view",
@@ -100,7 +100,7 @@ class Estimator:
         nodes = [node for node in self.lineage.nodes(step.recipe.kind) if node.stage == step.stage]
         for node in sorted(nodes, key=lambda node: node.provenance["created"], reverse=True):
             if not node.provenance["resumed"] and _amount(node):
-                line = ancestry(node.ref, self.lineage.node)
+                line = self.lineage.line(node.ref)
                 there = {one.ref for one in line.values()}
                 if all(source in there for one in line.values() for source in one.inputs.values()):
                     found = {stage: one.config for stage, one in line.items()}

@@ -107,7 +107,7 @@ class Explainer:
         closest, least = None, 0
         for other in self.lineage.nodes(ref.kind):
             if other.stage == node.stage and other.ref != ref:
-                found = _differences(ancestry(other.ref, self.lineage.node), wanted, self._remembered)
+                found = _differences(self.lineage.line(other.ref), wanted, self._remembered)
                 newer = closest is None or other.provenance["created"] > closest[0].provenance["created"]
                 if closest is None or len(found) < least or (len(found) == least and newer):
                     closest, least = (other, found), len(found)

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from storage.keys import Recipe, Ref, canonical
@@ -45,13 +46,14 @@ Lookup = Callable[[Ref], Node | None]
 
 
 class Lineage:
-    """The artefacts of a store as a graph. A manifest is read when it is first asked for, quickly and without the checks of
-    `Store.open`: good enough to show and to compare, not to read the artefact."""
+    """The artefacts of a store as a graph, as it was when it was first asked. A manifest is read when it is needed, quickly and
+    without the checks of `Store.open`: good enough to show and to compare, not to read the artefact."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self._nodes: dict[Ref, Node | None] = {}
         self._users: dict[Ref, list[Ref]] | None = None
+        self._lines: dict[Ref, dict[str, Node]] = {}
 
     def node(self, ref: Ref) -> Node | None:
         """None when the artefact is not there, or its manifest cannot be read."""
@@ -61,8 +63,18 @@ class Lineage:
 
     def nodes(self, kind: str = "") -> list[Node]:
         """All of a kind, or all, sorted by kind and key; those with an unreadable manifest are left out."""
-        found = (self.node(ref) for ref in self.store.refs() if kind in ("", ref.kind))
+        found = (self.node(ref) for ref in self._refs if kind in ("", ref.kind))
         return [node for node in found if node]
+
+    @cached_property
+    def _refs(self) -> list[Ref]:
+        return self.store.refs()
+
+    def line(self, ref: Ref) -> dict[str, Node]:
+        """The `ancestry` of an artefact."""
+        if ref not in self._lines:
+            self._lines[ref] = ancestry(ref, self.node)
+        return self._lines[ref]
 
     def users(self, ref: Ref) -> list[Ref]:
         """The artefacts that have it as an input, sorted by kind and key. Reads every manifest, once."""

@@ -223,6 +223,7 @@ def test_what_a_build_reads_and_writes_is_left_alone(tmp_path: Path) -> None:
     with process(BUILDER, str(tmp_path), str(source)) as builder:
         assert builder.stdout and builder.stdout.readline() == "builds\n"
         (building,) = store.locked()
+        assert survey(store, partial_age=0).waste == []
         found = collect(store, partial_age=0)
         assert (found.waste, found.locked) == ([], [building])
         assert store.holder(building).startswith(f"process {builder.pid} on ")

@@ -56,7 +56,8 @@ def test_the_quick_look_says_what_the_manifest_says(text: str, sizes: dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder))
         source = store.build(recipe(0), lambda build: None)
-        ref = store.build(recipe(1, config, source=source), work)
+        made = Recipe(kind="text", stage="stage-1", version=1, config=config, inputs={"source": source})
+        ref = store.build(made, work)
         manifest, node = store.open(ref).manifest, Lineage(store).node(ref)
     assert node and (node.bytes, node.files) == (manifest.bytes, len(sizes)) == (sum(sizes.values()), len(sizes))
     assert (node.ref, node.stage, node.version, node.config) == (ref, "stage-1", 1, manifest.config)
@@ -107,7 +108,7 @@ def test_users_reach_and_ancestry_of_any_graph(data: st.DataObject) -> None:
                                                     "evaluate": "via transductive: cpa.lr 0.0001 -> 0.001 and 1 more"}),
         (("--v2c.augment.jitter", "1", "1"), {"v2c": "v2c.augment.jitter [0.9,1.1] -> [1.0,1.0]"}),
         (("--evaluate.pictures", "3"), {"evaluate": "evaluate.pictures 8 -> 3"}),
-        (("--g2s.steps", "3", "--v2c.lr", "2e-4"), {"g2s": "g2s.steps 500 -> 3 and 1 more"}),
+        (("--g2s.steps", "3", "--v2c.lr", "2e-4"), {"v2c": "v2c.lr 0.001 -> 0.0002", "g2s": "g2s.steps 500 -> 3 and 1 more"}),
     ],
 )  # fmt: skip
 def test_plan_says_which_field_moved_the_key(demo: Store, flags: tuple[str, ...], told: dict[str, str]) -> None:
@@ -136,7 +137,9 @@ def test_plan_when_an_input_of_the_nearest_is_gone(demo: Store, tmp_path: Path) 
     store.remove(shards)
     steps = overridden("--tokens.crop", "box")
     told = Explainer([step.recipe for step in steps], Lineage(store)).why(steps[3].recipe.ref)
-    assert told == "cache-clip.crop full -> box and 2 more"  # shards, and with them the scenes, that nobody knows any more
+    assert (
+        told == "cache-clip.crop full -> box and 2 more"
+    )  # shards, and with them the scenes, that nobody knows any more
     (gone,) = differences(
         ancestry(demo_line()[3].recipe.ref, Lineage(store).node), {"shard": Node.planned(steps[1].recipe)}
     )[:1]

@@ -18,7 +18,7 @@ from flows.cli import main
 from pipeline.line import STAGES
 from storage.keys import recipe_key
 from storage.runs import Runs
-from storage.store import Store
+from storage.store import Build, Store
 
 ROOT = Path(__file__).parents[1]
 DEMO = ("--preset", "demo")
@@ -87,10 +87,7 @@ def test_show_tells_what_it_was_made_from_and_what_uses_it(filled: Store, capsys
     text = "\n".join(says(capsys, filled, "show", keys()["g2s"]))
     inputs, _, rest = text.partition("\nused by\n")
     assert f"\n  checkpoint: checkpoint/{keys()['v2c']}" in inputs
-    assert (
-        f"\n      shards: shards/{keys()['shard']} (shard)\n        scenes: scenes/{keys()['scenes']} (scenes)"
-        in inputs
-    )
+    assert f"\n    shards: shards/{keys()['shard']} (shard)\n      scenes: scenes/{keys()['scenes']} (scenes)" in inputs
     assert inputs.count("scenes:") == 1 and "(as above)" in inputs
     users = rest.partition("\n\n")[0]
     assert f"checkpoint/{keys()['cpa']} (cpa)" in users and f"report/{keys()['evaluate']} (evaluate)" in users
@@ -157,19 +154,21 @@ def test_gc_is_a_look_until_told(copied: Store, capsys: pytest.CaptureFixture[st
     assert "--partial-age" in says(capsys, copied, "gc", "--partial-age", "-1", status=2)[0]
 
 
-def test_plan_says_why_and_by_whom(filled: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_says_why_and_by_whom(copied: Store, capsys: pytest.CaptureFixture[str]) -> None:
     (step,) = (step for step in demo_line(200) if step.stage == "v2c")
-    words = ("plan", *DEMO, "--v2c.lr", "0.0012")
-    with filled._lock(step.recipe.ref):
-        rows = says(capsys, filled, *words)[1:10]
-    assert [row.split()[2] for row in rows] == ["fresh"] * 4 + ["locked"] + ["missing"] * 4
-    assert f"by process {os.getpid()} on " in rows[4] and " since 20" in rows[4]
-    assert "via checkpoint: v2c.lr 0.001" in rows[5]
-    filled.partial(step.recipe.ref).mkdir()
-    try:
-        row = says(capsys, filled, *words)[5]
-    finally:
-        filled.partial(step.recipe.ref).rmdir()
+    copied.remove(copied.find(keys()["scenes"]))  # they hold no images to count
+    words = ("plan", *DEMO, "--v2c.lr", str(step.recipe.config["lr"]))
+
+    def look(build: Build) -> None:
+        rows = says(capsys, copied, *words)[1:10]
+        assert [row.split()[2] for row in rows] == ["missing"] + ["fresh"] * 3 + ["locked"] + ["missing"] * 4
+        assert f"by process {os.getpid()} on " in rows[4] and " since 20" in rows[4]
+        assert "no scenes in this store yet" in rows[0] and "via checkpoint: v2c.lr 0.001" in rows[5]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        copied.build(step.recipe, look)
+    row = says(capsys, copied, *words)[5]
     assert "partial" in row and "a run goes on with it; v2c.lr 0.001" in row
 
 
@@ -215,15 +214,13 @@ def crowded(filled: Store, tmp_path_factory: pytest.TempPathFactory) -> Store:
 )
 def test_quick_with_2000_artefacts(words: Sequence[str], crowded: Store) -> None:
     code = "import sys; from flows.cli import main; status = main(); print(*sys.modules); sys.exit(status)"
-    command, seconds = [sys.executable, "-c", code, *words, "--store", str(crowded.root)], []
-    for _ in range(3):
+    command, seconds, printed = [sys.executable, "-c", code, *words, "--store", str(crowded.root)], [9.0], ""
+    while min(seconds) > 1 and len(seconds) < 5:  # other processes may take their share of the machine
         started = time.perf_counter()
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         seconds.append(time.perf_counter() - started)
-        if seconds[-1] < 1:
-            break
     assert min(seconds) < 1
-    *lines, modules = result.stdout.splitlines()
+    *lines, modules = printed.splitlines()
     assert lines
     heavy = {"torch", "numpy", "zarr", "dask", "prefect"} & set(modules.split())
     assert not heavy

@@ -27,9 +27,17 @@ from pathlib import Path
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 from storage.atomic import write_text
 from storage.keys import Recipe
+from storage.provenance import provenance
 from storage.runs import Line, Runs
 from storage.store import Store
+provenance()  # which reads files that another user may not
 store, then = Store(Path(sys.argv[1])), sys.argv[2]
+if sys.argv[3:]:
+    user, group, umask = map(int, sys.argv[3:])
+    os.setgroups([])
+    os.setgid(group)
+    os.setuid(user)
+    os.umask(umask)
 recipe = Recipe(kind="tokens", stage="cache-clip", version=1, config=None, inputs={})
 def work(build):
     (build.path / "part").mkdir(exist_ok=True)
@@ -48,10 +56,10 @@ except ValueError as error:
 """
 
 
-def build(store: Path, then: str = "", **options: object) -> subprocess.Popen[str]:
-    """A process that builds; `options` of Popen: user, umask."""
-    command = [sys.executable, "-c", BUILD, str(store), then]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)  # pyright: ignore[reportArgumentType,reportCallIssue]
+def build(store: Path, then: str = "", *rights: int) -> subprocess.Popen[str]:
+    """A process that builds; `rights`: user, group and umask."""
+    command = [sys.executable, "-c", BUILD, str(store), then, *map(str, rights)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def test_who_comes_second_waits_and_says_for_whom(tmp_path: Path) -> None:
@@ -85,7 +93,7 @@ def shared() -> Iterator[Path]:
 
 def as_user(store: Path, number: int, then: str = "", *, umask: int = 0o002) -> tuple[int, str]:
     """Exit status and stderr of a user's build."""
-    process = build(store, then, user=number, group=GROUP, extra_groups=[], umask=umask)
+    process = build(store, then, number, GROUP, umask)
     _, told = process.communicate(timeout=30)
     return process.returncode, told
 
