@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from pipeline.runtime import Runtime
 from pipeline.scenes import ScenesConfig
 from storage.atomic import write_text
 from storage.keys import Ref
+from storage.runs import Line, Runs
 from storage.store import Store
 
 NAMES = *TABLES, "sweep"
@@ -34,6 +37,10 @@ class Run:
     variant: str
     seed: int
     steps: tuple[Step, ...]
+
+    def name(self, preset: str) -> str:
+        """Its name in the store."""
+        return f"ablate-{preset}.{self.table}.{re.sub('[^a-z0-9]+', '-', self.variant.lower()).strip('-')}.{self.seed}"
 
     def ref(self, stage: str) -> Ref:
         return next(step.recipe.ref for step in self.steps if step.stage == stage)
@@ -58,7 +65,12 @@ def ablate(options: argparse.Namespace) -> int:
     if options.plan:
         return 0
     threads = max(1, Runtime(threads=options.threads).workers // options.jobs)
-    _build(runs, store, Runtime(device=options.device, threads=threads, dask="none"), options.jobs)
+    with ExitStack() as under_way:  # noted in the store by name, so that `zs-seg gc` keeps what the tables are made of
+        for run in runs:
+            refs = {step.stage: step.recipe.ref for step in run.steps}
+            noted = Line.now(name=run.name(options.preset), command=request.command("ablate", run.table), refs=refs)
+            under_way.enter_context(Runs(store).running(noted))
+        _build(runs, store, Runtime(device=options.device, threads=threads, dask="none"), options.jobs)
     folder = Path("runs") / f"ablate-{options.preset}"
     sections = {}
     for table in tables:

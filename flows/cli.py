@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from flows import ablate, commands, stages
+from flows import ablate, commands, stages, store_commands
 from flows.presets import PRESETS, preset
 from pipeline.line import STAGES
 
@@ -145,16 +145,7 @@ def parser() -> argparse.ArgumentParser:
     stage.add_argument("stage", metavar="STAGE", help=f"one of {', '.join(STAGES)}")
     ablation = add("ablate", ablate.ablate, "the paper's ablations over several seeds, as tables beside the paper's")
     _add_ablate_flags(ablation)
-    add("list", commands.list_artefacts, "list the complete artefacts")
-    show = add("show", commands.show_artefact, "show an artefact's manifest")
-    show.add_argument("key", metavar="KEY", help="its key, or the beginning of it")
-    verify = add("verify", commands.verify_artefacts, "compare artefacts, byte by byte, with their manifests")
-    verify.add_argument("key", metavar="KEY", nargs="?", default="", help="one key; default: all")
-    verify.add_argument("--rows", type=int, default=0, metavar="N", help="encode N rows of tokens again; default 0")
-    verify.add_argument("--seed", type=int, default=0, metavar="N", help="decides which rows")
-    verify.add_argument(
-        "--teacher.pretrained", dest="teacher", default="", metavar="FILE", help="its weights, for --rows"
-    )
+    verify = _add_store_commands(add)
     predict = add("predict", commands.predict_images, "segment images with a trained checkpoint")
     predict.add_argument("--checkpoint", required=True, metavar="KEY", help="a checkpoint's key, or its folder")
     predict.add_argument("--images", required=True, nargs="+", metavar="PATH", help="image files, or folders of them")
@@ -176,6 +167,9 @@ def parser() -> argparse.ArgumentParser:
         _add_runtime_flags(command)
     for command in (run, stage):
         _add_training_flags(command)
+        command.add_argument(
+            "--name", default="", metavar="NAME", help="of this run: `gc` keeps what it reaches; default: the preset's"
+        )
     return main_parser
 
 
@@ -186,6 +180,44 @@ def _add_ablate_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seeds", type=int, default=3, metavar="N", help="training seeds 0 to N - 1; default 3")
     command.add_argument("--jobs", type=int, default=1, metavar="N", help="so many at once, sharing the CPU's threads")
     command.add_argument("--plan", action="store_true", help="only say what there is and what is to be built")
+
+
+def _add_store_commands(add: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """The commands that look after a store; returns `verify`, which can compute, too."""
+    listing = add("list", store_commands.list_artefacts, "list the complete artefacts, and what uses them")
+    listing.add_argument("--kind", default="", metavar="KIND", help="only those, such as checkpoint")
+    listing.add_argument("--json", action="store_true", help="as JSON, with the keys of the users")
+    show = add("show", store_commands.show_artefact, "show an artefact: its manifest, inputs and users")
+    show.add_argument("key", metavar="KEY", help="its key, or the beginning of it")
+    diff = add(
+        "diff", store_commands.diff, "show in which settings two artefacts, with all they were made from, differ"
+    )
+    diff.add_argument("one", metavar="KEY", help="a key, the beginning of one, or the name of a run")
+    diff.add_argument("other", metavar="KEY", help="the same")
+    gc = add("gc", store_commands.gc, "find, and with --delete remove, what no named run reaches")
+    gc.add_argument("--delete", action="store_true", help="remove it; without this nothing changes")
+    gc.add_argument("--keep", type=int, default=1, metavar="N", help="last configurations of every run to keep; 1")
+    gc.add_argument("--forget", action="append", default=[], metavar="RUN", help="a run that counts no more")
+    gc.add_argument(
+        "--partial-age",
+        type=float,
+        default=7,
+        metavar="DAYS",
+        help="for which a cut-off build stays; 7 (if no run needs it)",
+    )
+    verify = add("verify", store_commands.verify_artefacts, "compare artefacts, byte by byte, with their manifests")
+    verify.add_argument("key", metavar="KEY", nargs="?", default="", help="one key; default: all")
+    verify.add_argument(
+        "--sample", type=int, default=0, metavar="N", help="read only N files, drawn at random; 0 = all"
+    )
+    verify.add_argument("--rows", type=int, default=0, metavar="N", help="encode N rows of tokens again; default 0")
+    verify.add_argument(
+        "--seed", type=int, metavar="N", help="decides which files (default: drawn anew) and rows (default: 0)"
+    )
+    verify.add_argument(
+        "--teacher.pretrained", dest="teacher", default="", metavar="FILE", help="its weights, for --rows"
+    )
+    return verify
 
 
 def _add_evaluate_flags(evaluate: argparse.ArgumentParser) -> None:

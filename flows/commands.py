@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any
 
 from flows import stages
-from flows.stages import Request, duration
+from flows.stages import Request, duration, open_runtime
+from flows.store_commands import open_store
+from flows.tables import print_table, size
 from pipeline import v2c
-from pipeline.line import STAGES, line
+from pipeline.line import Step, line
 from pipeline.runtime import Runtime, torchrun_rank, under_torchrun
-from storage.keys import Ref
-from storage.store import Manifest, Store
+from storage.differences import Explainer
+from storage.lineage import Lineage
+from storage.store import State, Store
 
 
 def _request(options: argparse.Namespace) -> Request:
@@ -24,16 +26,8 @@ def _request(options: argparse.Namespace) -> Request:
         store=options.store,
         overrides=options.overrides,
         max_steps=options.max_steps,
+        name=getattr(options, "name", ""),
     )
-
-
-def _store(options: argparse.Namespace) -> Store:
-    return Request(preset="", store=options.store).open_store()
-
-
-def _runtime(options: argparse.Namespace) -> Runtime:
-    names = ("device", "threads", "devices", "compile", "checkpoint_every", "dask")
-    return Runtime(**{name: getattr(options, name) for name in names if hasattr(options, name)})
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -46,25 +40,25 @@ def plan(options: argparse.Namespace) -> int:
     request = _request(options)
     config = stages.configure(request)
     steps, store = line(config), request.open_store()
-    counts = count(config, steps, store)
-    estimator = Estimator(config, steps, store, counts, tflops=options.tflops, step_seconds=options.step_seconds)
+    counts, lineage = count(config, steps, store), Lineage(store)
+    estimator = Estimator(config, steps, lineage, counts, tflops=options.tflops, step_seconds=options.step_seconds)
+    explainer = Explainer((step.recipe for step in steps), lineage)
     rows, notes = [], []
     for step in steps:
         ref, state = step.recipe.ref, store.state(step.recipe.ref)
         if state == "fresh":
             built = store.open(ref).manifest
-            rows.append((step.stage, str(ref), state, _size(built.bytes), duration(built.provenance["seconds"])))
+            rows.append((step.stage, str(ref), state, size(built.bytes), duration(built.provenance["seconds"]), ""))
             continue
         guess = estimator.estimate(step)
-        size = "-" if guess.bytes is None else f"~{_size(guess.bytes)}"
-        rows.append(
-            (step.stage, str(ref), state, size, "-" if guess.seconds is None else f"~{duration(guess.seconds)}")
-        )
+        takes = ("-" if guess.bytes is None else f"~{size(guess.bytes)}",
+                 "-" if guess.seconds is None else f"~{duration(guess.seconds)}")  # fmt: skip
+        rows.append((step.stage, str(ref), state, *takes, _why(step, state, store, explainer)))
         if guess.seconds is not None:
             notes.append(f"{step.stage} {guess.source}")
             if step.stage == "v2c":
                 notes[-1] += f"; {duration(guess.seconds / 8)} on 8 such devices, if they are 8 times as fast"
-    _print_table(("stage", "artefact", "state", "bytes", "time"), rows)
+    print_table(("stage", "artefact", "state", "bytes", "time", "why"), rows)
     missing = sum(row[2] != "fresh" for row in rows)
     print(f"\n{missing} of {len(rows)} stages to build in {store.root}")
     for note in notes:
@@ -82,12 +76,19 @@ def plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _why(step: Step, state: State, store: Store, explainer: Explainer) -> str:
+    ref = step.recipe.ref
+    if state == "locked":
+        return f"by {store.holder(ref)}"
+    return f"a run goes on with it; {explainer.why(ref)}" if state == "partial" else explainer.why(ref)
+
+
 def run(options: argparse.Namespace) -> int:
-    return _walk(_request(options), _runtime(options), options.first, options.last, options.force)
+    return _walk(_request(options), open_runtime(options), options.first, options.last, options.force)
 
 
 def stage(options: argparse.Namespace) -> int:
-    return _walk(_request(options), _runtime(options), options.stage, options.stage, ())
+    return _walk(_request(options), open_runtime(options), options.stage, options.stage, ())
 
 
 def _walk(request: Request, runtime: Runtime, first: str, last: str, force: Sequence[str]) -> int:
@@ -99,14 +100,15 @@ def _walk(request: Request, runtime: Runtime, first: str, last: str, force: Sequ
     selected = stages.select(steps, first=first, last=last)
     again = stages.forced(selected, force)
     stages.require_inputs(request, store, steps, selected, again)
-    stages.remove(store, again)
-    for number, step in enumerate(steps, 1):
-        if step in selected:
-            outcome = stages.build(step, store, runtime)
-            if not torchrun_rank():
-                print(f"[{number}/{len(steps)}] {outcome}", flush=True)
-    if selected[-1] is steps[-1]:
-        _print_report(request.preset, stages.publish(request.preset, steps, store))
+    with stages.noted(request, steps, store):
+        stages.remove(store, again)
+        for number, step in enumerate(steps, 1):
+            if step in selected:
+                outcome = stages.build(step, store, runtime)
+                if not torchrun_rank():
+                    print(f"[{number}/{len(steps)}] {outcome}", flush=True)
+        if selected[-1] is steps[-1]:
+            _print_report(request.run_name, stages.publish(request.preset, steps, store, name=request.run_name))
     return 0
 
 
@@ -121,95 +123,6 @@ def _print_report(name: str, folder: Any) -> None:
     print(f"report of {name}: {folder / 'report.html'}")
 
 
-def list_artefacts(options: argparse.Namespace) -> int:
-    store = _store(options)
-    rows = []
-    for ref in store.refs():
-        try:
-            manifest = store.open(ref).manifest
-        except ValueError:
-            rows.append(("?", str(ref), "damaged", "see `zs-seg verify`"))
-        else:
-            rows.append((manifest.stage, str(ref), _size(manifest.bytes), _age(manifest)))
-    if rows:
-        _print_table(("stage", "artefact", "size", "age"), sorted(rows, key=lambda row: _place(row[0])))
-    print(f"{len(rows)} artefacts in {store.root}")
-    return 0
-
-
-def _place(stage: str) -> int:
-    return STAGES.index(stage) if stage in STAGES else len(STAGES)
-
-
-def show_artefact(options: argparse.Namespace) -> int:
-    store = _store(options)
-    artefact = store.open(store.find(options.key))
-    manifest = artefact.manifest
-    print(f"{manifest.ref}, made by stage {manifest.stage} (version {manifest.version})\n{artefact.path}")
-    for title, content in (
-        ("inputs", manifest.inputs), ("config", manifest.config), ("counts", manifest.counts), ("provenance", manifest.provenance),
-    ):  # fmt: skip
-        print(f"\n{title}")
-        _print_tree(content, "  ")
-    print(f"\nfiles: {len(manifest.files)}, {_size(manifest.bytes)}")
-    shown = dict(list(manifest.files.items())[:20])
-    for name, entry in shown.items():
-        print(f"  {_size(entry['bytes']):>9}  {entry['sha256'][:16]}  {name}")
-    if len(shown) < len(manifest.files):
-        print(f"  and {len(manifest.files) - len(shown)} more in {artefact.path / 'manifest.json'}")
-    if manifest.kind == "tokens":
-        from pipeline.token_checks import summary
-
-        print("\nrows")
-        _print_tree(summary(artefact.path), "  ")
-    return 0
-
-
-def _print_tree(value: Any, indent: str) -> None:
-    """Nested settings, one a line; a list of objects keeps one line each."""
-    for name, item in value.items():
-        if isinstance(item, dict) and item:
-            print(f"{indent}{name}")
-            _print_tree(item, indent + "  ")
-        elif isinstance(item, list) and item and isinstance(item[0], dict):
-            print(f"{indent}{name}: {len(item)}")
-            for entry in item:
-                print(f"{indent}  {', '.join(f'{key} {entry[key]}' for key in entry)}")
-        else:
-            print(f"{indent}{name}: {', '.join(map(str, item)) if isinstance(item, list) else item}")
-
-
-def verify_artefacts(options: argparse.Namespace) -> int:
-    if options.rows < 0:
-        raise ValueError(f"--rows must be 0 (bytes only) or more, not {options.rows}")
-    store = _store(options)
-    refs: list[Ref] = [store.find(options.key)] if options.key else store.refs()
-    damaged = []
-    for ref in refs:
-        problems, told = store.verify(ref), ""
-        if options.rows and ref.kind == "tokens" and not problems:
-            from pipeline.token_checks import encode_again
-
-            problems, told = encode_again(
-                store,
-                ref,
-                rows=options.rows,
-                seed=options.seed,
-                teacher_weights=options.teacher,
-                runtime=_runtime(options),
-            )
-        print(f"{ref!s:<28} {'; '.join(problems) or 'intact'}{told and f'; {told}'}", flush=True)
-        if problems:
-            damaged.append(ref)
-    if damaged:
-        named = ", ".join(map(str, damaged))
-        raise ValueError(
-            f"{len(damaged)} of {len(refs)} artefacts are damaged ({named}); rebuild with `zs-seg run --force STAGE`"
-        )
-    print(f"{len(refs)} artefacts in {store.root} are intact")
-    return 0
-
-
 def predict_images(options: argparse.Namespace) -> int:
     from pipeline import predict
 
@@ -219,8 +132,8 @@ def predict_images(options: argparse.Namespace) -> int:
         out=options.out,
         names=[name.strip() for name in options.names.split(",") if name.strip()],
         teacher_weights=options.teacher,
-        store=_store(options),
-        runtime=_runtime(options),
+        store=open_store(options),
+        runtime=open_runtime(options),
     )
     print(f"predictions: {index}, pictures: {index.parent / 'overlay'}")
     return 0
@@ -245,8 +158,8 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         seen_offset=options.seen_offset,
         out=options.out,
         teacher_weights=options.teacher,
-        store=_store(options),
-        runtime=_runtime(options),
+        store=open_store(options),
+        runtime=open_runtime(options),
     )
     Console().print(assess.table(result))
     print(assess.about(result))
@@ -295,7 +208,7 @@ def bench(options: argparse.Namespace) -> int:
 
     rows: list[harness.Row] = []
     try:
-        for row in import_module(f"pipeline.bench.{options.name}").rows(_runtime(options), full=options.full):
+        for row in import_module(f"pipeline.bench.{options.name}").rows(open_runtime(options), full=options.full):
             rows.append(row)
             print(row, file=sys.stderr, flush=True)
             if options.json:  # whole after every row: a long run may be cut off
@@ -304,26 +217,3 @@ def bench(options: argparse.Namespace) -> int:
         raise ValueError(f"the reference {error.name} is not installed; `make install` brings it") from error
     Console().print(harness.table(rows))
     return 0
-
-
-def _print_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    for row in (heads, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.5 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def _age(manifest: Manifest) -> str:
-    then = datetime.fromisoformat(manifest.provenance["created"])
-    seconds = max(0.0, (datetime.now(then.tzinfo) - then).total_seconds())
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds // length:.0f} {unit}"
-    return f"{seconds:.0f} s"

@@ -99,9 +99,10 @@ def zs_seg(
     selected = stages.select(steps, first=from_stage or "", last=until_stage)
     stages.require_inputs(request, artefacts, steps, selected)
     built: dict[Ref, Ref] = {}  # what earlier tasks returned: Prefect draws its graph from these very objects
-    for step in selected:
-        inputs = {name: built.get(ref, ref) for name, ref in step.recipe.inputs.items()}
-        built[step.recipe.ref] = TASKS[step.stage].with_options(retries=retries)(step, inputs, request, flags)
+    with stages.noted(request, steps, artefacts):
+        for step in selected:
+            inputs = {name: built.get(ref, ref) for name, ref in step.recipe.inputs.items()}
+            built[step.recipe.ref] = TASKS[step.stage].with_options(retries=retries)(step, inputs, request, flags)
     _show_stages(preset, steps, artefacts)
     if selected[-1] is steps[-1]:
         _show_report(preset, stages.publish(preset, steps, artefacts))

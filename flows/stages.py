@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import logging
@@ -19,6 +20,7 @@ from flows.presets import preset
 from pipeline.line import CocoConfig, Config, Step
 from pipeline.runtime import Runtime, torchrun_rank
 from storage.keys import Ref
+from storage.runs import Line, Runs
 from storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -30,7 +32,8 @@ class Request:
 
     `coco`: folder of real images ("" = the environment's COCO_ROOT). `store`: folder of the artefacts ("" = the
     environment's ZS_SEG_STORE, else ./artifacts). `overrides`: flags of the config tree, as on the command line.
-    `max_steps`: at most so many steps of every training stage, 0 = as the preset says.
+    `max_steps`: at most so many steps of every training stage, 0 = as the preset says. `name`: what the run is called in the
+    store and in runs/ ("" = as the preset).
     """
 
     preset: str
@@ -38,6 +41,11 @@ class Request:
     store: str = ""
     overrides: tuple[str, ...] = ()
     max_steps: int = 0
+    name: str = ""
+
+    @property
+    def run_name(self) -> str:
+        return self.name or self.preset
 
     def open_store(self) -> Store:
         return Store(Path(self.store or os.environ.get("ZS_SEG_STORE") or "artifacts"))
@@ -45,7 +53,10 @@ class Request:
     def arguments(self, *words: str) -> list[str]:
         """What follows `zs-seg` on the command line that does `words` for the same request."""
         options = [
-            word for name in ("coco", "store") if (value := getattr(self, name)) for word in (f"--{name}", value)
+            word
+            for name in ("coco", "store", "name")
+            if (value := getattr(self, name))
+            for word in (f"--{name}", value)
         ]
         cut = ["--max-steps", str(self.max_steps)] if self.max_steps else []
         return [*words, "--preset", self.preset, *options, *cut, *self.overrides]
@@ -53,6 +64,12 @@ class Request:
     def command(self, *words: str) -> str:
         """The command line that does `words` for the same request."""
         return shlex.join(["zs-seg", *self.arguments(*words)])
+
+
+def open_runtime(options: argparse.Namespace) -> Runtime:
+    """From those of a command's flags that say where and how to compute."""
+    names = ("device", "threads", "devices", "compile", "checkpoint_every", "dask")
+    return Runtime(**{name: getattr(options, name) for name in names if hasattr(options, name)})
 
 
 def configure(request: Request) -> Config:
@@ -190,6 +207,17 @@ def require_inputs(
                 )
 
 
+def noted(request: Request, steps: Sequence[Step], store: Store) -> contextlib.AbstractContextManager[None]:
+    """Notes the whole line under the run's name before anything is built; inside, it is under way, and `zs-seg gc` spares it.
+
+    Raises ValueError for a name that is no file name.
+    """
+    if torchrun_rank():  # the first process does
+        return contextlib.nullcontext()
+    refs = {step.stage: step.recipe.ref for step in steps}
+    return Runs(store).running(Line.now(name=request.run_name, command=request.command("run"), refs=refs))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What became of one stage: built now, in `seconds`, or there already."""
@@ -221,11 +249,12 @@ def build(step: Step, store: Store, runtime: Runtime) -> Outcome:
     return Outcome(stage=step.stage, ref=ref, built=built, seconds=time.monotonic() - started)
 
 
-def publish(preset: str, steps: Sequence[Step], store: Store, runs: Path = Path("runs")) -> Path:
-    """Copy the report to `<runs>/<preset>/`, with the preset's name and where every number came from; returns that folder."""
+def publish(preset: str, steps: Sequence[Step], store: Store, runs: Path = Path("runs"), *, name: str = "") -> Path:
+    """Copy the report to `<runs>/<name, else preset>/`, with the preset's name and where every number came from; returns that
+    folder."""
     from pipeline import report
 
-    folder, ref = runs / preset, steps[-1].recipe.ref
+    folder, ref = runs / (name or preset), steps[-1].recipe.ref
     store.require_intact(ref)
     try:
         report.publish(store.path(ref), folder, preset=preset, lineage=lineage(steps, store))

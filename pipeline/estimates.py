@@ -16,8 +16,8 @@ from typing import Any
 from pipeline.counting import Counts
 from pipeline.line import Config, Step
 from pipeline.teaching import SMALL_CLIP
-from storage.keys import Ref, canonical
-from storage.store import Manifest, Store
+from storage.keys import canonical
+from storage.lineage import Lineage, Node
 
 UNITS = {
     "scenes": "image", "shard": "image", "text": "class", "cache-clip": "teacher input", "v2c": "step", "queries": "view",
@@ -48,9 +48,9 @@ class Estimator:
     """
 
     def __init__(
-        self, config: Config, steps: list[Step], store: Store, counts: Counts, *, tflops: float, step_seconds: float
+        self, config: Config, steps: list[Step], lineage: Lineage, counts: Counts, *, tflops: float, step_seconds: float
     ) -> None:
-        self.config, self.store, self.counts = config, store, counts
+        self.config, self.lineage, self.counts = config, lineage, counts
         self.tflops, self.step_seconds = tflops, step_seconds
         self.configs = {step.stage: json.loads(canonical(step.recipe.config)) for step in steps}
         views = None if counts.left is None else counts.left * config.queries.views
@@ -94,32 +94,19 @@ class Estimator:
             return self.amounts["queries"] * segmenter.queries * (segmenter.dim * 2 + 8)
         return None
 
-    def _newest_alike(self, step: Step) -> Manifest | None:
+    def _newest_alike(self, step: Step) -> Node | None:
         """The newest artefact of the stage that was made under the same conditions, in one go."""
         wanted = _conditions(step.stage, self.configs)
-        refs = [ref for ref in self.store.refs() if ref.kind == step.recipe.kind]
-        for ref in sorted(refs, key=lambda ref: self.store.path(ref).stat().st_mtime, reverse=True):
-            try:
-                manifest = self.store.open(ref).manifest
-                if manifest.stage == step.stage and not manifest.provenance["resumed"] and _amount(manifest):
-                    found: dict[str, Any] = {}
-                    _collect(self.store, ref, found)
+        nodes = [node for node in self.lineage.nodes(step.recipe.kind) if node.stage == step.stage]
+        for node in sorted(nodes, key=lambda node: node.provenance["created"], reverse=True):
+            if not node.provenance["resumed"] and _amount(node):
+                line = self.lineage.line(node.ref)
+                there = {one.ref for one in line.values()}
+                if all(source in there for one in line.values() for source in one.inputs.values()):
+                    found = {stage: one.config for stage, one in line.items()}
                     if _conditions(step.stage, found) == wanted:
-                        return manifest
-            except ValueError:  # damaged, or one of its inputs is gone: no estimate from this one
-                continue
+                        return node
         return None
-
-
-def _collect(store: Store, ref: Ref, found: dict[str, Any]) -> None:
-    """The configs of the artefact and of everything that it was made from, by stage."""
-    manifest = store.open(ref).manifest
-    if manifest.stage in found:
-        return
-    found[manifest.stage] = manifest.config
-    for name in manifest.inputs.values():
-        kind, _, key = name.partition("/")
-        _collect(store, Ref(kind=kind, key=key), found)
 
 
 def _conditions(stage: str, configs: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +130,7 @@ def _without_amounts(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in AMOUNTS}
 
 
-def _amount(manifest: Manifest) -> int:
+def _amount(manifest: Node) -> int:
     """How many units of work the artefact took."""
     counts = manifest.counts
     if manifest.stage in ("v2c", "g2s", "cpa"):

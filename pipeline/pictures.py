@@ -11,7 +11,6 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage
 
 UNSEEN = "#c2185b"
 PALETTE = (
@@ -63,6 +62,8 @@ def _photo(image: NDArray[np.uint8]) -> str:
 
 def _panel(overlay: Overlay, colour_of: Mapping[str, str], size: tuple[int, int]) -> str:
     """Translucent segments with edges and names, to lie over the photo."""
+    from scipy import ndimage
+
     ids, classes = overlay
     rows, columns = (np.arange(n) * old // n for n, old in zip(size, ids.shape, strict=True))
     ids = np.asarray(ids)[np.ix_(rows, columns)]  # nearest neighbour
@@ -95,6 +96,8 @@ def _labels(
     segments: Sequence[tuple[NDArray[np.bool_], str, bool]], colour_of: Mapping[str, str], size: tuple[int, int]
 ) -> str:
     """The names, each as near to its segment's innermost point as the labels before it allow."""
+    from scipy import ndimage
+
     height, font = 27, 20
     taken: list[tuple[float, float, float]] = []  # left, right, top
     found = ""

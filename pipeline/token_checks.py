@@ -1,21 +1,21 @@
-"""Looking at cached tokens: what is in them, and whether the teacher still says the same about a sample of them."""
+"""Looking at cached tokens: what is in them (without torch, at once), and whether the teacher still says the same of a sample."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from pipeline.runtime import Runtime
-from pipeline.vocabulary import teacher_of
 from storage.keys import Ref
-from storage.shards import Sample, Shards, decode_ids, decode_image, read_shard
 from storage.store import Store
 from storage.tokens import TokenGroup, read_tokens
+
+if TYPE_CHECKING:
+    from storage.shards import Sample
 
 AGREE = 0.999  # least cosine between a stored row, which is half precision, and its image encoded again
 PLAIN = {"crop": "full", "method": "pixels"}  # the options under which a row is one masked image through the teacher
@@ -55,6 +55,11 @@ def encode_again(
     Returns one line for every row that is more than rounding away, and one about the sample as a whole.
     Raises ValueError when the teacher's weights, or the shards, are not at hand.
     """
+    import torch
+
+    from pipeline.vocabulary import teacher_of
+    from storage.shards import Shards, decode_ids, decode_image
+
     artefact = store.open(ref)
     config = artefact.manifest.config
     for option, plain in PLAIN.items():
@@ -106,6 +111,8 @@ def _draw(groups: list[TokenGroup], rows: int, seed: int) -> list[tuple[int, int
 
 def _pairs(tar: Path, wanted: list[tuple[int, int | None]]) -> Iterator[tuple[int, int | None, Sample]]:
     """The wanted (sample, row) of a tar with their samples."""
+    from storage.shards import read_shard
+
     for position, sample in enumerate(read_shard(tar)):
         for which, row in wanted:
             if which == position:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _SUFFIX = ".writing"
 
@@ -44,11 +45,16 @@ def clean(folder: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """Remove a file or a whole folder; nothing happens when there is none."""
+    """Remove a file or a whole folder; nothing happens when there is none, or when somebody else deletes it just now."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        shutil.rmtree(path, onerror=_unless_gone)
     else:
         path.unlink(missing_ok=True)
+
+
+def _unless_gone(_function: Any, _path: Any, caught: Any) -> None:
+    if not isinstance(caught[1], FileNotFoundError):
+        raise caught[1]
 
 
 def fsync(path: Path) -> None:

@@ -38,6 +38,12 @@ class Ref:
     def __str__(self) -> str:
         return f"{self.kind}/{self.key}"
 
+    @classmethod
+    def parse(cls, text: str) -> Ref:
+        """From "kind/key". Raises ValueError when it does not read like that."""
+        kind, _, key = text.partition("/")
+        return cls(kind=kind, key=key)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:

@@ -8,8 +8,9 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 log = logging.getLogger(__name__)
 
@@ -17,11 +18,12 @@ log = logging.getLogger(__name__)
 class Lock:
     """An exclusive lock on the file `path`, as a context manager; `what` names it in the log.
 
-    The file holds its owner as JSON, for people to read; what counts is the system's lock on it (flock).
+    The file holds its owner as JSON, for people to read: host, pid, since when, and `note`. What counts is the system's
+    lock on it (flock). With `wait` false, entering raises BlockingIOError while somebody else holds it.
     """
 
-    def __init__(self, path: Path, *, what: str) -> None:
-        self.path, self.what = path, what
+    def __init__(self, path: Path, *, what: str, note: Mapping[str, Any] | None = None, wait: bool = True) -> None:
+        self.path, self.what, self.note, self.wait = path, what, note or {}, wait
         self._descriptor = -1
 
     def held(self) -> bool:
@@ -38,23 +40,37 @@ class Lock:
             os.close(descriptor)
         return False
 
+    def owner(self) -> dict[str, Any]:
+        """What the file says of the one who holds it, or who died holding it; {} when it says nothing."""
+        try:
+            return json.loads(self.path.read_bytes())
+        except (OSError, ValueError):  # its owner has just begun, or just finished
+            return {}
+
+    def holder(self) -> str:
+        """ "process 12 on host since ..." of the one who holds it."""
+        owner = self.owner()
+        return f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else "another process"
+
     def __enter__(self) -> Self:
-        """Take the lock, waiting for it if needed."""
+        """Take the lock, waiting for it if needed, which the log tells."""
         told = False
         while True:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask
             try:
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
+                    if not self.wait:
+                        raise
                     if not told:
-                        log.info("waiting for %s, which is being built by %s", self.what, self._owner())
+                        log.info("waiting for %s, held by %s", self.what, self.holder())
                         told = True
                     fcntl.flock(descriptor, fcntl.LOCK_EX)
                 if self._is_current(descriptor):
                     owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%FT%T%z")}
                     os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+                    os.pwrite(descriptor, json.dumps({**owner, **self.note}).encode(), 0)
                     self._descriptor = descriptor
                     return self
             except BaseException:
@@ -72,10 +88,3 @@ class Lock:
             return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
         except FileNotFoundError:
             return False
-
-    def _owner(self) -> str:
-        try:
-            owner = json.loads(self.path.read_text(encoding="utf-8"))
-            return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-        except (OSError, ValueError, KeyError):
-            return "another process"  # it has just begun, or just finished

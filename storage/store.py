@@ -10,8 +10,11 @@ import errno
 import json
 import logging
 import os
+import pwd
+import re
+import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +29,7 @@ log = logging.getLogger(__name__)
 
 State = Literal["fresh", "partial", "missing", "locked"]
 MANIFEST = "manifest.json"
+REMOVED = ".removed"  # the end of a folder's name that is on its way out
 LARGE = 10**9  # bytes that take seconds to hash
 
 
@@ -109,12 +113,25 @@ class Store:
 
     def state(self, ref: Ref) -> State:
         """ "fresh" = complete, "locked" = being built now, "partial" = a build was cut off, else "missing"."""
-        with self._mistakes_as_value_errors(ref):
+        with self.mistakes_as_value_errors(ref):
             if (self.path(ref) / MANIFEST).is_file():
                 return "fresh"
             if self._lock(ref).held():
                 return "locked"
             return "partial" if self.partial(ref).is_dir() else "missing"
+
+    def holder(self, ref: Ref) -> str:
+        """Who builds a "locked" artefact: "process 12 on host since ..."."""
+        return self._lock(ref).holder()
+
+    def locked(self) -> dict[Ref, list[Ref]]:
+        """Every artefact that is being built now -> the artefacts that its build reads."""
+        found = {}
+        for path in self.root.glob(f"*/.{'[0-9a-f]' * KEY_LENGTH}.lock"):
+            ref = Ref(kind=path.parent.name, key=path.name[1 : KEY_LENGTH + 1])
+            if self._lock(ref).held():
+                found[ref] = [Ref.parse(name) for name in self._lock(ref).owner().get("inputs", [])]
+        return found
 
     def build(self, recipe: Recipe, work: Callable[[Build], None]) -> Ref:
         """Make the recipe's artefact by `work`, unless it is complete already.
@@ -127,11 +144,13 @@ class Store:
         ref = recipe.ref
         if self.state(ref) == "fresh":
             return ref
-        with self._mistakes_as_value_errors(ref):
+        with self.mistakes_as_value_errors(ref):
             self.path(ref).parent.mkdir(parents=True, exist_ok=True)
-            with self._lock(ref):
+            with self._lock(ref, note={"inputs": [str(source) for source in recipe.inputs.values()]}):
                 if self.state(ref) != "fresh":
                     self._build(recipe, work)
+                else:
+                    log.info("%s: %s is complete now, somebody else built it", recipe.stage, ref)
         return ref
 
     def _build(self, recipe: Recipe, work: Callable[[Build], None]) -> None:
@@ -203,10 +222,27 @@ class Store:
         Raises ValueError when it is missing, partial, or damaged as far as that shows without reading the files
         (`verify` reads them).
         """
-        if (state := self.state(ref)) != "fresh":
-            raise ValueError(
-                f"{ref} is {state} in {self.root}; `zs-seg plan` shows what is there, `zs-seg run` makes it"
-            )
+        while True:
+            if (state := self.state(ref)) != "fresh":
+                raise ValueError(
+                    f"{ref} is {state} in {self.root}; `zs-seg plan` shows what is there, `zs-seg run` makes it"
+                )
+            seen = self._folder(ref)
+            try:
+                return self._open(ref)
+            except ValueError:
+                if self._folder(ref) == seen:
+                    raise  # else somebody removed it, or built it again, while we looked
+
+    def _folder(self, ref: Ref) -> tuple[int, int] | None:
+        """Tells a folder from another in its place."""
+        try:
+            stat = self.path(ref).stat()
+        except FileNotFoundError:
+            return None
+        return stat.st_ino, stat.st_mtime_ns
+
+    def _open(self, ref: Ref) -> Artefact:
         manifest = self._manifest(ref)
         if problems := _size_problems(self.path(ref), manifest):
             raise _damaged(manifest, problems)
@@ -221,8 +257,12 @@ class Store:
 
     def refs(self) -> list[Ref]:
         """Every complete artefact, sorted by kind and key."""
-        found = self.root.glob(f"*/{'[0-9a-f]' * KEY_LENGTH}/{MANIFEST}")
-        return [Ref(kind=path.parent.parent.name, key=path.parent.name) for path in sorted(found)]
+        found, key = [], re.compile(rf"[0-9a-f]{{{KEY_LENGTH}}}")
+        for kind in sorted(os.listdir(self.root)) if self.root.is_dir() else ():
+            if os.path.isdir(folder := f"{self.root}/{kind}"):
+                keys = sorted(name for name in os.listdir(folder) if key.fullmatch(name))
+                found += [Ref(kind=kind, key=name) for name in keys if os.path.isfile(f"{folder}/{name}/{MANIFEST}")]
+        return found
 
     def find(self, key_prefix: str) -> Ref:
         """The one complete artefact whose key, or whose "kind/key", starts with `key_prefix`.
@@ -236,8 +276,18 @@ class Store:
             raise ValueError(f"{key_prefix!r} fits {', '.join(map(str, found[:4]))}; give more digits of the key")
         return found[0]
 
-    def verify(self, ref: Ref) -> list[str]:
-        """Read every byte and compare with the manifest; one line a problem, [] = intact."""
+    def file_names(self, ref: Ref) -> list[str]:
+        """The files of a complete artefact; [] when its manifest cannot be used, of which `verify` tells."""
+        try:
+            return list(self._manifest(ref).files)
+        except ValueError:
+            return []
+
+    def verify(self, ref: Ref, *, files: Collection[str] | None = None) -> list[str]:
+        """Compare with the manifest: which files there are, their sizes, and every byte of those in `files` (None = of all).
+
+        One line a problem, [] = intact.
+        """
         try:
             manifest = self._manifest(ref)
         except ValueError as error:
@@ -251,7 +301,7 @@ class Store:
             f"{name} does not belong to it" for name in sorted(there.keys() - manifest.files.keys() - {MANIFEST})
         ]
         for name, entry in manifest.files.items():
-            file = there.get(name)
+            file = there.get(name) if files is None or name in files else None
             if file and file.stat().st_size == entry["bytes"] and sha256_file(file) != entry["sha256"]:
                 problems.append(f"{name} has changed (sha256 differs)")
         return problems
@@ -261,22 +311,36 @@ class Store:
 
         Raises ValueError while it is being built, and when the store cannot be written.
         """
-        if not self.path(ref).exists() and not self.partial(ref).exists():
-            return
-        with self._mistakes_as_value_errors(ref):
-            if self._lock(ref).held():
-                raise ValueError(f"{ref} is being built; wait for that or stop it, then try again")
-            with self._lock(ref):
-                delete(self.partial(ref))
-                if self.path(ref).exists():  # the manifest goes first: a half-removed artefact must not look complete
-                    delete(self.path(ref) / MANIFEST)
-                    delete(self.path(ref))
+        with self.mistakes_as_value_errors(ref):
+            try:
+                for path in self.set_aside(ref, self.partial(ref), self.path(ref)):
+                    delete(path)
+            except BlockingIOError:
+                raise ValueError(
+                    f"{ref} is being built by {self.holder(ref)}; wait for that or stop it, then try again"
+                ) from None
+
+    def set_aside(self, ref: Ref, *paths: Path) -> list[Path]:
+        """Rename folders of the artefact that are there, each in one step: from then on nobody finds them, and the returned ones
+        can be deleted at leisure.
+
+        Raises BlockingIOError while it is being built, ValueError when the store cannot be written.
+        """
+        if not any(path.exists() for path in paths):
+            return []
+        aside = []
+        with self.mistakes_as_value_errors(ref), self._lock(ref, wait=False):
+            for path in paths:
+                if path.exists():
+                    aside.append(path.with_name(f".{ref.key}.{secrets.token_hex(4)}{REMOVED}"))
+                    os.rename(path, aside[-1])
+        return aside
 
     def partial(self, ref: Ref) -> Path:
         return self.root / ref.kind / f".{ref.key}.partial"
 
-    def _lock(self, ref: Ref) -> Lock:
-        return Lock(self.root / ref.kind / f".{ref.key}.lock", what=str(ref))
+    def _lock(self, ref: Ref, **options: Any) -> Lock:
+        return Lock(self.root / ref.kind / f".{ref.key}.lock", what=str(ref), **options)
 
     def _manifest(self, ref: Ref) -> Manifest:
         path = self.path(ref) / MANIFEST
@@ -292,32 +356,51 @@ class Store:
         return manifest
 
     @contextmanager
-    def _mistakes_as_value_errors(self, ref: Ref) -> Iterator[None]:
+    def mistakes_as_value_errors(self, what: object) -> Iterator[None]:
         """A full or read-only store is for the user to mend; an OSError about a file elsewhere passes through."""
         try:
             yield
         except OSError as error:
-            elsewhere = isinstance(error.filename, str) and not Path(error.filename).absolute().is_relative_to(
-                self.root
-            )
-            if error.errno in (errno.ENOSPC, errno.EDQUOT) and not elsewhere:
+            path = Path(error.filename).absolute() if isinstance(error.filename, str) else self.root
+            if not path.is_relative_to(self.root):
+                raise
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 reason = "has no space left; free some and run again (the build goes on where it stopped)"
-            elif error.errno == errno.EFBIG and not elsewhere:
+            elif error.errno == errno.EFBIG:
                 reason = "takes no file of that size; raise the limit (ulimit -f, or the file system's) and run again"
-            elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) and not elsewhere:
+            elif error.errno in (errno.EACCES, errno.EPERM):
+                reason = f"cannot be used{_closed(path)}; mend its permissions"
+            elif error.errno in (errno.EROFS, errno.ENOTDIR):
                 reason = "cannot be used; mend its permissions"
             elif error.errno == errno.EEXIST and error.filename == str(self.root):
                 reason = "is a file, not a folder; remove it"
             else:
                 raise
             raise ValueError(
-                f"store {self.root} {reason}, or pass another --store ({ref}: {error.strerror})"
+                f"store {self.root} {reason}, or pass another --store ({what}: {error.strerror})"
             ) from error
 
 
 def _damaged(manifest: Manifest, problems: list[str]) -> ValueError:
     reason = f"{manifest.ref} is damaged ({problems[0]})"
     return ValueError(f"{reason}; rebuild it with `zs-seg run --force {manifest.stage}`")
+
+
+def _closed(path: Path) -> str:
+    """Which folder keeps this user out, and whose it is, in words."""
+    there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+    shut = there.parent if os.access(there, os.W_OK) else there
+    return (
+        f": {shut} belongs to {user_name(shut.stat().st_uid)}, who must let the group write (umask 002, chmod -R g+w)"
+    )
+
+
+def user_name(number: int) -> str:
+    """The name of a user, or "user 1234" for one whom this machine does not know, as in a container."""
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,0 +1,162 @@
+"""What in a store nobody needs any more, and how to remove it while others read and build."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from stat import S_ISREG
+
+from storage.atomic import delete
+from storage.keys import KEY_LENGTH, Ref
+from storage.lineage import Lineage
+from storage.runs import Line, Runs
+from storage.store import MANIFEST, REMOVED, Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waste:
+    """A folder to remove: `name` for people, its size in `bytes`, and the reason. `ref`: whose it is, None for what an earlier
+    removal left."""
+
+    path: Path
+    ref: Ref | None
+    name: str
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """`waste`; `kept`: the artefacts that stay; `kept_bytes`: their size; `locked`: what is being built, and left alone."""
+
+    waste: list[Waste]
+    kept: list[Ref]
+    kept_bytes: int
+    locked: list[Ref]
+
+    @property
+    def bytes(self) -> int:
+        """What removal frees."""
+        return sum(one.bytes for one in self.waste)
+
+
+def survey(store: Store, *, keep: int = 1, forget: Collection[str] = (), partial_age: float = 7 * 86400) -> Survey:
+    """What no named run reaches. Changes nothing.
+
+    Of every name the last `keep` lines count, names in `forget` do not; runs under way and builds under way always do. What a
+    killed build left goes when nothing in it was written for `partial_age` seconds; if a named run needs it, never.
+
+    Raises ValueError when no run is recorded, when a name to forget is not, or when a record is damaged.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be 1 or more lines of every run, not {keep}")
+    runs, lineage, locked = Runs(store), Lineage(store), store.locked()
+    lines = {name: runs.lines(name) for name in runs.names()}
+    if unknown := sorted(set(forget) - lines.keys()):
+        raise ValueError(f"no run {unknown[0]!r} in {store.root}; there are {', '.join(lines) or 'none'}")
+    under_way = runs.under_way()
+    if not lines and not under_way:
+        raise ValueError(
+            f"no run is recorded in {store.root}, so everything would go; `zs-seg run` again what you want to keep (what is "
+            "complete is not built again), then try again"
+        )
+    last = [line for name, those in lines.items() if name not in forget for line in those[-keep:]]
+    roots = [ref for line in (*last, *under_way) for ref in line.refs.values()]
+    reached = lineage.reach([*roots, *locked, *(source for sources in locked.values() for source in sources)])
+    complete, waste = store.refs(), []
+    reasons = _earlier(lineage, [line for those in lines.values() for line in those])
+    for ref in complete:
+        if ref not in reached:
+            node, path, reason = lineage.node(ref), store.path(ref), reasons.get(ref, "no run reaches it")
+            size = node.bytes if node else _size(path)
+            waste.append(Waste(path=path, ref=ref, name=str(ref), bytes=size, reason=reason))
+    waste += _broken(store, reached | set(complete))
+    waste += _partials(store, reached, partial_age)
+    for path in sorted(store.root.glob(f"*/.*{REMOVED}")):
+        waste.append(
+            Waste(
+                path=path,
+                ref=None,
+                name=f"{path.parent.name}/{path.name}",
+                bytes=_size(path),
+                reason="an interrupted removal",
+            )
+        )
+    kept = [ref for ref in complete if ref in reached]
+    kept_bytes = sum(node.bytes for ref in kept if (node := lineage.node(ref)))
+    return Survey(waste=waste, kept=kept, kept_bytes=kept_bytes, locked=sorted(locked, key=str))  # fmt: skip
+
+
+def collect(store: Store, *, keep: int = 1, forget: Collection[str] = (), partial_age: float = 7 * 86400) -> Survey:
+    """Remove what `survey` finds; returns what went.
+
+    No run begins between the look and the removal. Each folder is renamed out of sight under its artefact's lock before it is
+    deleted, so that a reader finds all of it or nothing; what somebody has begun to build since stays.
+
+    Raises ValueError as `survey`, and when the store cannot be written.
+    """
+    runs, gone, aside = Runs(store), [], []
+    with runs.still():
+        found = survey(store, keep=keep, forget=forget, partial_age=partial_age)
+        for name in forget:
+            runs.forget(name)
+        runs.sweep()
+        for one in found.waste:
+            try:
+                aside += store.set_aside(one.ref, one.path) if one.ref else [one.path]
+                gone.append(one)
+            except BlockingIOError:  # somebody builds it since
+                continue
+    with store.mistakes_as_value_errors("gc"):
+        for path in aside:
+            delete(path)
+    return Survey(waste=gone, kept=found.kept, kept_bytes=found.kept_bytes, locked=found.locked)
+
+
+def _earlier(lineage: Lineage, lines: Iterable[Line]) -> dict[Ref, str]:
+    """What earlier lines of a name reached, or lines of a forgotten one -> which, in words."""
+    found: dict[Ref, str] = {}
+    for line in sorted(lines, key=lambda line: line.date, reverse=True):
+        for ref in lineage.reach(line.refs.values()):
+            found.setdefault(ref, f"of an earlier run {line.name} ({line.user}, {line.date[:16]})")
+    return found
+
+
+def _broken(store: Store, known: Collection[Ref]) -> list[Waste]:
+    """Folders in an artefact's place that have no manifest; nothing opens them."""
+    refs = [Ref(kind=path.parent.name, key=path.name) for path in store.root.glob(f"*/{'[0-9a-f]' * KEY_LENGTH}")]
+    return [
+        Waste(path=store.path(ref), ref=ref, name=str(ref), bytes=_size(store.path(ref)), reason="has no manifest")
+        for ref in refs
+        if ref not in known and not (store.path(ref) / MANIFEST).is_file()
+    ]
+
+
+def _partials(store: Store, reached: Collection[Ref], age: float) -> list[Waste]:
+    """What killed builds left long ago. Their age is that of the last write."""
+    found = []
+    for path in sorted(store.root.glob(f"*/.{'[0-9a-f]' * KEY_LENGTH}.partial")):
+        ref = Ref(kind=path.parent.name, key=path.name[1 : KEY_LENGTH + 1])
+        if (
+            ref not in reached
+            and (idle := time.time() - max((stat.st_mtime for stat in _stats(path)), default=time.time())) > age
+        ):
+            reason = f"cut off, untouched for {idle / 86400:.0f} days"
+            found.append(Waste(path=path, ref=ref, name=f"{ref} (partial)", bytes=_size(path), reason=reason))
+    return found
+
+
+def _size(folder: Path) -> int:
+    return sum(stat.st_size for stat in _stats(folder) if S_ISREG(stat.st_mode))
+
+
+def _stats(folder: Path) -> Iterator[os.stat_result]:
+    """Of the folder and all in it; what goes meanwhile is left out."""
+    for path, _, names in os.walk(folder):
+        for one in (path, *(os.path.join(path, name) for name in names)):
+            with suppress(FileNotFoundError):
+                yield os.lstat(one)

@@ -1,0 +1,133 @@
+"""Which artefact was made from which. Read from the manifests; of their long part, the list of files, only the sizes are summed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from storage.keys import Recipe, Ref, canonical
+from storage.store import MANIFEST, Store
+
+# Manifests are written with an indent of 1, so that a line with one space and a name begins a field of the manifest itself:
+# in nested ones the space is repeated, and in a string a line break is escaped.
+_FILES, _AFTER_FILES = b'\n "files": ', b'\n "provenance": '
+_BYTES = re.compile(rb'\n   "bytes": (\d+)')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """An artefact, there or only planned: its recipe and, if it is there, what its manifest says besides.
+
+    `config` is plain JSON. `bytes` and `files` are the size and number of its files.
+    """
+
+    ref: Ref
+    stage: str
+    version: int
+    config: Any
+    inputs: Mapping[str, Ref]
+    counts: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    bytes: int = 0
+    files: int = 0
+
+    @classmethod
+    def planned(cls, recipe: Recipe) -> Node:
+        """What the recipe will make."""
+        config = json.loads(canonical(recipe.config))
+        return cls(ref=recipe.ref, stage=recipe.stage, version=recipe.version, config=config, inputs=recipe.inputs)
+
+
+Lookup = Callable[[Ref], Node | None]
+
+
+class Lineage:
+    """The artefacts of a store as a graph, as it was when it was first asked. A manifest is read when it is needed, quickly and
+    without the checks of `Store.open`: good enough to show and to compare, not to read the artefact."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._nodes: dict[Ref, Node | None] = {}
+        self._users: dict[Ref, list[Ref]] | None = None
+        self._lines: dict[Ref, dict[str, Node]] = {}
+
+    def node(self, ref: Ref) -> Node | None:
+        """None when the artefact is not there, or its manifest cannot be read."""
+        if ref not in self._nodes:
+            self._nodes[ref] = _read(self.store, ref)
+        return self._nodes[ref]
+
+    def nodes(self, kind: str = "") -> list[Node]:
+        """All of a kind, or all, sorted by kind and key; those with an unreadable manifest are left out."""
+        found = (self.node(ref) for ref in self._refs if kind in ("", ref.kind))
+        return [node for node in found if node]
+
+    @cached_property
+    def _refs(self) -> list[Ref]:
+        return self.store.refs()
+
+    def line(self, ref: Ref) -> dict[str, Node]:
+        """The `ancestry` of an artefact."""
+        if ref not in self._lines:
+            self._lines[ref] = ancestry(ref, self.node)
+        return self._lines[ref]
+
+    def users(self, ref: Ref) -> list[Ref]:
+        """The artefacts that have it as an input, sorted by kind and key. Reads every manifest, once."""
+        if self._users is None:
+            self._users = {}
+            for node in self.nodes():
+                for source in dict.fromkeys(node.inputs.values()):
+                    self._users.setdefault(source, []).append(node.ref)
+        return self._users.get(ref, [])
+
+    def reach(self, refs: Iterable[Ref]) -> set[Ref]:
+        """`refs` and everything that they were made from, whether it is there or not."""
+        found, waiting = set[Ref](), list(refs)
+        while waiting:
+            if (ref := waiting.pop()) not in found:
+                found.add(ref)
+                if node := self.node(ref):
+                    waiting += node.inputs.values()
+        return found
+
+
+def ancestry(ref: Ref, lookup: Lookup) -> dict[str, Node]:
+    """The artefact and everything that it was made from, by stage, itself first; what `lookup` does not know is left out.
+
+    A line has one artefact a stage; should there be two, the one nearest to `ref` counts.
+    """
+    found: dict[str, Node] = {}
+    seen, waiting = {ref}, [ref]
+    for one in waiting:
+        if node := lookup(one):
+            found.setdefault(node.stage, node)
+            fresh = [source for source in node.inputs.values() if source not in seen]
+            seen.update(fresh)
+            waiting += fresh
+    return found
+
+
+def _read(store: Store, ref: Ref) -> Node | None:
+    try:
+        text = (store.path(ref) / MANIFEST).read_bytes()
+        start, stop = text.index(_FILES), text.index(_AFTER_FILES)
+        head, tail = json.loads(text[:start].rstrip(b",") + b"}"), json.loads(b"{" + text[stop:])
+        sizes = _BYTES.findall(text, start, stop)
+        return Node(
+            ref=ref,
+            stage=head["stage"],
+            version=head["version"],
+            config=head["config"],
+            inputs={name: Ref.parse(source) for name, source in head["inputs"].items()},
+            counts=head["counts"],
+            provenance=tail["provenance"],
+            bytes=sum(map(int, sizes)),
+            files=len(sizes),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None

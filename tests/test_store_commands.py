@@ -1,0 +1,226 @@
+"""list, show, verify, diff, gc and plan on the command line: what they say, and how quickly with 2,000 artefacts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from many_artefacts import demo_line, fill, many, note
+
+from flows.cli import main
+from pipeline.line import STAGES
+from storage.keys import recipe_key
+from storage.runs import Runs
+from storage.store import Build, Store
+
+ROOT = Path(__file__).parents[1]
+DEMO = ("--preset", "demo")
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The demo's line as run "demo", and one with another v2c that no run names."""
+    store = Store(tmp_path_factory.mktemp("store"))
+    fill(store, demo_line(), files=30)
+    fill(store, demo_line(100))
+    note(store, "demo", demo_line())
+    return store
+
+
+@pytest.fixture
+def copied(filled: Store, tmp_path: Path) -> Store:
+    shutil.copytree(filled.root, tmp_path / "copy")
+    return Store(tmp_path / "copy")
+
+
+def says(capsys: pytest.CaptureFixture[str], store: Store, *words: str, status: int = 0) -> list[str]:
+    """The lines on stdout, or on stderr of a command that fails."""
+    assert main((*words, "--store", str(store.root))) == status
+    output = capsys.readouterr()
+    return (output.err if status else output.out).splitlines()
+
+
+def keys(number: int = 0) -> dict[str, str]:
+    return {step.stage: step.recipe.key for step in demo_line(number)}
+
+
+def test_list_in_the_order_of_the_line_with_users_and_runs(filled: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    *rows, total = says(capsys, filled, "list")
+    assert [row.split()[0] for row in rows[1:]] == [
+        stage for stage in STAGES for _ in range(1 + (STAGES.index(stage) > 3))
+    ]
+    assert total.startswith("14 artefacts, ")
+    users = {row.split()[1].partition("/")[2]: row.split()[-2:] for row in rows[1:]}
+    assert users[keys()["shard"]] == ["7", "demo"]  # tokens, and of both lines v2c, queries and evaluate
+    assert users[keys(100)["v2c"]] == ["4", "-"]
+    assert users[keys()["evaluate"]] == ["-", "demo"]
+
+
+def test_list_of_one_kind_as_json(filled: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    entries = json.loads("\n".join(says(capsys, filled, "list", "--kind", "checkpoint", "--json")))
+    assert {entry["key"] for entry in entries} == {keys(n)[stage] for n in (0, 100) for stage in ("v2c", "cpa")}
+    (v2c,) = (entry for entry in entries if entry["key"] == keys()["v2c"])
+    manifest = filled.open(filled.find(f"checkpoint/{v2c['key']}")).manifest
+    assert (v2c["bytes"], v2c["files"], v2c["runs"], v2c["stage"]) == (manifest.bytes, 30, ["demo"], "v2c")
+    assert set(v2c["used_by"]) == {
+        f"{kind}/{keys()[stage]}" for kind, stage in
+        (("queries", "queries"), ("generator", "g2s"), ("checkpoint", "cpa"), ("report", "evaluate"))
+    }  # fmt: skip
+    assert "checkpoint" in says(capsys, filled, "list", "--kind", "no-such", status=2)[0]
+
+
+def test_list_goes_on_after_a_damaged_artefact(copied: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    (copied.path(copied.find(keys()["evaluate"])) / "manifest.json").write_text("{")
+    rows = says(capsys, copied, "list")
+    assert len(rows) == 16 and "damaged" in rows[-2] and keys()["evaluate"] in rows[-2]
+    assert json.loads("\n".join(says(capsys, copied, "list", "--json")))[-1]["damaged"]
+
+
+def test_show_tells_what_it_was_made_from_and_what_uses_it(filled: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "\n".join(says(capsys, filled, "show", keys()["g2s"]))
+    inputs, _, rest = text.partition("\nused by\n")
+    assert f"\n  checkpoint: checkpoint/{keys()['v2c']}" in inputs
+    assert f"\n    shards: shards/{keys()['shard']} (shard)\n      scenes: scenes/{keys()['scenes']} (scenes)" in inputs
+    assert inputs.count("scenes:") == 1 and "(as above)" in inputs
+    users = rest.partition("\n\n")[0]
+    assert f"checkpoint/{keys()['cpa']} (cpa)" in users and f"report/{keys()['evaluate']} (evaluate)" in users
+    assert "runs: demo" in rest and "and 10 more in" in rest
+    used = "\n".join(says(capsys, filled, "show", keys()["v2c"]))
+    assert f"queries/{keys()['queries']} (queries)\n" in used.partition("\nruns")[0]
+    used = "\n".join(says(capsys, filled, "show", keys()["text"]))
+    assert f"generator/{keys(100)['g2s']} (g2s)\n" in used
+    assert "through others" in "\n".join(says(capsys, filled, "show", keys()["scenes"]))
+    assert "\nused by\n  nothing\n\nruns: none\n" in "\n".join(says(capsys, filled, "show", keys(100)["evaluate"]))
+
+
+def test_verify_of_a_sample_reads_what_its_seed_draws(copied: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    first, last = says(capsys, copied, "verify", "--sample", "5")
+    assert first.startswith("5 of 275 files, drawn with --seed ") and "the drawn ones are intact" in last
+    assert first != says(capsys, copied, "verify", "--sample", "5")[0]  # another seed
+    files = sorted(path for path in copied.root.glob("*/*/*") if path.suffix == ".tar")
+    files[3].write_bytes(bytes(files[3].stat().st_size))  # of the same size
+    found = [main(("verify", "--sample", "60", "--seed", str(seed), "--store", str(copied.root))) for seed in range(20)]
+    assert set(found) == {0, 2}  # a seed finds it or does not
+    assert found == [
+        main(("verify", "--sample", "60", "--seed", str(seed), "--store", str(copied.root))) for seed in range(20)
+    ]
+    capsys.readouterr()
+    assert "are damaged" in says(capsys, copied, "verify", "--sample", "999", status=2)[-1]
+    files[-1].unlink()
+    key = files[-1].parent.name
+    assert key in says(capsys, copied, "verify", key, "--sample", "1", status=2)[-1]  # sizes are always compared
+    assert "--sample" in says(capsys, copied, "verify", "--sample", "-1", status=2)[-1]
+
+
+def test_diff_of_keys_and_runs(copied: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    head, row, total = says(capsys, copied, "diff", keys()["evaluate"], keys(100)["evaluate"])
+    assert head.split() == ["field", f"report/{keys()['evaluate']}", f"report/{keys(100)['evaluate']}"]
+    assert (row.split(), total) == (["v2c.lr", "0.001", "0.0011"], "1 fields differ")
+    note(copied, "other", demo_line(100))
+    assert says(capsys, copied, "diff", "demo", "other")[0].split() == ["field", "demo", "other"]
+    assert says(capsys, copied, "diff", "demo", "demo") == ["demo and demo differ in no field"]
+    between = "\n".join(says(capsys, copied, "diff", keys()["v2c"], keys()["queries"]))
+    assert "queries" in between and "v2c." not in between  # one has a stage more, all else is shared
+    note(copied, "planned", demo_line(7)[4:])
+    assert "run it" in says(capsys, copied, "diff", "demo", "planned", status=2)[0]
+
+
+def test_gc_is_a_look_until_told(copied: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    refs = copied.refs()
+    *rows, total = says(capsys, copied, "gc")
+    assert {row.split()[0].partition("/")[2] for row in rows[1:]} == set(keys(100).values()) - set(keys().values())
+    assert (
+        "no run reaches it" in rows[1]
+        and "5 folders with " in total
+        and "`--delete`" in total
+        and "9 artefacts with" in total
+    )
+    assert copied.refs() == refs
+    assert "removed" in says(capsys, copied, "gc", "--delete")[0]
+    assert {ref.key for ref in copied.refs()} == set(keys().values())
+    assert says(capsys, copied, "gc")[0].startswith("0 folders")
+    note(copied, "other", demo_line(100))
+    assert "of an earlier run demo" in "\n".join(says(capsys, copied, "gc", "--forget", "demo"))
+    says(capsys, copied, "gc", "--forget", "demo", "--delete")
+    assert Runs(copied).names() == ["other"]
+    assert {ref.key for ref in copied.refs()} == {keys()[stage] for stage in STAGES[:4]}  # both lines share these
+    assert "--partial-age" in says(capsys, copied, "gc", "--partial-age", "-1", status=2)[0]
+
+
+def test_plan_says_why_and_by_whom(copied: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    (step,) = (step for step in demo_line(200) if step.stage == "v2c")
+    copied.remove(copied.find(keys()["scenes"]))  # they hold no images to count
+    words = ("plan", *DEMO, "--v2c.lr", str(step.recipe.config["lr"]))
+
+    def look(build: Build) -> None:
+        rows = says(capsys, copied, *words)[1:10]
+        assert [row.split()[2] for row in rows] == ["missing"] + ["fresh"] * 3 + ["locked"] + ["missing"] * 4
+        assert f"by process {os.getpid()} on " in rows[4] and " since 20" in rows[4]
+        assert "no scenes in this store yet" in rows[0] and "via checkpoint: v2c.lr 0.001" in rows[5]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        copied.build(step.recipe, look)
+    row = says(capsys, copied, *words)[5]
+    assert "partial" in row and "a run goes on with it; v2c.lr 0.001" in row
+
+
+def test_a_run_is_noted_before_it_builds_and_under_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, small = Store(tmp_path), ("--data.train-images", "24", "--data.val-images", "6")
+    for words in (("--name", "small"), ("--name", "small", "--v2c.lr", "2e-4"), ()):
+        says(capsys, store, "run", *DEMO, *small, "--until", "scenes", *words)
+    first, second = Runs(store).lines("small")
+    assert first.refs["v2c"] != second.refs["v2c"] and list(first.refs) == list(STAGES)
+    assert second.command.startswith("zs-seg run --preset demo --store") and second.command.endswith("--v2c.lr 2e-4")
+    assert "--name small" in second.command
+    assert Runs(store).lines("demo")[0].refs == first.refs and Runs(store).under_way() == []
+    assert "cannot name" in says(capsys, store, "run", *DEMO, "--until", "scenes", "--name", "a/b", status=2)[0]
+
+
+@pytest.fixture(scope="module")
+def crowded(filled: Store, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """2,000 artefacts whose manifests list 50 files each; the files themselves are left out where nothing reads them."""
+    store = many(tmp_path_factory.mktemp("crowded"), 30)
+    folder = next((store.root / "queries").iterdir())
+    text = json.loads((folder / "manifest.json").read_text())
+    for number in range(2000 - len(store.refs())):
+        data = {**text, "config": {**text["config"], "views": 1000 + number}}
+        inputs = {name: ref.partition("/")[2] for name, ref in data["inputs"].items()}
+        data["key"] = recipe_key("queries", data["version"], data["config"], inputs)
+        made = folder.parent / data["key"]
+        made.mkdir()
+        (made / "manifest.json").write_text(json.dumps(data, indent=1))
+    assert len(store.refs()) == 2000
+    return store
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("list",),
+        ("show", keys()["v2c"]),
+        ("gc",),
+        ("diff", "demo-0", keys(1)["evaluate"]),
+        ("plan", *DEMO, "--data.seed", "7"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_quick_with_2000_artefacts(words: Sequence[str], crowded: Store) -> None:
+    code = "import sys; from flows.cli import main; status = main(); print(*sys.modules); sys.exit(status)"
+    command, seconds, printed = [sys.executable, "-c", code, *words, "--store", str(crowded.root)], [9.0], ""
+    while min(seconds) > 1 and len(seconds) < 5:  # other processes may take their share of the machine
+        started = time.perf_counter()
+        printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 1
+    *lines, modules = printed.splitlines()
+    assert lines
+    heavy = {"torch", "numpy", "zarr", "dask", "prefect"} & set(modules.split())
+    assert not heavy

@@ -1,0 +1,128 @@
+"""One store for several runs and several users, with real processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storage.keys import Recipe
+from storage.store import Store
+
+ROOT = Path(__file__).parents[1]
+REF = Recipe(kind="tokens", stage="cache-clip", version=1, config=None, inputs={}).ref
+GROUP = 64001
+# Builds one artefact in the store argv[1]; after a first file it dies if argv[2] says so, or waits for the file argv[2]
+BUILD = """
+import logging, os, sys, time
+from pathlib import Path
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+from storage.atomic import write_text
+from storage.keys import Recipe
+from storage.provenance import provenance
+from storage.runs import Line, Runs
+from storage.store import Store
+provenance()  # which reads files that another user may not
+store, then = Store(Path(sys.argv[1])), sys.argv[2]
+if sys.argv[3:]:
+    user, group, umask = map(int, sys.argv[3:])
+    os.setgroups([])
+    os.setgid(group)
+    os.setuid(user)
+    os.umask(umask)
+recipe = Recipe(kind="tokens", stage="cache-clip", version=1, config=None, inputs={})
+def work(build):
+    (build.path / "part").mkdir(exist_ok=True)
+    write_text(build.path / "part" / "a.txt", "first")
+    with (build.path / "log.txt").open("a") as file:
+        file.write("x")
+    if then == "die":
+        os._exit(9)
+    while then and not Path(then).exists():
+        time.sleep(0.01)
+try:
+    with Runs(store).running(Line.now(name="demo", command="x", refs={"cache-clip": recipe.ref})):
+        store.build(recipe, work)
+except ValueError as error:
+    sys.exit(f"told: {error}")
+"""
+
+
+def build(store: Path, then: str = "", *rights: int) -> subprocess.Popen[str]:
+    """A process that builds; `rights`: user, group and umask."""
+    command = [sys.executable, "-c", BUILD, str(store), then, *map(str, rights)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def test_who_comes_second_waits_and_says_for_whom(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    first = build(tmp_path / "store", str(go))
+    while not list(tmp_path.glob("store/tokens/.*.partial/log.txt")):
+        time.sleep(0.01)
+    second = build(tmp_path / "store", str(go))
+    assert second.stderr
+    told = second.stderr.readline()
+    assert re.fullmatch(rf"waiting for {REF}, held by process {first.pid} on \S+ since 20\S+\n", told)
+    go.touch()
+    _, rest = second.communicate(timeout=20)
+    assert f"{REF} is complete now, somebody else built it" in rest and "building" not in rest
+    assert (first.wait(20), second.returncode) == (0, 0)
+    assert (Store(tmp_path / "store").open(REF).path / "log.txt").read_text() == "x"
+    first.communicate()
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that two users of one group may write, outside of pytest's own, which is closed to all but one."""
+    if os.geteuid():
+        pytest.skip("only root can be two users")
+    folder = Path(tempfile.mkdtemp())
+    os.chown(folder, 0, GROUP)
+    folder.chmod(0o2775)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def as_user(store: Path, number: int, then: str = "", *, umask: int = 0o002) -> tuple[int, str]:
+    """Exit status and stderr of a user's build."""
+    process = build(store, then, number, GROUP, umask)
+    _, told = process.communicate(timeout=30)
+    return process.returncode, told
+
+
+def test_a_user_goes_on_with_the_partial_build_of_another_of_the_group(shared: Path) -> None:
+    assert as_user(shared / "store", 64001, "die")[0] == 9
+    partial = Store(shared / "store").partial(REF)
+    assert (partial.stat().st_uid, (partial / "log.txt").read_text()) == (64001, "x")
+    assert as_user(shared / "store", 64002) == (0, f"cache-clip: going on with {REF}\n" + as_told(shared / "store"))
+    assert Store(shared / "store").verify(REF) == []
+    assert (Store(shared / "store").path(REF) / "log.txt").read_text() == "xx"
+    assert as_user(shared / "store", 64003) == (0, "")
+
+
+def as_told(store: Path) -> str:
+    manifest = Store(store).open(REF).manifest
+    return f"cache-clip: {REF} complete, {len(manifest.files)} files, 0.0 MB\n"
+
+
+def test_a_user_whom_the_other_keeps_out_is_told_who_and_where(shared: Path) -> None:
+    assert as_user(shared / "store", 64001, "die", umask=0o022)[0] == 9
+    status, told = as_user(shared / "store", 64002)
+    *warned, last = told.splitlines()
+    assert status == 1 and last.startswith(f"told: store {shared}/store cannot be used: {shared}/store")
+    assert "belongs to user 64001, who must let the group write" in last and "--store" in last
+    assert len(warned) == 1 and "this run is not noted" in warned[0]
+
+
+def test_who_may_only_read_uses_what_is_complete(shared: Path) -> None:
+    assert as_user(shared / "store", 64001, umask=0o022)[0] == 0
+    status, told = as_user(shared / "store", 64002)
+    assert status == 0 and told.startswith("this run is not noted, so that `zs-seg gc` does not know of it")
