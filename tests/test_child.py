@@ -41,7 +41,7 @@ def import_this_project(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_it_prints_comes_line_by_line_and_a_mistake_is_the_parents_value_error(tmp_path: Path) -> None:
     heard: list[str] = []
     child.run("a list", ["list", "--store", str(tmp_path)], heard.append)
-    assert heard == [f"0 artefacts in {tmp_path}"]
+    assert heard == [f"0 artefacts, 0 B, in {tmp_path}"]
     with pytest.raises(ValueError, match="^there is no stage 'nine' here; the stages are scenes, [^\n]*$"):
         child.run("nine", ["stage", "nine", "--preset", "demo", "--store", str(tmp_path)], heard.append)
 

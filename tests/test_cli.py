@@ -63,7 +63,7 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("plan", "--preset", "no-such"), "demo, coco-sample"),
+        (("plan", "--preset", "no-such"), "demo, scenes, coco-sample"),
         (("plan",), "--preset"),
         (("no-such",), "predict"),
         (("run", *DEMO, "--no-such"), "--no-such"),
@@ -262,8 +262,10 @@ def test_force_follows_the_line_to_its_end() -> None:
 def test_force_removes_nothing_when_an_input_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The forced artefact is complete, so that without --force nobody would miss what it was made from."""
     store, steps = Store(tmp_path), line(small_config())
-    tokens = steps[3]
-    store.build(tokens.recipe, lambda build: (build.path / "x").touch())
+    shards, tokens = steps[1], steps[3]
+    for step in steps[:4]:
+        store.build(step.recipe, lambda build: (build.path / "x").touch())
+    store.remove(shards.recipe.ref)
     words = ("run", *SMALL, "--store", str(tmp_path), "--from", "cache-clip", "--until", "cache-clip")
     assert main(words) == 0
     capsys.readouterr()
