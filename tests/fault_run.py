@@ -1,6 +1,6 @@
 """The fault suite: faults drawn at random (kind, stage, file, byte, moment), and what became of them. `make test-faults` runs it.
 
-    python tests/fault_run.py --seed 0 --count 240 --json faults.json --markdown faults.md
+    python tests/fault_run.py --seed 0 --count 300 --json faults.json --markdown faults.md
 
 Each fault is tried on a copy of one small, complete, undisturbed store. Right is: nothing wrong is ever marked complete; what
 is said is one line that names the artefact and the cure; and after the cure, or just the next run, the bytes are those of the
@@ -258,7 +258,7 @@ def table(trials: Sequence[Trial]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=240)
+    parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--json", type=Path, help="every fault, one object each")
     parser.add_argument("--markdown", type=Path, help="the table")
     parser.add_argument("--progress", action="store_true", help="a line a fault")
