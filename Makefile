@@ -33,9 +33,9 @@ ablate: install  ## the paper's ablations on generated scenes, three seeds, with
 test: install  ## every test
 	@$(PYTHON) -m pytest
 
-test-faults: install  ## 240 random faults, a killed Prefect server, fuzzed files; about half an hour; SEED=0
+test-faults: install  ## 300 random faults, a killed Prefect server, fuzzed files; about 20 minutes; SEED=0
 	@mkdir -p runs
-	@PYTHONPATH=. OMP_NUM_THREADS=1 $(PYTHON) tests/fault_run.py --seed $(or $(SEED),0) --count 240 --markdown runs/faults.md --json runs/faults.json
+	@PYTHONPATH=. OMP_NUM_THREADS=1 $(PYTHON) tests/fault_run.py --seed $(or $(SEED),0) --count 300 --markdown runs/faults.md --json runs/faults.json
 	@PYTHONPATH=. $(PYTHON) tests/fault_prefect.py
 	@$(PYTHON) -m pytest tests/test_cluster.py tests/test_fuzz_readers.py tests/test_safety.py tests/test_store.py tests/test_store_inputs.py
 

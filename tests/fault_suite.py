@@ -96,6 +96,7 @@ class Suite:
         """The undisturbed store's artefacts, hard links, up to but without that of a stage."""
         store = Store(self.folder / name)
         shutil.rmtree(store.root, ignore_errors=True)
+        store.root.mkdir(parents=True)
         for step in self.steps[: self.steps.index(without) if without else None]:
             ref = step.recipe.ref
             store.path(ref).parent.mkdir(parents=True, exist_ok=True)
