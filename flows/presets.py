@@ -9,7 +9,6 @@ from pipeline.cpa import CPAConfig
 from pipeline.evaluate import EvaluateConfig
 from pipeline.g2s import G2SConfig
 from pipeline.line import CocoConfig, Config
-from pipeline.scene_layout import LayoutConfig
 from pipeline.scenes import ScenesConfig
 from pipeline.shard import ShardConfig
 from pipeline.teaching import TeacherConfig
@@ -95,19 +94,25 @@ def coco_sample() -> Config:
 
 
 def scenes() -> Config:
-    """The evidence: the generated world with all six shapes, things of many sizes that hide each other, and clutter; `zs-seg ablate`.
+    """The ablations' world and network: `zs-seg ablate`. CPU, about 8 minutes a training of stage 1 on one core.
 
-    As `demo` otherwise. TODO what was measured.
+    As `demo`, but with a random backbone that is trained with the rest, three shapes (shape is what a small network learns slowly), an
+    MLP for a projector and the paper's instance negatives. The shipped backbone knows shapes and textures and so names unseen
+    combinations without any alignment: with it a single run on the validation split gave 40.4 hPQ inductive for the baseline and 40.1 for
+    V2C; with a random one 14.7 and 16.0.
     """
     config = demo()
     return replace(
         config,
         preset="scenes",
-        data=ScenesConfig(
-            shapes=("circle", "star", "ring", "triangle", "cross", "square"),
-            train_images=3000,
-            val_images=300,
-            layout=LayoutConfig(things=(2, 5), radius=(0.12, 0.27), visible=0.45, clutter=6),
+        data=ScenesConfig(shapes=("circle", "star", "ring"), train_images=3000, val_images=300),
+        v2c=replace(
+            config.v2c,
+            segmenter=replace(SMALL_SEGMENTER, backbone_weights=None, frozen_batchnorm=False),
+            projector=ProjectorConfig(hidden=128, layers=3),
+            backbone_lr=1.0,
+            instance_negatives="image",
+            steps=1000,
         ),
         evaluate=replace(config.evaluate, sweep_images=30),
     )

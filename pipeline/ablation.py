@@ -67,8 +67,7 @@ MOMENTS_ALONE = g2s(diversity_weight=0.0, semantic_weight=0.0)
 def vision_centric(config: Config) -> Config:
     """The comparison after PADing: the plain segmenter's features, a primitive generator trained by L_mmd, a linear classifier.
 
-    Its classifier starts from nothing, so it gets a larger rate and more steps than the projector; both were chosen on the
-    validation split (see the README).
+    Its classifier starts from nothing, so it gets a larger rate and more steps than the projector; neither was tuned yet.
     """
     config = together(PLAIN_SEGMENTER, MOMENTS_ALONE, g2s(generator="primitives"))(config)
     return replace(config, cpa=replace(config.cpa, classifier="linear", lr=1e-2, steps=4 * config.cpa.steps))

@@ -48,7 +48,8 @@ class Comparison:
 def real_features(
     store: Store, *, checkpoint: Ref, shards: Ref, tokens: Ref, benchmark: Benchmark, runtime: Runtime
 ) -> dict[int, NDArray[np.float32]]:
-    """Of every unseen class the query features paired by their masks with its segments of the validation images."""
+    """Of every unseen class the features of the queries nearest to its segments of the validation images by their masks, see
+    `ceilings.Pairs`."""
     model = load_model(store.open(checkpoint).path, runtime.torch_device())
     found: dict[int, list[NDArray[np.float32]]] = {k: [] for k, seen in enumerate(benchmark.seen) if not seen}
     samples = samples_with_tokens(store, shards, tokens)
@@ -59,8 +60,8 @@ def real_features(
         output = output.resize()
         assert output.resized is not None
         pairs = pair(GroundTruth(sample, benchmark), output.resized)
-        for k, query in zip(pairs.classes.tolist(), pairs.query.tolist(), strict=True):
-            if k in found and query >= 0:
+        for k, query in zip(pairs.classes.tolist(), pairs.nearest.tolist(), strict=True):
+            if k in found:
                 found[k].append(output.features[query].float().cpu().numpy())
     return {k: np.stack(rows) for k, rows in found.items() if rows}
 

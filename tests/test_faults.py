@@ -27,7 +27,7 @@ def test_no_fault_leads_to_a_wrong_result(tmp_path: Path) -> None:
         "--seed",
         "1",
         "--count",
-        "20",
+        str(len(KINDS)),
         "--json",
         str(tmp_path / "trials.json"),
     ]
