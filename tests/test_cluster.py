@@ -266,7 +266,7 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_nothing_is_left_running_after_ctrl_c(tmp_path: Path) -> None:
-    process = start(tmp_path)
+    process = start(tmp_path, "--data.train-images", "400")  # enough that it is still at work
     children = until_groups(tmp_path, 1, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
     _, told = process.communicate(timeout=20)
