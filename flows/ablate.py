@@ -202,7 +202,7 @@ def draw_figures(
     compared = draw(folder / "figure4.png", panels, bank.names)
     numbers = {title: c.as_dict([bank.names[k] for k in panels[title][0]]) for title, c in compared.items()}
     write_text(folder / "figure4.json", json.dumps(numbers, indent=1))
-    draw_examples(folder / "figure5.png", {"baseline": baseline.ref("cpa"), "ours": ours.ref("cpa")}, count=6, **common)
+    draw_examples(folder / "figure5.png", {"baseline": baseline.ref("cpa"), "ours": ours.ref("cpa")}, count=4, **common)
     return {
         "figure 4: features of unseen classes, real and generated": picture(folder / "figure4.png"),
         "figure 5: transductive predictions; a star marks an unseen class": picture(folder / "figure5.png"),

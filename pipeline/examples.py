@@ -22,7 +22,7 @@ from storage.keys import Ref
 from storage.shards import decode_ids, decode_image
 from storage.store import Store
 
-SIDE, GAP, HEAD = 300, 8, 24  # pixels
+SIDE, GAP, HEAD = 480, 8, 24  # pixels
 
 
 def draw_examples(

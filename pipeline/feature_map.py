@@ -138,6 +138,9 @@ def draw(
         )
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.legend(fontsize=7.5, loc="best", title="x generated, . real; distance of centres", title_fontsize=7.5)
+        axes.legend(
+            fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=4, frameon=False,
+            title="x generated, dots real; distance of their centres", title_fontsize=7.5,
+        )  # fmt: skip
     figure.savefig(path, dpi=110, facecolor="white")
     return compared
