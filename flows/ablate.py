@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flows import stages
-from flows.stages import Request, duration
+from flows.stages import duration, open_request
 from pipeline.ablation import TABLES, Table, cells, html, markdown, seeded, summary, sweep
 from pipeline.ablation_page import page, picture
 from pipeline.line import Config, Step, benchmark_of, line
@@ -50,13 +50,7 @@ def ablate(options: argparse.Namespace) -> int:
     """Plan, build what is missing, and write the tables; a run that was stopped goes on where it was."""
     if options.seeds < 1 or options.jobs < 1:
         raise ValueError("--seeds and --jobs must be at least 1")
-    request = Request(
-        preset=options.preset,
-        coco=options.coco,
-        store=options.store,
-        overrides=options.overrides,
-        max_steps=options.max_steps,
-    )
+    request = open_request(options)
     config = stages.configure(request)
     tables = _tables(options.tables or list(TABLES), config)
     store = request.open_store()

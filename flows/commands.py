@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flows import stages
-from flows.stages import Request, duration, open_runtime
+from flows.stages import Request, duration, open_request, open_runtime
 from flows.store_commands import open_store
 from flows.tables import print_table, size
 from pipeline import v2c
@@ -19,17 +19,6 @@ from storage.lineage import Lineage
 from storage.store import State, Store
 
 
-def _request(options: argparse.Namespace) -> Request:
-    return Request(
-        preset=options.preset,
-        coco=options.coco,
-        store=options.store,
-        overrides=options.overrides,
-        max_steps=options.max_steps,
-        name=getattr(options, "name", ""),
-    )
-
-
 def plan(options: argparse.Namespace) -> int:
     from pipeline.counting import count
     from pipeline.estimates import Estimator
@@ -37,7 +26,7 @@ def plan(options: argparse.Namespace) -> int:
     for flag, value in (("--tflops", options.tflops), ("--step-seconds", options.step_seconds)):
         if value < 0 or (value == 0 and flag == "--tflops"):
             raise ValueError(f"{flag} must be above 0, not {value:g}")
-    request = _request(options)
+    request = open_request(options)
     config = stages.configure(request)
     steps, store = line(config), request.open_store()
     counts, lineage = count(config, steps, store), Lineage(store)
@@ -84,11 +73,11 @@ def _why(step: Step, state: State, store: Store, explainer: Explainer) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    return _walk(_request(options), open_runtime(options), options.first, options.last, options.force)
+    return _walk(open_request(options), open_runtime(options), options.first, options.last, options.force)
 
 
 def stage(options: argparse.Namespace) -> int:
-    return _walk(_request(options), open_runtime(options), options.stage, options.stage, ())
+    return _walk(open_request(options), open_runtime(options), options.stage, options.stage, ())
 
 
 def _walk(request: Request, runtime: Runtime, first: str, last: str, force: Sequence[str]) -> int:

@@ -66,6 +66,18 @@ class Request:
         return shlex.join(["zs-seg", *self.arguments(*words)])
 
 
+def open_request(options: argparse.Namespace) -> Request:
+    """From those of a command's flags that say what is asked for."""
+    return Request(
+        preset=options.preset,
+        coco=options.coco,
+        store=options.store,
+        overrides=options.overrides,
+        max_steps=options.max_steps,
+        name=getattr(options, "name", ""),
+    )
+
+
 def open_runtime(options: argparse.Namespace) -> Runtime:
     """From those of a command's flags that say where and how to compute."""
     names = ("device", "threads", "devices", "compile", "checkpoint_every", "dask")

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 from pipeline import scenes
 from pipeline.runtime import Runtime
+from pipeline.scene_layout import LayoutConfig
 from pipeline.scene_names import SHAPES, stuff_names, thing_names
 from pipeline.scenes import UNSEEN, VALIDATION_UNSEEN, ScenesConfig
 from pipeline.world import PLAIN, draw_scene
@@ -36,6 +38,21 @@ def test_every_segment_is_seen_and_every_pixel_belongs_to_one() -> None:
         assert 2 <= sum(name.split(" ")[1] in SHAPES for name in scene.names.values()) <= 4
         assert min(np.bincount(scene.ids.ravel())[1:]) >= 60
     assert PLAIN.visible > 0.5  # else a thing could be mostly hidden and still be asked for
+
+
+def test_a_layout_decides_how_crowded_a_scene_is() -> None:
+    draw = {"size": 96, "things": thing_names(SHAPES), "stuff": stuff_names()}
+    crowd = LayoutConfig(things=(5, 6), radius=(0.1, 0.2), visible=0.4)
+    for seed in range(5):
+        plain, cluttered = (
+            draw_scene(np.random.default_rng(seed), **draw, layout=replace(crowd, clutter=count)) for count in (0, 8)
+        )
+        assert 5 <= sum(name.split(" ")[1] in SHAPES for name in plain.names.values()) <= 6
+        assert np.array_equal(plain.ids, cluttered.ids) and not np.array_equal(plain.image, cluttered.image)
+    mistakes: list[dict[str, Any]] = [{"things": (3, 2)}, {"radius": (0.3, 0.2)}, {"visible": 0.0}, {"clutter": -1}]
+    for wrong in mistakes:
+        with pytest.raises(ValueError, match="scenes: layout"):
+            LayoutConfig(**wrong)
 
 
 def test_plain_things_have_their_colour() -> None:

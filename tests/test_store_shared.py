@@ -83,7 +83,7 @@ def test_who_comes_second_waits_and_says_for_whom(tmp_path: Path) -> None:
 def shared() -> Iterator[Path]:
     """A folder that two users of one group may write, outside of pytest's own, which is closed to all but one."""
     if os.geteuid():
-        pytest.skip("only root can be two users")
+        pytest.skip("only root can be two users; the locks between processes of one user are tested above")
     folder = Path(tempfile.mkdtemp())
     os.chown(folder, 0, GROUP)
     folder.chmod(0o2775)
