@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -21,19 +22,21 @@ def _layers(inputs: int, hidden: int) -> nn.Sequential:
 
 
 class Generator(nn.Module):
-    """Conditional VAE: z = mu + eps std from a feature, h = z + a, and a feature again from h.
+    """Conditional VAE: z = mu + eps std from a feature, h = z + s a, and a feature again from h.
 
-    The text embedding a is ADDED, so the latent has its size (D5).
+    The text embedding a is ADDED, so the latent has its size (D5). The paper does not say how long a is there: a row of length
+    1 is lost in a latent of length sqrt(D), and the decoder then makes features that have nothing to do with their names.
     While it trains, its BatchNorm needs 2 rows or more.
 
     Args:
         dim: C, size of a query feature. text_dim: D, size of a text embedding and of the latent. hidden: width of all
-            layers.
+            layers. text_scale: length of s a in units of sqrt(D), which is that of a standard normal latent.
     """
 
-    def __init__(self, *, dim: int, text_dim: int, hidden: int) -> None:
+    def __init__(self, *, dim: int, text_dim: int, hidden: int, text_scale: float) -> None:
         super().__init__()
         self.dim, self.text_dim = dim, text_dim
+        self.scale = text_scale * math.sqrt(text_dim)
         self.encoder = _layers(dim, hidden)
         self.mu = nn.Linear(hidden, text_dim)
         self.log_var = nn.Linear(hidden, text_dim)
@@ -44,9 +47,9 @@ class Generator(nn.Module):
         hidden = self.encoder(features)
         return self.mu(hidden), self.log_var(hidden)
 
-    def decode(self, h: Tensor) -> Tensor:
-        """Latent plus text embedding (N, D) -> features (N, C)."""
-        return self.decoder(h)
+    def decode(self, z: Tensor, text: Tensor) -> Tensor:
+        """Latent (N, D) and text embeddings (N, D), unit norm -> features (N, C)."""
+        return self.decoder(z + self.scale * text)
 
     def forward(self, features: Tensor, text: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Copy real features through the latent.
@@ -59,7 +62,7 @@ class Generator(nn.Module):
             generated features (N, C), mu (N, D), log_var (N, D).
         """
         mu, log_var = self.encode(features)
-        return self.decode(mu + eps * (0.5 * log_var).exp() + text), mu, log_var
+        return self.decode(mu + eps * (0.5 * log_var).exp(), text), mu, log_var
 
     @torch.no_grad()
     def generate(self, text: Tensor, *, noise_into: Literal["encoder", "latent"], rng: torch.Generator) -> Tensor:
@@ -84,7 +87,7 @@ class Generator(nn.Module):
             if noise_into == "encoder":
                 return self(normal(self.dim), text, normal(self.text_dim))[0]
             if noise_into == "latent":
-                return self.decode(normal(self.text_dim) + text)
+                return self.decode(normal(self.text_dim), text)
             raise ValueError(f"noise_into is {noise_into!r}; use 'encoder' or 'latent'")
         finally:
             for module, mode in modes:
@@ -92,8 +95,8 @@ class Generator(nn.Module):
 
 
 def build_generator(
-    *, generator: Literal["vae", "primitives"], dim: int, text_dim: int, hidden: int
+    *, generator: Literal["vae", "primitives"], dim: int, text_dim: int, hidden: int, text_scale: float
 ) -> Generator | PrimitiveGenerator:
     """A generator with fresh weights; draws from torch's global generator, so seed it first."""
     kinds = {"vae": Generator, "primitives": PrimitiveGenerator}
-    return kinds[generator](dim=dim, text_dim=text_dim, hidden=hidden)
+    return kinds[generator](dim=dim, text_dim=text_dim, hidden=hidden, text_scale=text_scale)

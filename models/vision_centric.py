@@ -48,12 +48,16 @@ class PrimitiveGenerator(nn.Module):
 
     Args:
         dim: C, size of a query feature. text_dim: D, size of a text embedding and of the noise. hidden: width, a multiple of
-            `HEADS`. primitives: how many are learned. layers: attention blocks.
+            `HEADS`. text_scale: as `Generator`'s, for its noise is as long. primitives: how many are learned. layers: attention
+            blocks.
     """
 
-    def __init__(self, *, dim: int, text_dim: int, hidden: int, primitives: int = 64, layers: int = 2) -> None:
+    def __init__(
+        self, *, dim: int, text_dim: int, hidden: int, text_scale: float, primitives: int = 64, layers: int = 2
+    ) -> None:
         super().__init__()
         self.dim, self.text_dim = dim, text_dim
+        self.scale = text_scale * math.sqrt(text_dim)
         self.ask = nn.Linear(2 * text_dim, hidden)
         self.primitives = nn.Parameter(torch.randn(primitives, hidden))
         self.attention = nn.ModuleList(nn.MultiheadAttention(hidden, HEADS, batch_first=True) for _ in range(layers))
@@ -70,7 +74,7 @@ class PrimitiveGenerator(nn.Module):
             generated features (N, C), and zeros (N, D) twice: it has no latent, so `kl_loss` of these is 0. `features` (N, C)
             are not looked at; the loss compares with them.
         """
-        hidden = self.ask(torch.cat((text, eps), dim=-1))
+        hidden = self.ask(torch.cat((self.scale * text, eps), dim=-1))
         primitives = self.primitives[None]
         for attention, feedforward in zip(self.attention, self.feedforward, strict=True):
             mixed, _ = attention(hidden[None], primitives, primitives, need_weights=False)

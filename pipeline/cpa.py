@@ -19,7 +19,7 @@ STAGE, VERSION = "cpa", 2
 @dataclass(frozen=True, kw_only=True)
 class CPAConfig(Schedule):
     """Stage 3. L_f of paper Eq. 9. `synthetic`: U, made-up unseen features a step; `real_weight` and `synthetic_weight`:
-    weights of the two losses, 1 in the paper; `noise_into`: where the generator's noise goes in (D7). `batch`: images a step; `sampling`:
+    weights of the two losses, 1 in the paper, whose U and learning rate nobody knows; `noise_into`: where the generator's noise goes in (D7). `batch`: images a step; `sampling`:
     see G2SConfig. `classifier`: "projector", stage 1's, or "linear", the vision-centric comparison's, which begins anew and knows no
     other names than these classes'."""
 
@@ -27,7 +27,7 @@ class CPAConfig(Schedule):
     clip: float = 1.0
     synthetic: int = 24
     real_weight: float = 1.0
-    synthetic_weight: float = 1.0
+    synthetic_weight: float = 10.0
     noise_into: Literal["encoder", "latent"] = "encoder"
     sampling: Literal["natural", "balanced"] = "natural"
     classifier: Literal["projector", "linear"] = "projector"

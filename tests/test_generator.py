@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models import losses
 from models.generator import Generator
 
 Noise = Literal["encoder", "latent"]
@@ -16,7 +17,7 @@ Noise = Literal["encoder", "latent"]
 def make(dim: int = 6, text_dim: int = 4) -> Generator:
     """A generator in training mode whose running statistics are not the start's."""
     torch.manual_seed(0)
-    generator = Generator(dim=dim, text_dim=text_dim, hidden=8)
+    generator = Generator(dim=dim, text_dim=text_dim, hidden=8, text_scale=1.5)
     generator(torch.randn(32, dim) * 3 + 1, torch.randn(32, text_dim), torch.randn(32, text_dim))
     return generator
 
@@ -43,10 +44,12 @@ def test_forward_adds_the_text_to_the_drawn_latent() -> None:
     assert fake.shape == (5, 6)
     assert mu.shape == log_var.shape == (5, 4)
     torch.testing.assert_close(mu, generator.encode(features)[0])
-    torch.testing.assert_close(fake, generator.decode(mu + torch.exp(log_var).sqrt() * eps + text))
-    # a + c in the text is a + c in the latent
+    length = 1.5 * 4**0.5  # text_scale in units of sqrt(D)
+    torch.testing.assert_close(fake, generator.decoder(mu + torch.exp(log_var).sqrt() * eps + length * text))
+    torch.testing.assert_close(fake, generator.decode(mu + torch.exp(log_var).sqrt() * eps, text))
+    # a + c in the text is as much in the latent
     shifted = generator(features, text + 1, torch.zeros_like(eps))[0]
-    torch.testing.assert_close(shifted, generator.decode(mu + text + 1))
+    torch.testing.assert_close(shifted, generator.decode(mu + length, text))
 
 
 def test_every_parameter_learns() -> None:
@@ -83,7 +86,7 @@ def test_noise_enters_where_it_is_told_to() -> None:
     draw = rng(3)
     features, eps = torch.randn(7, 6, generator=draw), torch.randn(7, 4, generator=draw)
     torch.testing.assert_close(found["encoder"], generator(features, text, eps)[0])
-    torch.testing.assert_close(found["latent"], generator.decode(torch.randn(7, 4, generator=rng(3)) + text))
+    torch.testing.assert_close(found["latent"], generator.decode(torch.randn(7, 4, generator=rng(3)), text))
 
 
 @pytest.mark.parametrize("noise_into", ["encoder", "latent"])
@@ -112,3 +115,32 @@ def test_an_unknown_place_for_noise_is_refused_and_modes_are_restored() -> None:
     with pytest.raises(ValueError, match="use 'encoder' or 'latent'"):
         generator.generate(torch.randn(2, 4), noise_into="decoder", rng=rng())  # pyright: ignore[reportArgumentType]
     assert all(m.training for m in generator.modules())
+
+
+def named_right(*, text_scale: float, kl_weight: float) -> float:
+    """Share of generated features whose nearest class centre is that of their name, after 200 steps on twelve clusters."""
+    torch.manual_seed(0)
+    classes, dim, text_dim = 12, 16, 32
+    text = nn.functional.normalize(torch.randn(classes, text_dim), dim=-1)
+    centres = 6 * nn.functional.normalize(text @ torch.randn(text_dim, dim), dim=-1)
+    generator = Generator(dim=dim, text_dim=text_dim, hidden=64, text_scale=text_scale)
+    adam = torch.optim.Adam(generator.parameters(), lr=1e-3)
+    images = torch.arange(16).repeat_interleave(4)
+    nobody = torch.zeros(0, dim), torch.zeros(0, dtype=torch.long)
+    for _ in range(200):
+        label = torch.randint(classes, (len(images),))
+        real = centres[label] + 0.5 * torch.randn(len(images), dim)
+        fake, mu, log_var = generator(real, text[label], torch.randn(len(images), text_dim))
+        diversity = losses.diversity_loss(fake, real, images, *nobody, tau=0.1)
+        adam.zero_grad()
+        (losses.mmd_loss(fake, real) + 0.01 * diversity + kl_weight * losses.kl_loss(mu, log_var)).backward()
+        adam.step()
+    label = torch.arange(classes).repeat(20)
+    made = generator.generate(text[label], noise_into="encoder", rng=rng())
+    return float((torch.cdist(made, centres).argmin(1) == label).float().mean())
+
+
+def test_features_follow_their_names_where_the_text_is_as_long_as_the_latent() -> None:
+    assert named_right(text_scale=2.0, kl_weight=1.0) > 0.7
+    # a row of length 1 in a latent that nothing holds: what is made has little to do with its name
+    assert named_right(text_scale=32**-0.5, kl_weight=0.0) < 0.4

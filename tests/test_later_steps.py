@@ -45,7 +45,7 @@ def queries() -> QueryBatch:
 
 def generator() -> Generator:
     torch.manual_seed(11)
-    made = Generator(dim=DIM, text_dim=TEXT_DIM, hidden=12)
+    made = Generator(dim=DIM, text_dim=TEXT_DIM, hidden=12, text_scale=1.0)
     made(torch.randn(32, DIM), unit(32, TEXT_DIM, seed=12), torch.randn(32, TEXT_DIM))  # moves the running statistics
     return made
 

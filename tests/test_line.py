@@ -35,9 +35,9 @@ GOLDEN: dict[str, dict[str, str]] = {
         "cache-clip": "2f94067f0df2a238",
         "v2c": "9ef6308c0056caa0",
         "queries": "e1946374ad179c34",
-        "g2s": "989ae39cc718e6e6",
-        "cpa": "829641f15b2748de",
-        "evaluate": "1ba6c82accad59e7",
+        "g2s": "43fdc12a93b14185",
+        "cpa": "1a2747cd2d7fc04c",
+        "evaluate": "027fa47dbb581a31",
     },
     "coco-sample": {
         "shard": "6d36204fc5438c94",
@@ -45,8 +45,8 @@ GOLDEN: dict[str, dict[str, str]] = {
         "cache-clip": "757a043c2975037b",
         "v2c": "3bd78b6c675dff49",
         "queries": "d28ccc03be0458f8",
-        "g2s": "fd013a8ba05aa544",
-        "cpa": "ee06f07d89a5e21d",
+        "g2s": "3337427ccc286787",
+        "cpa": "5ea264c34c90a487",
         "evaluate": "9ed280ad591c75f3",
     },
 }

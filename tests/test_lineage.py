@@ -104,11 +104,11 @@ def test_users_reach_and_ancestry_of_any_graph(data: st.DataObject) -> None:
                                     "g2s": "via queries: cache-clip.crop full -> box", "evaluate": "via tokens: cache-clip.crop full -> box"}),
         (("--data.seed", "5"), {"scenes": "scenes.seed 0 -> 5", "shard": "via scenes: scenes.seed 0 -> 5",
                                 "evaluate": "via shards: scenes.seed 0 -> 5"}),
-        (("--cpa.lr", "1e-3", "--cpa.steps", "7"), {"cpa": "cpa.lr 0.0001 -> 0.001 and 1 more",
-                                                    "evaluate": "via transductive: cpa.lr 0.0001 -> 0.001 and 1 more"}),
+        (("--cpa.lr", "2e-3", "--cpa.steps", "7"), {"cpa": "cpa.lr 0.003 -> 0.002 and 1 more",
+                                                    "evaluate": "via transductive: cpa.lr 0.003 -> 0.002 and 1 more"}),
         (("--v2c.augment.jitter", "1", "1"), {"v2c": "v2c.augment.jitter [0.9,1.1] -> [1.0,1.0]"}),
         (("--evaluate.pictures", "3"), {"evaluate": "evaluate.pictures 8 -> 3"}),
-        (("--g2s.steps", "3", "--v2c.lr", "2e-4"), {"v2c": "v2c.lr 0.001 -> 0.0002", "g2s": "g2s.steps 500 -> 3 and 1 more"}),
+        (("--g2s.steps", "3", "--v2c.lr", "2e-4"), {"v2c": "v2c.lr 0.001 -> 0.0002", "g2s": "g2s.steps 1000 -> 3 and 1 more"}),
     ],
 )  # fmt: skip
 def test_plan_says_which_field_moved_the_key(demo: Store, flags: tuple[str, ...], told: dict[str, str]) -> None:

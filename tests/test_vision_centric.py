@@ -35,7 +35,7 @@ def test_classes_that_are_not_asked_for_get_no_gradient() -> None:
 
 def test_primitives_depend_on_text_and_noise_and_not_on_the_features() -> None:
     torch.manual_seed(0)
-    generator = PrimitiveGenerator(dim=6, text_dim=8, hidden=16)
+    generator = PrimitiveGenerator(dim=6, text_dim=8, hidden=16, text_scale=1.0)
     text, eps = torch.randn(5, 8), torch.randn(5, 8)
     made, mu, log_var = generator(torch.randn(5, 6), text, eps)
     assert made.shape == (5, 6) and not mu.any() and not log_var.any()

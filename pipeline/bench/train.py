@@ -144,7 +144,7 @@ def _epochs(folder: Path, runtime: Runtime, *, views: int, steps: int) -> Iterat
     _write_queries(folder / "queries", views)
     cached = read_queries(folder / "queries")
     projector = Projector(dim=DIM, text_dim=TEXT_DIM, hidden=512, layers=3).to(device)
-    generator = Generator(dim=DIM, text_dim=TEXT_DIM, hidden=512).to(device)
+    generator = Generator(dim=DIM, text_dim=TEXT_DIM, hidden=512, text_scale=1.0).to(device)
     segmenter = for_inference(build_segmenter(**asdict(SegmenterConfig(backbone_weights=None))).to(device).eval())
     image = torch.randn(1, 3, 800, 1088, device=device)
     passes = []
