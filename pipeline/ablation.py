@@ -121,11 +121,11 @@ TABLES = {
 
 # What the paper leaves open: each setting alone, the others as the preset has them.
 SWEPT: dict[str, tuple[Any, ...]] = {
+    "v2c.scale_lr": (1.0, 30.0),
+    "v2c.text_centering": (True, False),
     "v2c.gamma": (0.0, 4.0),
     "v2c.tau": (0.05, 0.2),
     "v2c.bank": (64, 1024),
-    "v2c.text_centering": (True, False),
-    "v2c.scale_lr": (1.0, 30.0),
     "g2s.text_scale": (0.0884, 1.0, 4.0),  # 0.0884 = 1 / sqrt(128), a row of length 1
     "g2s.tau": (0.05, 0.2),
     "g2s.diversity_weight": (0.1, 1.0),
@@ -201,7 +201,8 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def cells(table: Table, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The table as text, heads first: mean ± standard deviation in percent, and the paper's hPQ where it has such a row."""
+    """The table as text, heads first: mean ± standard deviation (of several runs) in percent, and the paper's hPQ where it has
+    such a row."""
     published = any(row["paper"] for row in rows)
     heads = [
         table.title,
@@ -218,8 +219,10 @@ def cells(table: Table, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     for row in rows:
         scores = [(setting, score) for setting in ("inductive", "transductive") for score in ("sPQ", "uPQ", "hPQ")]
         scores.insert(3, ("control", "hPQ"))
-        line = [row["name"], *(f"{row['mean'][s][k]:.1f} ± {row['sd'][s][k]:.1f}" for s, k in scores)]
-        line.append(f"{row['gain']['mean']:+.1f} ± {row['gain']['sd']:.1f}")
+        several = len(row["runs"]) > 1
+        line = [row["name"]]
+        line += [f"{row['mean'][s][k]:.1f}" + f" ± {row['sd'][s][k]:.1f}" * several for s, k in scores]
+        line.append(f"{row['gain']['mean']:+.1f}" + f" ± {row['gain']['sd']:.1f}" * several)
         if published:
             paper = [row["paper"].get(setting) for setting in ("inductive", "transductive")]
             line += [f"{known['hPQ']:.1f}" if known else "" for known in paper]

@@ -163,7 +163,7 @@ def overlay(
     scale = max(1, round(640 / max(image.shape[:2])))  # names need room on small images
     picture = Image.fromarray(painted.astype(np.uint8))
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(max(12, max(picture.size) // 45))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(max(12, max(picture.size) // 30))
     for segment in segments:
         depth = np.asarray(ndimage.distance_transform_edt(np.pad(ids == segment.id, 1)))[1:-1, 1:-1]
         y, x = np.unravel_index(int(depth.argmax()), depth.shape)

@@ -118,7 +118,8 @@ def test_a_single_run_has_no_deviation_and_a_sweep_no_paper() -> None:
     table = Table(name="sweep", title="one", variants=(Variant(name="as the preset", change=as_is),))
     (row,) = summary(table, {"as the preset": [report(0, 0)]})
     assert row["paper"] == {} and row["sd"]["inductive"]["hPQ"] == 0.0
-    assert len(cells(table, [row])[0]) == 9
+    heads, line = cells(table, [row])
+    assert len(heads) == 9 and line[3] == f"{row['mean']['inductive']['hPQ']:.1f}"
 
 
 @pytest.mark.parametrize("words", [["table9"], ["table4", "--seeds", "0"], ["table4", "--jobs", "0"]])
