@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flows import stages
-from flows.stages import duration, open_request
-from pipeline.ablation import TABLES, Table, cells, html, markdown, seeded, summary, sweep
-from pipeline.ablation_page import page, picture
+from flows.request import configure, open_request
+from flows.runs import build, select
+from flows.tables import duration
+from pipeline.ablation.page import page, picture
+from pipeline.ablation.tables import TABLES, Table, cells, html, markdown, seeded, summary, sweep
 from pipeline.line import Config, Step, benchmark_of, line
 from pipeline.runtime import Runtime
-from pipeline.scenes import ScenesConfig
+from pipeline.world.config import ScenesConfig
 from storage.atomic import write_text
 from storage.keys import Ref
 from storage.runs import Line, Runs
@@ -51,7 +52,7 @@ def ablate(options: argparse.Namespace) -> int:
     if options.seeds < 1 or options.jobs < 1:
         raise ValueError("--seeds and --jobs must be at least 1")
     request = open_request(options)
-    config = stages.configure(request)
+    config = configure(request)
     tables = _tables(options.tables or list(TABLES), config)
     store = request.open_store()
     runs = [run for table in tables for run in _runs(table, config, options.seeds)]
@@ -123,8 +124,8 @@ def _plan(runs: Sequence[Run], store: Store, jobs: int) -> str:
 def _build(runs: Sequence[Run], store: Store, runtime: Runtime, jobs: int) -> None:
     """What all have in common first; then the runs of one stage 1 together, `jobs` such groups at a time."""
     for run in runs:
-        for step in stages.select(run.steps, last=SHARED):
-            stages.build(step, store, runtime)
+        for step in select(run.steps, last=SHARED):
+            build(step, store, runtime)
     groups: dict[Ref, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.ref("v2c"), []).append(run)
@@ -149,7 +150,7 @@ def build_group(runs: Sequence[Run], root: Path, runtime: Runtime) -> None:
     store = Store(root)
     for run in runs:
         started = time.monotonic()
-        built = [outcome.stage for step in run.steps if (outcome := stages.build(step, store, runtime)).built]
+        built = [outcome.stage for step in run.steps if (outcome := build(step, store, runtime)).built]
         if built:
             spent = duration(time.monotonic() - started)
             print(f"{run.table} {run.variant}, seed {run.seed}: {', '.join(built)} in {spent}", flush=True)
@@ -178,9 +179,9 @@ def draw_figures(
 
     The comparison of the generators with V2C shares its segmenter, and so its real features.
     """
-    from pipeline.examples import draw_examples
-    from pipeline.feature_map import draw, generated_features, real_features
-    from pipeline.text import open_text
+    from pipeline.ablation.examples import draw_examples
+    from pipeline.ablation.feature_map import draw, generated_features, real_features
+    from pipeline.teacher.text_bank import open_text
 
     common: dict[str, Any] = {
         "store": store, "shards": ours.ref("shard"), "tokens": ours.ref("cache-clip"), "benchmark": benchmark_of(config),

@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.page import SETTINGS, percent, present
-from pipeline.pictures import data_url
-from pipeline.report import TABLE_COLUMNS
+from pipeline.report.page import SETTINGS, percent, present
+from pipeline.report.pictures import data_url
+from pipeline.report.write import TABLE_COLUMNS
 
 PANEL = 200  # pixels, the longer side of one panel
 GAP = 4

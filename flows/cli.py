@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from flows import ablate, commands, stages, store_commands
+from flows import ablate, commands, store_commands
 from flows.presets import PRESETS, preset
+from flows.request import print_override_help
 from pipeline.line import STAGES
 
 TREE_COMMANDS = ("plan", "run", "stage", "ablate")  # those that take flags of the config tree
@@ -79,12 +80,12 @@ class _TreeHelp(argparse.Action):
         parser.print_help()
         print(flush=True)
         name = getattr(namespace, "preset", None) or next(iter(PRESETS))
-        stages.print_override_help(preset(name), prog=f"{parser.prog} --preset {name}")
+        print_override_help(preset(name), prog=f"{parser.prog} --preset {name}")
         parser.exit()
 
 
 def parser() -> argparse.ArgumentParser:
-    """The commands and their own flags; flags of the config tree are left over for `stages.override`."""
+    """The commands and their own flags; flags of the config tree are left over for `override`."""
     main_parser = _Parser(
         prog="zs-seg",
         allow_abbrev=False,

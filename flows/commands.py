@@ -7,10 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from flows import stages
-from flows.stages import Request, duration, open_request, open_runtime
-from flows.store_commands import open_store
-from flows.tables import print_table, size
+from flows import runs
+from flows.request import Request, configure, open_request, open_runtime, open_store
+from flows.tables import duration, print_table, size
 from pipeline import v2c
 from pipeline.line import Step, line
 from pipeline.runtime import Runtime, torchrun_rank, under_torchrun
@@ -20,14 +19,14 @@ from storage.store import State, Store
 
 
 def plan(options: argparse.Namespace) -> int:
-    from pipeline.counting import count
-    from pipeline.estimates import Estimator
+    from pipeline.planning.counts import count
+    from pipeline.planning.estimates import Estimator
 
     for flag, value in (("--tflops", options.tflops), ("--step-seconds", options.step_seconds)):
         if value < 0 or (value == 0 and flag == "--tflops"):
             raise ValueError(f"{flag} must be above 0, not {value:g}")
     request = open_request(options)
-    config = stages.configure(request)
+    config = configure(request)
     steps, store = line(config), request.open_store()
     counts, lineage = count(config, steps, store), Lineage(store)
     estimator = Estimator(config, steps, lineage, counts, tflops=options.tflops, step_seconds=options.step_seconds)
@@ -85,19 +84,19 @@ def _walk(request: Request, runtime: Runtime, first: str, last: str, force: Sequ
         raise ValueError(
             f"under torchrun only `{request.command('stage', v2c.STAGE)}` runs; start the others without it"
         )
-    steps, store = line(stages.configure(request)), request.open_store()
-    selected = stages.select(steps, first=first, last=last)
-    again = stages.forced(selected, force)
-    stages.require_inputs(request, store, steps, selected, again)
-    with stages.noted(request, steps, store):
-        stages.remove(store, again)
+    steps, store = line(configure(request)), request.open_store()
+    selected = runs.select(steps, first=first, last=last)
+    again = runs.forced(selected, force)
+    runs.require_inputs(request, store, steps, selected, again)
+    with runs.noted(request, steps, store):
+        runs.remove(store, again)
         for number, step in enumerate(steps, 1):
             if step in selected:
-                outcome = stages.build(step, store, runtime)
+                outcome = runs.build(step, store, runtime)
                 if not torchrun_rank():
                     print(f"[{number}/{len(steps)}] {outcome}", flush=True)
         if selected[-1] is steps[-1]:
-            _print_report(request.run_name, stages.publish(request.preset, steps, store, name=request.run_name))
+            _print_report(request.run_name, runs.publish(request.preset, steps, store, name=request.run_name))
     return 0
 
 
@@ -106,7 +105,7 @@ def _print_report(name: str, folder: Any) -> None:
 
     from rich.console import Console
 
-    from pipeline.report import console_table
+    from pipeline.report.write import console_table
 
     Console().print(console_table(json.loads((folder / "report.json").read_text(encoding="utf-8"))))
     print(f"report of {name}: {folder / 'report.html'}")
@@ -134,12 +133,12 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from pipeline import assess
+    from pipeline import evaluate_checkpoint
     from storage.atomic import write_text
 
     if options.json and not Path(options.json).parent.is_dir():
         raise ValueError(f"--json {options.json}: folder {Path(options.json).parent} not found; make it first")
-    result = assess.run(
+    result = evaluate_checkpoint.run(
         checkpoint=options.checkpoint,
         benchmark=options.benchmark,
         data=options.data,
@@ -150,8 +149,8 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         store=open_store(options),
         runtime=open_runtime(options),
     )
-    Console().print(assess.table(result))
-    print(assess.about(result))
+    Console().print(evaluate_checkpoint.table(result))
+    print(evaluate_checkpoint.about(result))
     if options.json:
         write_text(Path(options.json), json.dumps(result, indent=1, allow_nan=False))
     return 0
@@ -163,7 +162,7 @@ def panoptic_quality(options: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from pipeline import pq
+    from pipeline.scoring import pq
     from storage.atomic import write_text
 
     for flag, file in (("--json", options.json), ("--csv", options.csv)):

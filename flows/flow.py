@@ -13,9 +13,9 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 from prefect.cache_policies import NO_CACHE
 from pydantic import Field
 
-from flows import artifacts, child, stages
+from flows import artifacts, child, runs
 from flows.presets import PRESETS
-from flows.stages import Request
+from flows.request import Request, configure
 from pipeline.line import STAGES, Step, line
 from pipeline.runtime import Runtime
 from storage.keys import Ref
@@ -33,7 +33,7 @@ def _build(step: Step, inputs: dict[str, Ref], request: Request, flags: list[str
     assert inputs == dict(step.recipe.inputs)
     ref, store, logger = step.recipe.ref, request.open_store(), get_run_logger()
     if store.state(ref) == "fresh":
-        logger.info("%s", stages.build(step, store, Runtime()))
+        logger.info("%s", runs.build(step, store, Runtime()))
     else:
         words = [*request.arguments("stage", step.stage), *flags]
         child.run(f"{step.stage} ({ref})", words, lambda text: logger.info("%s  %s", ref.key, text))
@@ -95,22 +95,22 @@ def zs_seg(
         "--device", device, "--devices", str(devices), "--dask", dask or os.environ.get("ZS_SEG_DASK") or "local",
         "--checkpoint-every", str(checkpoint_every),
     ]  # fmt: skip
-    steps, artefacts = line(stages.configure(request)), request.open_store()
-    selected = stages.select(steps, first=from_stage or "", last=until_stage)
-    stages.require_inputs(request, artefacts, steps, selected)
+    steps, artefacts = line(configure(request)), request.open_store()
+    selected = runs.select(steps, first=from_stage or "", last=until_stage)
+    runs.require_inputs(request, artefacts, steps, selected)
     built: dict[Ref, Ref] = {}  # what earlier tasks returned: Prefect draws its graph from these very objects
-    with stages.noted(request, steps, artefacts):
+    with runs.noted(request, steps, artefacts):
         for step in selected:
             inputs = {name: built.get(ref, ref) for name, ref in step.recipe.inputs.items()}
             built[step.recipe.ref] = TASKS[step.stage].with_options(retries=retries)(step, inputs, request, flags)
     _show_stages(preset, steps, artefacts)
     if selected[-1] is steps[-1]:
-        _show_report(preset, stages.publish(preset, steps, artefacts))
+        _show_report(preset, runs.publish(preset, steps, artefacts))
     return str(selected[-1].recipe.ref)
 
 
 def _show_stages(preset: str, steps: list[Step], store: Store) -> None:
-    there = stages.lineage(steps, store)
+    there = runs.lineage(steps, store)
     rows = [{"stage": stage, "artefact": made["ref"], "seconds": made["seconds"]} for stage, made in there.items()]
     create_table_artifact(rows, key=f"{preset}-stages", description=f"What {preset} has in {store.root}")
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from pipeline.cpa import CPAConfig
-from pipeline.evaluate import EvaluateConfig
-from pipeline.g2s import G2SConfig
-from pipeline.line import CocoConfig, Config
-from pipeline.scenes import ScenesConfig
-from pipeline.shard import ShardConfig
-from pipeline.teaching import TeacherConfig
-from pipeline.text import TextConfig
-from pipeline.v2c import MASKFORMER, ProjectorConfig, SegmenterConfig, V2CConfig
-from pipeline.views import AugmentConfig, ResizeConfig
+from pipeline.data.config import AugmentConfig, CocoConfig, ResizeConfig, ShardConfig
+from pipeline.line import Config
+from pipeline.scoring.config import EvaluateConfig
+from pipeline.teacher.config import TeacherConfig, TextConfig
+from pipeline.training.config import MASKFORMER, CPAConfig, G2SConfig, ProjectorConfig, SegmenterConfig, V2CConfig
+from pipeline.world.config import ScenesConfig
 
 SMALL_TEACHER = TeacherConfig(name="small", pretrained="shipped", fill="mean")
 SMALL_SEGMENTER = SegmenterConfig(

@@ -8,7 +8,7 @@ import random
 import secrets
 from collections.abc import Mapping, Sequence
 
-from flows.stages import Request, open_runtime
+from flows.request import open_runtime, open_store
 from flows.tables import age, print_table, print_tree, size
 from pipeline.line import STAGES
 from storage.collect import collect, survey
@@ -19,10 +19,6 @@ from storage.runs import Runs
 from storage.store import MANIFEST, Store
 
 SHOWN = 20  # files, and artefacts of a lineage, that `show` prints before it only counts
-
-
-def open_store(options: argparse.Namespace) -> Store:
-    return Request(preset="", store=options.store).open_store()
 
 
 def list_artefacts(options: argparse.Namespace) -> int:
@@ -105,7 +101,7 @@ def show_artefact(options: argparse.Namespace) -> int:
     if len(shown) < len(manifest.files):
         print(f"  and {len(manifest.files) - len(shown)} more in {artefact.path / MANIFEST}")
     if manifest.kind == "tokens":
-        from pipeline.token_checks import summary
+        from pipeline.teacher.checks import summary
 
         print("\nrows")
         print_tree(summary(artefact.path), "  ")
@@ -151,7 +147,7 @@ def verify_artefacts(options: argparse.Namespace) -> int:
     for ref in refs:
         problems, told = store.verify(ref, files=None if drawn is None else drawn.get(ref, [])), ""
         if options.rows and ref.kind == "tokens" and not problems:
-            from pipeline.token_checks import encode_again
+            from pipeline.teacher.checks import encode_again
 
             problems, told = encode_again(
                 store,

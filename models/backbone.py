@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from models.backbone_weights import read_weights
 
 STRIDES = (4, 8, 16, 32)
-SHIPPED = Path(__file__).parent / "small_backbone"  # <timm name>.safetensors, made by pipeline/train_backbone.py
+SHIPPED = Path(__file__).parent / "small_backbone"  # <timm name>.safetensors, made by pipeline/world/train_backbone.py
 
 
 class Backbone(nn.Module):

@@ -11,12 +11,12 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
-from pipeline.benchmarks import Benchmark
-from pipeline.cluster import Progress, run_tasks
+from pipeline.data.benchmarks import Benchmark
 from pipeline.runtime import Runtime
-from pipeline.teaching import TeacherConfig
+from pipeline.teacher.cluster import Progress, run_tasks
+from pipeline.teacher.config import TeacherConfig, TokensConfig
 from storage.keys import Recipe, Ref
 from storage.store import Build, Store
 
@@ -25,50 +25,7 @@ if TYPE_CHECKING:
 
 STAGE, VERSION = "cache-clip", 3
 SPLITS = ("train", "val")
-Method = Literal["pixels", "attention"]
-Crop = Literal["full", "box"]
-Resize = Literal["squeeze", "letterbox"]
-Precision = Literal["float32", "bfloat16", "float16"]
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokensConfig:
-    """How the teacher looks at images and instances. All of it is in the key.
-
-    `batch`: teacher inputs at a time, packed across images; a batch's size may move the last bits. `method`: "pixels" shows the
-    teacher each instance alone, in the fill colour; "attention" shows it the image once, and each instance is a further CLS token
-    that sees its own patches only (open_clip's ViTs and ResNets; much faster, and another token).
-    `crop`: an instance is shown where it is in the whole image ("full"), or in a "box": a square around it, `margin` of its longer
-    side wider at each side. `resize`: what is shown is stretched to the teacher's square input ("squeeze"), or keeps its shape between
-    borders of the fill colour ("letterbox"). `min_area`: segments of fewer pixels are not encoded; their rows are zero, the
-    instance loss leaves them out, and the report counts them as misnamed by its ceiling. `views`: 2 encodes the mirrored image too,
-    for the mirrored training views. `dtype`: what the image tower computes in; rows are stored in float16 all the same.
-    """
-
-    batch: int = 128
-    method: Method = "pixels"
-    crop: Crop = "full"
-    margin: float = 0.1
-    resize: Resize = "squeeze"
-    min_area: int = 0
-    views: Literal[1, 2] = 1
-    dtype: Precision = "float32"
-
-    def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ValueError(f"tokens: batch must be at least 1, not {self.batch}")
-        if self.min_area < 0 or self.margin < 0:
-            raise ValueError("tokens: min_area and margin must be 0 or more")
-        for field, allowed in (("method", Method), ("crop", Crop), ("resize", Resize), ("dtype", Precision)):
-            if (value := getattr(self, field)) not in get_args(allowed):
-                raise ValueError(f"tokens: {field} must be one of {', '.join(get_args(allowed))}, not {value!r}")
-        if self.views not in (1, 2):
-            raise ValueError(f"tokens: views must be 1, or 2 with the mirrored images, not {self.views}")
-        if self.method == "attention" and self.crop == "box":
-            raise ValueError(
-                "tokens: method 'attention' sees the whole image at once; set crop 'full', or method 'pixels'"
-            )
 
 
 def recipe(config: TokensConfig, *, teacher: TeacherConfig, benchmark: Benchmark, shards: Ref) -> Recipe:
@@ -161,7 +118,7 @@ def _encode(job: Job, runtime: Runtime, progress: Progress) -> str:
                 f"a worker on {socket.gethostname()} does not find {path}; pass --store FOLDER with a folder that all "
                 "machines share under the same path"
             )
-    from pipeline.encoding import encode_tar
+    from pipeline.teacher.encode import encode_tar
     from storage.atomic import delete
 
     device = str(runtime.torch_device())

@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pipeline.runtime import Runtime
-from pipeline.schedule import Schedule, require_sampling
+from pipeline.training.config import CPAConfig
 from storage.keys import Recipe, Ref
 from storage.store import Build, Store
 
 if TYPE_CHECKING:
-    from pipeline.model import Model
+    from pipeline.inference.model import Model
 
 STAGE, VERSION = "cpa", 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class CPAConfig(Schedule):
-    """Stage 3. L_f of paper Eq. 9. `synthetic`: U, made-up unseen features a step; `real_weight` and `synthetic_weight`:
-    weights of the two losses, 1 in the paper, whose U and learning rate nobody knows; `noise_into`: where the generator's noise goes in (D7). `batch`: images a step; `sampling`:
-    see G2SConfig. `classifier`: "projector", stage 1's, or "linear", the vision-centric comparison's, which begins anew and knows no
-    other names than these classes'."""
-
-    lr: float = 1e-4
-    clip: float = 1.0
-    synthetic: int = 24
-    real_weight: float = 1.0
-    synthetic_weight: float = 10.0
-    noise_into: Literal["encoder", "latent"] = "encoder"
-    sampling: Literal["natural", "balanced"] = "natural"
-    classifier: Literal["projector", "linear"] = "projector"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.synthetic < 1:
-            raise ValueError(f"cpa: synthetic must be at least 1, not {self.synthetic}")
-        require_sampling("cpa", self.sampling)
-        if self.classifier not in ("projector", "linear"):
-            raise ValueError(f"cpa: classifier {self.classifier!r} is not one of 'projector' and 'linear'; choose one")
 
 
 def recipe(config: CPAConfig, *, queries: Ref, text: Ref, checkpoint: Ref, generator: Ref) -> Recipe:
@@ -55,11 +29,11 @@ def run(
 
     def work(build: Build) -> None:
         from models.generator import build_generator
-        from pipeline.model import load_model, require_same_classes, save_model
-        from pipeline.query_data import query_batches
-        from pipeline.steps import CPAStep, freeze
-        from pipeline.text import open_text
-        from pipeline.training import parameter_groups, train
+        from pipeline.inference.model import load_model, require_same_classes, save_model
+        from pipeline.teacher.text_bank import open_text
+        from pipeline.training.criteria import CPAStep, freeze
+        from pipeline.training.loop import parameter_groups, train
+        from pipeline.training.query_loader import query_batches
         from storage.checkpoints import load_checkpoint, remove_training_state
         from storage.queries import read_queries
 

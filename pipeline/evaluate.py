@@ -3,50 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.benchmarks import Benchmark
+from pipeline.data.benchmarks import Benchmark
+from pipeline.data.config import ResizeConfig
+from pipeline.data.samples import samples_with_tokens
 from pipeline.runtime import Runtime
-from pipeline.views import ResizeConfig
+from pipeline.scoring.config import EvaluateConfig
+from pipeline.scoring.published import marks
 from storage.keys import Recipe, Ref
 from storage.store import Build, Store
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
-    from pipeline.metrics import PredictedSegment
-    from pipeline.model import Model
-    from pipeline.pictures import Picture
+    from pipeline.inference.maps import PredictedSegment
+    from pipeline.inference.model import Model
+    from pipeline.report.pictures import Picture
     from storage.shards import Sample
 
 STAGE, VERSION = "evaluate", 2
 HEADLINE = {"panoptic": ("sPQ", "uPQ", "hPQ"), "semantic": ("sIoU", "uIoU", "hIoU")}
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """`batch` images share a forward pass where sizes agree. `pictures`: overlays in the report, of the first validation images that
-    show an unseen class. `control_offset`: the seen_offset of the control row, calibrated stacking of stage 1 without any training.
-    `sweep_images`: the diagnostic curves are of so many validation images, the first ones; `object_thresholds`, `seen_offsets`: their
-    points, to which the headline's own setting is added. Of a semantic benchmark there are no such curves."""
-
-    batch: int = 8
-    pictures: int = 8
-    control_offset: float = 0.1
-    sweep_images: int = 500
-    object_thresholds: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-    seen_offsets: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
-
-    def __post_init__(self) -> None:
-        if self.batch < 1 or self.sweep_images < 1 or self.pictures < 0:
-            raise ValueError("evaluate: batch and sweep_images must be at least 1, and pictures 0 or more")
-        for name in ("object_thresholds", "seen_offsets"):
-            if any(not 0 <= value <= 1 for value in getattr(self, name)):
-                raise ValueError(f"evaluate: {name} must lie in 0..1")
 
 
 def recipe(
@@ -90,13 +68,14 @@ def run(
 
     def work(build: Build) -> None:
         from models.folding import for_inference
-        from pipeline.inference import classes_of, outputs
-        from pipeline.judge import Judge
-        from pipeline.model import load_model, require_same_classes
-        from pipeline.published import beside_the_paper
-        from pipeline.record import read_curves
-        from pipeline.report import write_report
-        from pipeline.text import open_text
+        from pipeline.inference.forward import outputs
+        from pipeline.inference.maps import classes_of
+        from pipeline.inference.model import load_model, require_same_classes
+        from pipeline.report.write import write_report
+        from pipeline.scoring.judge import Judge
+        from pipeline.scoring.published import beside_the_paper
+        from pipeline.teacher.text_bank import open_text
+        from pipeline.training.curves import read_curves
 
         device = runtime.torch_device()
         bank = open_text(store.open(text).path, text.key)
@@ -178,20 +157,6 @@ def _thresholds(model: Model) -> dict[str, Any]:
     }
 
 
-def marks(teacher: dict[str, Any], benchmark: Benchmark) -> list[str]:
-    """What a reader must know before reading a number: a teacher that knows nothing of these classes."""
-    if teacher["pretrained"] == "random":
-        return [
-            "The teacher has RANDOM weights: every number here is noise, a proof that the pipeline runs and nothing else."
-        ]
-    if teacher["name"] == "small" and benchmark.name not in ("scenes-test", "scenes-validation"):
-        return [
-            "STAND-IN TEACHER: the small CLIP that ships with the package was trained on generated scenes and knows nothing of these "
-            "classes. These numbers prove that the pipeline runs on these files, and nothing about the method."
-        ]
-    return []
-
-
 def _require_same_segmenter(one: Model, other: Model) -> None:
     """Stage 3 leaves the segmenter alone, so one forward pass serves both checkpoints; make sure that it did."""
     import torch
@@ -210,25 +175,10 @@ def _counts(store: Store, shards: Ref) -> list[int]:
     return Shards(store.open(shards).path).counts("val")
 
 
-def samples_with_tokens(store: Store, shards: Ref, tokens: Ref) -> Iterator[tuple[tuple[Sample, Tensor], Tensor]]:
-    """((sample, its instance tokens (O, D)), image (3, H, W) uint8), tars and token groups in step."""
-    import torch
-
-    from storage.shards import Shards, decode_image, read_shard
-    from storage.tokens import read_tokens
-
-    folder = store.open(tokens).path
-    for tar in Shards(store.open(shards).path).tars("val"):
-        group = read_tokens(folder / f"{tar.stem}.zarr")
-        for row, sample in enumerate(read_shard(tar)):
-            own = torch.from_numpy(group.instance[group.rows(row)]).float()
-            yield (sample, own), torch.from_numpy(decode_image(sample)).permute(2, 0, 1)
-
-
 def _picture(
     sample: Sample, maps: dict[str, tuple[np.ndarray, list[PredictedSegment]]], benchmark: Benchmark
 ) -> Picture:
-    from pipeline.pictures import Picture
+    from pipeline.report.pictures import Picture
     from storage.shards import decode_ids, decode_image
 
     def labels(segments: Any) -> dict[int, tuple[str, bool]]:

@@ -7,21 +7,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from pipeline import benchmarks, cache_clip, cpa, evaluate, g2s, labels, queries, scenes, shard, text, v2c
-from pipeline.teaching import TeacherConfig
+from pipeline import cache_clip, cpa, evaluate, g2s, queries, scenes, shard, text, v2c
+from pipeline.data import benchmarks, label_maps
+from pipeline.data.config import CocoConfig
+from pipeline.teacher.config import TeacherConfig
 from storage.keys import Recipe, Ref
 
 STAGES = ("scenes", "shard", "text", "cache-clip", "v2c", "queries", "g2s", "cpa", "evaluate")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CocoConfig:
-    """Real images: `root` is a folder in COCO's own layout (not in any key; its content is). `benchmark` names the classes and the
-    split: one of the package's own, or a JSON file in the same format; a semantic one says itself where in the folder its images and
-    label maps lie."""
-
-    root: str = ""
-    benchmark: str = "coco-panoptic-zps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +59,7 @@ def line(config: Config) -> list[Step]:
         source = add(scenes, config.data)
     else:
         root = config.data.root
-        source = labels.label_source(root, benchmark) if benchmark.files else shard.coco_source(root)
+        source = label_maps.label_source(root, benchmark) if benchmark.files else shard.coco_source(root)
     teacher = config.teacher
     shards = add(shard, config.shard, source=source, benchmark=benchmark)
     bank = add(text, config.text, teacher=teacher, benchmark=benchmark)

@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.data.config import AugmentConfig, ResizeConfig
 from pipeline.runtime import Runtime
-from pipeline.views import AugmentConfig, ResizeConfig
+from pipeline.training.config import QueriesConfig
 from storage.keys import Recipe, Ref
 from storage.store import Build, Store
 
 if TYPE_CHECKING:
-    from pipeline.loader import Item, TrainingData
-    from pipeline.model import Model
-    from pipeline.text import TextBank
+    from pipeline.inference.model import Model
+    from pipeline.teacher.text_bank import TextBank
+    from pipeline.training.loader import Item, TrainingData
 
 STAGE, VERSION = "queries", 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class QueriesConfig:
-    """`views`: 1 = the plain image at test size; more add passes with stage 1's training augmentation, drawn from `seed` (D9).
-    `batch` views share a forward pass where their sizes agree."""
-
-    seed: int = 0
-    views: int = 1
-    batch: int = 16
-
-    def __post_init__(self) -> None:
-        if self.views < 1 or self.batch < 1 or self.seed < 0:
-            raise ValueError("queries: views and batch must be at least 1, and seed 0 or more")
 
 
 def recipe(config: QueriesConfig, *, shards: Ref, tokens: Ref, text: Ref, checkpoint: Ref) -> Recipe:
@@ -47,9 +33,9 @@ def run(
     """One group of queries a training tar, matched to the seen segments as in training; a group that is there is not made again."""
 
     def work(build: Build) -> None:
-        from pipeline.loader import TrainingData
-        from pipeline.model import load_model, require_same_classes
-        from pipeline.text import open_text
+        from pipeline.inference.model import load_model, require_same_classes
+        from pipeline.teacher.text_bank import open_text
+        from pipeline.training.loader import TrainingData
         from storage.queries import check_queries
 
         bank = open_text(store.open(text).path, text.key)
@@ -81,9 +67,9 @@ def _write_group(path: Path, tar: int, data: TrainingData, model: Model, bank: T
     import torch
 
     from models.matcher import match
-    from pipeline.loader import collate
-    from pipeline.steps import seen_rows
-    from pipeline.training import image_generator
+    from pipeline.training.criteria import seen_rows
+    from pipeline.training.loader import collate
+    from pipeline.training.loop import image_generator
     from storage.queries import write_queries
 
     device = next(model.projector.parameters()).device

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pipeline.benchmarks import Benchmark, Category
+from pipeline.data.benchmarks import Benchmark, Category
 from pipeline.runtime import Runtime
-from pipeline.scene_layout import LayoutConfig
-from pipeline.scene_names import SHAPES, stuff_names, thing_names
+from pipeline.world.config import ScenesConfig
+from pipeline.world.names import stuff_names, thing_names
 from storage.keys import Recipe, Ref
 from storage.store import Build, Store
 
@@ -28,35 +27,6 @@ VALIDATION_UNSEEN = (
     "cyan circle", "cyan ring", "purple star", "green circle", "blue ring", "spotted star", "striped ring",
     "grey checks", "brown dots", "pink stripes", "olive fog",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScenesConfig:
-    """The generated world.
-
-    `split` "test" holds out the reported unseen classes, "validation" others of the same structure, disjoint from them: use it to
-    choose settings. A share `unseen_share` of the training images is drawn from all classes, and mostly falls
-    to the image filter as in COCO; the others hold seen classes only. Validation images hold all classes. `size` in pixels.
-    """
-
-    seed: int = 0
-    size: int = 96
-    shapes: tuple[str, ...] = ("circle", "star", "ring")
-    train_images: int = 2600
-    val_images: int = 300
-    unseen_share: float = 0.1
-    split: Literal["test", "validation"] = "test"
-    layout: LayoutConfig = field(default_factory=LayoutConfig)
-
-    def __post_init__(self) -> None:
-        if self.train_images < 1 or self.val_images < 1:
-            raise ValueError("scenes: train_images and val_images must be at least 1")
-        if not self.shapes or not set(self.shapes) <= set(SHAPES):
-            raise ValueError(f"scenes: shapes must be some of {', '.join(SHAPES)}, not {', '.join(self.shapes)}")
-        if self.size < 32 or self.seed < 0:
-            raise ValueError("scenes: size must be at least 32 pixels, and seed 0 or more")
-        if not 0 <= self.unseen_share <= 1:
-            raise ValueError(f"scenes: unseen_share is a share between 0 and 1, not {self.unseen_share}")
 
 
 def benchmark(config: ScenesConfig) -> Benchmark:
@@ -100,7 +70,7 @@ def _draw_split(
     import numpy as np
     from PIL import Image
 
-    from pipeline.world import draw_scene
+    from pipeline.world.draw import draw_scene
 
     (folder / split).mkdir(exist_ok=True)
     (folder / "annotations" / f"panoptic_{split}").mkdir(parents=True, exist_ok=True)

@@ -17,11 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.benchmarks import Benchmark
-from pipeline.coco import CocoSource, coco_source, fingerprint_coco, read_split
-from pipeline.labels import LabelSource, fingerprint_labels, image_ids, training_splits
+from pipeline.data.benchmarks import Benchmark
+from pipeline.data.coco import CocoSource, coco_source, fingerprint_coco, read_split
+from pipeline.data.config import ShardConfig
+from pipeline.data.label_maps import LabelSource, fingerprint_labels, image_ids, training_splits
+from pipeline.data.samples import labelled_sample, panoptic_sample
 from pipeline.runtime import Runtime
-from pipeline.samples import labelled_sample, panoptic_sample
 from storage.keys import Recipe, Ref
 from storage.store import Build, Store
 
@@ -51,26 +52,6 @@ CURE = "re-download it or pass --skip-bad"
 Source = CocoSource | LabelSource | Ref
 """A folder of real COCO files, of images with label maps (for a semantic benchmark), or generated scenes (an artefact of kind
 "scenes" with COCO's panoptic layout)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardConfig:
-    """`samples_per_tar` of the listed images go into a tar; the last tar of a split may hold fewer.
-
-    `skip_bad` goes on without images that are missing, damaged or at odds with their annotation, and lists them in the
-    manifest; without it the first one stops the build. It is not in the key: a build that finishes without it is the
-    one with it. `limit` takes the first so many images by id of each split, 0 = all.
-    """
-
-    samples_per_tar: int = 256
-    skip_bad: bool = False
-    limit: int = 0
-
-    def __post_init__(self) -> None:
-        if self.samples_per_tar < 1:
-            raise ValueError(f"samples_per_tar must be 1 or more, not {self.samples_per_tar}")
-        if self.limit < 0:
-            raise ValueError(f"limit must be 0 (all images) or more, not {self.limit}")
 
 
 def recipe(config: ShardConfig, *, source: Source, benchmark: Benchmark) -> Recipe:
@@ -110,7 +91,7 @@ def run(config: ShardConfig, *, source: Source, benchmark: Benchmark, store: Sto
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One listed image: its id, and what reads and checks it; see `pipeline.samples`."""
+    """One listed image: its id, and what reads and checks it; see `pipeline.data.samples`."""
 
     image_id: int
     load: Callable[[], Sample | str]

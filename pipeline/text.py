@@ -2,85 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.benchmarks import Benchmark
-from pipeline.class_names import spoken, template_sets
+from pipeline.data.benchmarks import Benchmark
 from pipeline.runtime import Runtime
-from pipeline.teaching import TeacherConfig
+from pipeline.teacher.config import TeacherConfig, TextConfig
+from pipeline.teacher.prompts import spoken
+from pipeline.teacher.text_bank import embed_names
 from storage.keys import Recipe, Ref, sha256_file
 from storage.store import Build, Store
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from models.teacher import Teacher
 
 STAGE, VERSION = "text", 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextConfig:
-    """How a class name becomes a row: every sentence is encoded, the unit rows are averaged, the mean is made unit length.
-
-    `templates`: the sentences, or the name of one set of `pipeline/facts/text/templates.json`, which then stands here in full. A class
-    name may list synonyms, "person, human": each gets a row of its own, and the class the largest of their logits. `clean_names`: see
-    `class_names.clean`. `embeddings`: a .npy file (K, D) of rows made elsewhere, which replaces all that; `names`: its class names in
-    order, a JSON list or one a line. The rows count by content, not by path.
-    """
-
-    templates: tuple[str, ...] = ("{}", "a {}", "a photo of a {}", "a picture of {}")
-    clean_names: bool = False
-    embeddings: str = ""
-    names: str = ""
-
-    def __post_init__(self) -> None:
-        if len(self.templates) == 1 and "{}" not in self.templates[0]:
-            sets = template_sets()
-            if self.templates[0] not in sets:
-                raise ValueError(
-                    f"text: template {self.templates[0]!r} needs exactly one {{}} for the class name, "
-                    f"or be the name of a set: {', '.join(sets)}"
-                )
-            object.__setattr__(self, "templates", sets[self.templates[0]])
-        if not self.templates or any(t.count("{}") != 1 for t in self.templates):
-            raise ValueError("text: every template needs exactly one {} for the class name")
-        if bool(self.embeddings) != bool(self.names):
-            raise ValueError("text: embeddings and names belong together; pass --text.embeddings and --text.names")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextBank:
-    """The classes in their fixed order: `embedding` unit rows, and per class its id, name, kind, and whether it is seen.
-
-    `embedding` is (K, D), or (K, S, D) where classes have synonyms, up to S names a class; a class with fewer repeats its first, which
-    moves no maximum. `templates` is empty for rows that were imported.
-    """
-
-    key: str
-    embedding: Tensor
-    ids: list[int]
-    names: list[str]
-    isthing: list[bool]
-    seen: list[bool]
-    teacher: dict[str, Any]
-    templates: list[str]
-    clean_names: bool = False
-
-    @property
-    def first(self) -> Tensor:
-        """(K, D): of each class the row of its first name, where one row must stand for the class."""
-        return self.embedding if self.embedding.ndim == 2 else self.embedding[:, 0]
-
-    def classes(self) -> dict[str, Any]:
-        """Which classes these are and who embedded them, as checkpoints record it."""
-        return {
-            "text": self.key, "ids": self.ids, "names": self.names, "isthing": self.isthing, "seen": self.seen,
-            "teacher": self.teacher, "clean_names": self.clean_names,
-        }  # fmt: skip
 
 
 def recipe(config: TextConfig, *, teacher: TeacherConfig, benchmark: Benchmark) -> Recipe:
@@ -122,37 +59,6 @@ def run(config: TextConfig, *, teacher: TeacherConfig, benchmark: Benchmark, sto
         build.counts |= {"classes": len(embedding), "seen": sum(benchmark.seen), "templates": len(templates)}
 
     return store.build(recipe(config, teacher=teacher, benchmark=benchmark), work)
-
-
-def embed_names(
-    teacher: Teacher, names: Sequence[str], templates: Sequence[str], *, clean_names: bool = False
-) -> Tensor:
-    """Class names -> unit rows (K, D), or (K, S, D) where a name lists synonyms (see `TextBank`).
-
-    A row is the mean over templates of unit sentence embeddings, made unit length again.
-    """
-    import torch
-    from torch.nn.functional import normalize
-
-    known_as = spoken(names, clean_names=clean_names)
-    rows = [
-        torch.stack([teacher.encode_texts([t.replace("{}", part) for t in templates]).mean(0) for part in parts])
-        for parts in known_as
-    ]
-    width = max(map(len, rows))
-    padded = torch.stack([torch.cat([row, row[:1].expand(width - len(row), -1)]) for row in rows])
-    return normalize(padded if width > 1 else padded[:, 0], dim=-1)
-
-
-def join(first: Tensor, second: Tensor) -> Tensor:
-    """Rows of classes (K, D) or (K, S, D), one set behind the other."""
-    import torch
-
-    if first.ndim == second.ndim == 2:
-        return torch.cat([first, second])
-    parts = [rows if rows.ndim == 3 else rows[:, None] for rows in (first, second)]
-    width = max(rows.shape[1] for rows in parts)
-    return torch.cat([torch.cat([rows, rows[:, :1].expand(-1, width - rows.shape[1], -1)], dim=1) for rows in parts])
 
 
 def import_rows(config: TextConfig, benchmark: Benchmark, *, dim: int) -> Tensor:
@@ -211,14 +117,3 @@ def _file(name: str, field: str) -> Path:
     if not Path(name).is_file():
         raise ValueError(f"{field} file {name} not found; correct --text.{field}")
     return Path(name)
-
-
-def open_text(folder: Path, key: str) -> TextBank:
-    """Read a text artefact. Raises ValueError when it is damaged."""
-    from storage.checkpoints import load_checkpoint
-
-    tensors, meta = load_checkpoint(folder)
-    try:
-        return TextBank(key=key, embedding=tensors["embedding"], **meta)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder} holds no text bank ({error}); rebuild it with `zs-seg run --force text`") from error

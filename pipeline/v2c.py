@@ -4,125 +4,25 @@ from __future__ import annotations
 
 import itertools
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pipeline.runtime import Runtime, torchrun_rank
-from pipeline.schedule import Schedule
-from pipeline.views import AugmentConfig, ResizeConfig
+from pipeline.training.config import SegmenterConfig, V2CConfig
 from storage.keys import Recipe, Ref, sha256_file
 from storage.store import Build, Store
 
 if TYPE_CHECKING:
-    from pipeline.loader import TrainingData
-    from pipeline.model import Model
-    from pipeline.ranks import Ranks
-    from pipeline.text import TextBank
+    from pipeline.inference.model import Model
+    from pipeline.teacher.text_bank import TextBank
+    from pipeline.training.distributed import Ranks
+    from pipeline.training.loader import TrainingData
 
 STAGE, VERSION = "v2c", 2
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 SMALL_BACKBONE = Path(__file__).parents[1] / "models" / "small_backbone"
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SegmenterConfig:
-    """The segmenter's parts; the defaults are the published R50 Mask2Former, `MASKFORMER` the published R50 MaskFormer. `backbone` is a
-    timm name, `backbone_weights` None for random, "imagenet", "shipped" (the small one for generated scenes), or a local file. Weights
-    trained on COCO have seen the unseen classes; a file that shows it is refused. `encoder_points`: Mask2Former's alone."""
-
-    architecture: Literal["mask2former", "maskformer"] = "mask2former"
-    backbone: str = "resnet50"
-    backbone_weights: str | None = "imagenet"
-    frozen_batchnorm: bool = True
-    queries: int = 100
-    dim: int = 256
-    heads: int = 8
-    encoder_layers: int = 6
-    encoder_ffn: int = 1024
-    encoder_points: int = 4
-    decoder_layers: int = 9
-    decoder_ffn: int = 2048
-
-    def __post_init__(self) -> None:
-        if self.architecture not in ("mask2former", "maskformer"):
-            raise ValueError(
-                f"segmenter: architecture {self.architecture!r} is not one of 'mask2former' and 'maskformer'; choose one of them"
-            )
-        if self.dim % self.heads or self.dim % 8:
-            raise ValueError(
-                f"segmenter: dim {self.dim} must be a multiple of heads {self.heads} and of 8; change one of them"
-            )
-
-
-MASKFORMER = SegmenterConfig(architecture="maskformer", encoder_ffn=2048, decoder_layers=6)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProjectorConfig:
-    """The class projector P, an MLP of `layers` linear layers of width `hidden` from C to D."""
-
-    hidden: int = 512
-    layers: int = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class V2CConfig(Schedule):
-    """Stage 1. L_v2c = L_match + w_g L_g + w_l L_l (paper Eq. 5); a weight of 0 switches a loss off.
-
-    `class_weight`, `bce_weight`, `dice_weight`, `points`: L_match and the matcher. `mask_loss` "points" is Mask2Former's, BCE and dice at
-    `points` points; "full" MaskFormer's, focal (weighed by `bce_weight`, published 20) and dice (1) over all pixels. `gamma`, `tau`, `bank`: Eq. 2 and 3 (D3), not in
-    the paper. `target_attention` off = plain mean over the queries (table 5's first row). `text_centering`: D1.
-    `backbone_lr`, `scale_lr`: factors on the learning rates of the backbone, and of the logit scale and bias (D1). `augment`: training
-    views; `resize`: test views. `calibration_images`: training images on which object_threshold is chosen, `threshold_slack`: in PQ
-    points, see `choose_threshold` (D8). `precision`: of the network's forward and backward pass (autocast); weights, losses and matching
-    stay float32. `accumulate`: equal parts a process takes its share of a batch in, for less memory and the same result.
-    """
-
-    segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)
-    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
-    class_weight: float = 2.0
-    bce_weight: float = 5.0
-    dice_weight: float = 5.0
-    points: int = 12544
-    mask_loss: Literal["points", "full"] = "points"
-    global_weight: float = 1.0
-    instance_weight: float = 1.0
-    target_attention: bool = True
-    gamma: float = 1.0
-    tau: float = 0.1
-    bank: int = 4096
-    instance_negatives: Literal["image", "batch"] = "image"
-    text_centering: bool = False
-    backbone_lr: float = 0.1
-    scale_lr: float = 10.0
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    resize: ResizeConfig = field(default_factory=ResizeConfig)
-    overlap_threshold: float = 0.8
-    calibration_images: int = 500
-    threshold_slack: float = 0.5
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    accumulate: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.precision not in ("float32", "bfloat16", "float16"):
-            raise ValueError(
-                f"v2c: precision {self.precision!r} is not one of 'float32', 'bfloat16' and 'float16'; choose one"
-            )
-        if self.accumulate < 1 or self.batch % self.accumulate:
-            raise ValueError(
-                f"v2c: batch {self.batch} cannot be cut into {self.accumulate} parts; choose a divisor of it"
-            )
-        if self.accumulate > 1 and not self.segmenter.frozen_batchnorm:
-            raise ValueError(
-                "v2c: BatchNorm would see one part at a time; accumulate needs segmenter.frozen_batchnorm, or pass 1"
-            )
-        if self.mask_loss not in ("points", "full"):
-            raise ValueError(f"v2c: mask_loss {self.mask_loss!r} is not one of 'points' and 'full'; choose one of them")
-        if self.tau <= 0 or self.bank < 1 or self.points < 1 or self.calibration_images < 1:
-            raise ValueError("v2c: tau must be above 0; bank, points and calibration_images at least 1")
 
 
 def recipe(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref) -> Recipe:
@@ -156,10 +56,10 @@ def run(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref, store: Store,
     inputs = (store.open(shards).path, store.open(tokens).path, store.open(text).path)
 
     def work(build: Build) -> None:
-        from pipeline.loader import TrainingData
-        from pipeline.model import load_model, save_model
-        from pipeline.ranks import launch
-        from pipeline.text import open_text
+        from pipeline.inference.model import load_model, save_model
+        from pipeline.teacher.text_bank import open_text
+        from pipeline.training.distributed import launch
+        from pipeline.training.loader import TrainingData
         from storage.checkpoints import remove_training_state
 
         launch(train_model, config, *inputs, text.key, build.path, runtime=runtime)
@@ -181,7 +81,7 @@ def run(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref, store: Store,
         }
 
     if torchrun_rank():
-        from pipeline.ranks import launch
+        from pipeline.training.distributed import launch
 
         if store.state(made.ref) != "fresh":
             launch(train_model, config, *inputs, text.key, store.partial(made.ref), runtime=runtime)
@@ -203,12 +103,12 @@ def train_model(
     import torch
 
     from models.projector import Projector
-    from pipeline.loader import TrainingData
-    from pipeline.model import build_model, save_model
-    from pipeline.ranks import share_batch_statistics
-    from pipeline.steps import V2CStep
-    from pipeline.text import open_text
-    from pipeline.training import parameter_groups, train
+    from pipeline.inference.model import build_model, save_model
+    from pipeline.teacher.text_bank import open_text
+    from pipeline.training.criteria import V2CStep
+    from pipeline.training.distributed import share_batch_statistics
+    from pipeline.training.loader import TrainingData
+    from pipeline.training.loop import parameter_groups, train
 
     device = runtime.torch_device()
     bank = open_text(text, text_key)
@@ -285,8 +185,9 @@ def choose_threshold(
     import torch
 
     from models.folding import for_inference
-    from pipeline.inference import classes_of, outputs, panoptic_map
-    from pipeline.metrics import PanopticQuality
+    from pipeline.inference.forward import outputs
+    from pipeline.inference.maps import classes_of, panoptic_map
+    from pipeline.scoring.metrics import PanopticQuality
     from storage.shards import decode_ids
 
     device = next(model.projector.parameters()).device

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from flows.stages import Request, configure
+from flows.request import Request, configure
 from pipeline.line import STAGES, Step, line
 from storage.keys import sha256_file
 from storage.store import Store

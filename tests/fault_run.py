@@ -32,7 +32,7 @@ from fault_injection import (
 )
 from fault_suite import RUNTIME, Suite, Trial
 
-from flows import stages
+from flows.runs import build, publish
 from storage.store import MANIFEST, Store
 
 
@@ -102,7 +102,7 @@ class Faults(Suite):
         runs = self.folder / "runs"
         shutil.rmtree(runs, ignore_errors=True)
         gone = store.state(victim) != "fresh"
-        work: Callable[[], object] = lambda: str(stages.publish("demo", self.steps, store, runs))  # noqa: E731
+        work: Callable[[], object] = lambda: str(publish("demo", self.steps, store, runs))  # noqa: E731
         self.expect_told(trial, Child(work).wait(), str(victim), or_right=False)
         if runs.exists() and any(runs.iterdir()):
             trial.wrong = "a damaged report was published"
@@ -120,10 +120,10 @@ class Faults(Suite):
             resize, store = small_disk(root), Store(root / "store")
             shutil.copytree(source.root, store.root)
             resize(used(root) + max(int(need * share), 4096))
-            ending = attempt(lambda: stages.build(step, store, RUNTIME))
+            ending = attempt(lambda: build(step, store, RUNTIME))
             wrong = self.wrong(store, step)
             resize(2**30)
-            stages.build(step, store, RUNTIME)
+            build(step, store, RUNTIME)
             return [ending.kind, ending.text, wrong, self.wrong(store, step)]
 
         self._disk_trial(trial, Child(work).wait(), f"room for {share:.0%}")
@@ -137,9 +137,9 @@ class Faults(Suite):
 
         def work() -> list[str]:
             with largest_file(size):
-                ending = attempt(lambda: stages.build(step, store, RUNTIME))
+                ending = attempt(lambda: build(step, store, RUNTIME))
             wrong = self.wrong(store, step)
-            stages.build(step, store, RUNTIME)
+            build(step, store, RUNTIME)
             return [ending.kind, ending.text, wrong, self.wrong(store, step)]
 
         self._disk_trial(trial, Child(work).wait(), f"{size} of {largest} bytes")

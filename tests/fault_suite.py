@@ -16,7 +16,7 @@ import torch
 from fault_injection import DAMAGES, Child, Ending, files_of, link_tree
 from tiny import tiny_config
 
-from flows import stages
+from flows import runs
 from pipeline.line import STAGES, Config, Step, line
 from pipeline.runtime import Runtime
 from storage.keys import Ref, sha256_file
@@ -26,9 +26,9 @@ from storage.store import MANIFEST, Store
 RUNTIME = Runtime(device="cpu", threads=1, progress=False, dask="none", checkpoint_every=1)
 MEASURED = re.compile(r"(.*/)?(curves\.jsonl|events\.out\.tfevents\..*)")  # hold seconds: no two runs agree
 WARM = (  # what stages import when they run
-    "open_clip", "timm", "zarr", "webdataset", "matplotlib.pyplot", "scipy.optimize", "torch.utils.tensorboard", "pipeline.world",
-    "pipeline.encoding", "pipeline.training", "pipeline.steps", "pipeline.model", "pipeline.judge", "pipeline.report",
-    "pipeline.plots", "pipeline.query_data", "models.teacher", "models.generator", "storage.queries", "storage.tokens",
+    "open_clip", "timm", "zarr", "webdataset", "matplotlib.pyplot", "scipy.optimize", "torch.utils.tensorboard", "pipeline.world.draw",
+    "pipeline.teacher.encode", "pipeline.training.loop", "pipeline.training.criteria", "pipeline.inference.model", "pipeline.scoring.judge", "pipeline.report.write",
+    "pipeline.report.plots", "pipeline.training.query_loader", "models.teacher", "models.generator", "storage.queries", "storage.tokens",
 )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ class Suite:
             sys.addaudithook(_refuse_pickle)
             before()
             for step in steps:
-                stages.build(step, store, RUNTIME)
+                runs.build(step, store, RUNTIME)
 
         return Child(work)
 
@@ -113,7 +113,7 @@ class Suite:
         return f"{ref}: {different[0]} differs" if different else ""
 
     def ref(self, stage: str) -> Ref:
-        return self.steps[stages.find(self.steps, stage)].recipe.ref
+        return self.steps[runs.find(self.steps, stage)].recipe.ref
 
     def until(self, step: Step) -> list[Step]:
         return self.steps[: self.steps.index(step) + 1]
@@ -122,7 +122,7 @@ class Suite:
         """Do what `trial.told` says, if anything, then run again; is everything right then?"""
         selected = self.until(last)
         if forced := re.search(r"`zs-seg run --force (\S+)`", trial.told):
-            stages.remove(store, stages.forced(selected, [forced[1]]))
+            runs.remove(store, runs.forced(selected, [forced[1]]))
         elif delete := re.search(r"delete the folder (\S+) and run again", trial.told):
             shutil.rmtree(delete[1])
         elif delete := re.search(r"(/\S+) is damaged.*; delete it to", trial.told):
@@ -140,7 +140,7 @@ class Suite:
 
     def draw_step(self, trial: Trial, rng: np.random.Generator, among: Sequence[str] = STAGES) -> Step:
         trial.place = among[int(rng.integers(len(among)))]
-        return self.steps[stages.find(self.steps, trial.place)]
+        return self.steps[runs.find(self.steps, trial.place)]
 
     def draw_input(self, trial: Trial, rng: np.random.Generator) -> tuple[Step, Ref]:
         """An artefact that is read, and a stage that reads it."""

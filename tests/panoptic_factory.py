@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.benchmarks import Category
-from pipeline.metrics import PredictedSegment
+from pipeline.data.benchmarks import Category
+from pipeline.inference.maps import PredictedSegment
 from storage.shards import Segment
 
 CATEGORIES = (

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.benchmarks import Benchmark, Category
-from pipeline.inference import Output, classes_of
+from pipeline.data.benchmarks import Benchmark, Category
+from pipeline.inference.maps import Output, classes_of
 from storage.shards import Sample, Segment, decode_ids, encode_ids
 
 HEIGHT, WIDTH = 24, 40

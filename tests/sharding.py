@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.benchmarks import load_benchmark
+from pipeline.data.benchmarks import load_benchmark
+from pipeline.data.config import ShardConfig
 from pipeline.runtime import Runtime
-from pipeline.shard import ShardConfig, coco_source, run
+from pipeline.shard import coco_source, run
 from storage.keys import Ref
 from storage.shards import Sample, Shards, read_shard
 from storage.store import Store

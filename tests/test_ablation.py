@@ -14,7 +14,7 @@ from tiny import tiny_config
 
 from flows import ablate, presets
 from flows.cli import main
-from pipeline.ablation import (
+from pipeline.ablation.tables import (
     SCORES,
     SETTINGS,
     SWEPT,

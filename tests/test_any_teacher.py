@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from models.teacher import load_teacher
-from pipeline.teaching import TeacherConfig
+from pipeline.teacher.config import TeacherConfig
 
 SIGLIP: dict[str, Any] = {
     "embed_dim": 192, "init_logit_bias": -10, "custom_text": True,

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from flows.artifacts import GAP, PANEL, pictures
-from pipeline.pictures import Picture, picture_rows
+from pipeline.report.pictures import Picture, picture_rows
 
 
 def picture(height: int, width: int, *, seen: bool) -> Picture:

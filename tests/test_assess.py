@@ -17,11 +17,12 @@ from PIL import Image
 from tiny import QUIET, build, tiny_config
 
 from flows.cli import main
-from pipeline import assess, scenes
-from pipeline.benchmarks import Benchmark, Category, load_benchmark
-from pipeline.metrics import PanopticQuality, PredictedSegment
-from pipeline.model import load_model
-from pipeline.vocabulary import as_trained, vocabulary_of
+from pipeline import evaluate_checkpoint, scenes
+from pipeline.data.benchmarks import Benchmark, Category, load_benchmark
+from pipeline.inference.maps import PredictedSegment
+from pipeline.inference.model import load_model
+from pipeline.inference.vocabulary import as_trained, vocabulary_of
+from pipeline.scoring.metrics import PanopticQuality
 from storage.shards import Segment, encode_ids
 from storage.store import Store
 
@@ -77,7 +78,7 @@ def evaluate(run: Run, benchmark: str | Path, data: Path, **change: Any) -> dict
         "teacher_weights": "",
     }
     asked |= {"benchmark": str(benchmark), "data": str(data), "store": run.store, "runtime": QUIET}
-    return assess.run(**asked | change)  # fmt: skip
+    return evaluate_checkpoint.run(**asked | change)  # fmt: skip
 
 
 def fails(capsys: pytest.CaptureFixture[str], run: Run, *words: object, checkpoint: object = "") -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.benchmarks import Benchmark, Category, LabelFiles, load_benchmark
+from pipeline.data.benchmarks import Benchmark, Category, LabelFiles, load_benchmark
 
 SHARED_FACTS = Path(__file__).parents[2] / "shared" / "facts"  # what the classes were copied from; not everywhere
 

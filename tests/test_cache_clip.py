@@ -16,12 +16,11 @@ from PIL import Image
 from tiny import QUIET, build, tiny_config
 from torch import Tensor
 
-import pipeline.encoding
+import pipeline.teacher.encode
 from pipeline import cache_clip, scenes
-from pipeline.benchmarks import Benchmark, Protocol
-from pipeline.cache_clip import TokensConfig
-from pipeline.encoding import kept_for_training
-from pipeline.teaching import TeacherConfig
+from pipeline.data.benchmarks import Benchmark, Protocol
+from pipeline.teacher.config import TeacherConfig, TokensConfig
+from pipeline.teacher.encode import kept_for_training
 from storage.keys import Ref
 from storage.shards import Sample, Segment, Shards, decode_ids, decode_image, read_shard
 from storage.store import Artefact, Store
@@ -142,7 +141,7 @@ def test_a_killed_build_ends_with_the_bytes_of_an_undisturbed_one(
 ) -> None:
     calm = encode(shards, store=Store(tmp_path / "calm"))
     shaken = Store(tmp_path / "shaken")
-    real = pipeline.encoding.write_tokens
+    real = pipeline.teacher.encode.write_tokens
 
     written: list[Path] = []
 
@@ -153,7 +152,7 @@ def test_a_killed_build_ends_with_the_bytes_of_an_undisturbed_one(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline.encoding, "write_tokens", write_and_die)
+        patch.setattr(pipeline.teacher.encode, "write_tokens", write_and_die)
         encode(shards, store=shaken)
     assert shaken.state(calm.ref) == "partial"
     (partial,) = shaken.root.glob("tokens/.*.partial")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from quarters import BENCHMARK, CLASSES, HEIGHT, THRESHOLDS, WIDTH, perfect, quarters, sample
 from torch import Tensor
 
-from pipeline.ceilings import LOSSES, Pairs, Waterfall, pair
-from pipeline.inference import Output
-from pipeline.scoring import GroundTruth, Row
+from pipeline.inference.maps import Output
+from pipeline.scoring.rows import GroundTruth, Row
+from pipeline.scoring.waterfall import LOSSES, Pairs, Waterfall, pair
 from storage.shards import Sample, decode_ids
 
 CAT, DOG, SKY, SEA = range(4)

@@ -20,11 +20,12 @@ import torch
 from coco_factory import make_coco
 from PIL import Image
 
-from flows import stages
+from flows import runs
 from flows.cli import _mistake, main
 from flows.presets import PRESETS, preset
-from flows.stages import Request, configure
-from pipeline.line import STAGES, CocoConfig, line
+from flows.request import Request, configure, override
+from pipeline.data.config import CocoConfig
+from pipeline.line import STAGES, line
 from storage.store import Store
 
 DEMO = ("--preset", "demo")
@@ -102,7 +103,7 @@ def test_traceback_is_there_for_developers() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_overrides_change_their_field_and_nothing_else(name: str) -> None:
     before = preset(name)
-    changed = stages.override(before, ["--v2c.lr", "2e-4"])
+    changed = override(before, ["--v2c.lr", "2e-4"])
     assert changed == replace(before, v2c=replace(before.v2c, lr=2e-4))
 
 
@@ -117,7 +118,7 @@ def test_overrides_take_tuples_switches_and_choices() -> None:
         "--v2c.segmenter.backbone",
         "resnet18",
     ]
-    changed = stages.override(preset("demo"), flags)
+    changed = override(preset("demo"), flags)
     assert changed.v2c.augment.jitter == (0.5, 2.0)
     assert not changed.v2c.augment.flip
     assert changed.g2s.decay == "step"
@@ -137,7 +138,7 @@ def test_skip_bad_makes_the_same_artefact_and_is_told_again(
         caplog.clear()
         assert main((*words, *again)) == 0
         warning = caplog.record_tuples[-1]
-        assert warning[:2] == ("flows.stages", logging.WARNING) and "1 bad image left out" in warning[2]
+        assert warning[:2] == ("flows.runs", logging.WARNING) and "1 bad image left out" in warning[2]
 
 
 def test_coco_folder_comes_from_the_flag_or_else_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,10 +254,10 @@ def test_force_builds_again_what_it_names_and_all_that_reads_it(
 
 def test_force_follows_the_line_to_its_end() -> None:
     steps = line(small_config())
-    again = stages.forced(steps, ["queries"])
+    again = runs.forced(steps, ["queries"])
     assert [step.stage for step in again] == ["queries", "g2s", "cpa", "evaluate"]
-    assert [step.stage for step in stages.forced(steps[:6], ["cache-clip"])] == ["cache-clip", "v2c", "queries"]
-    assert stages.forced(steps, []) == []
+    assert [step.stage for step in runs.forced(steps[:6], ["cache-clip"])] == ["cache-clip", "v2c", "queries"]
+    assert runs.forced(steps, []) == []
 
 
 def test_force_removes_nothing_when_an_input_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

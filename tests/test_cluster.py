@@ -19,10 +19,12 @@ import psutil
 import pytest
 from tiny import QUIET, build, tiny_config
 
-from pipeline import cache_clip, cluster
-from pipeline.cluster import run_tasks, split_cores
+from pipeline import cache_clip
 from pipeline.runtime import Runtime
-from pipeline.scenes import ScenesConfig, benchmark
+from pipeline.scenes import benchmark
+from pipeline.teacher import cluster
+from pipeline.teacher.cluster import run_tasks, split_cores
+from pipeline.world.config import ScenesConfig
 from storage.keys import Ref
 from storage.shards import Shards
 from storage.store import Artefact, Manifest, Store

@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.teacher import Teacher, load_teacher
-from pipeline import encoding
 from pipeline.bench.cache import coco_samples
-from pipeline.benchmarks import Benchmark, Category
-from pipeline.cache_clip import TokensConfig
-from pipeline.encoding import encode_tar
-from pipeline.instances import instance_box, own_patches
+from pipeline.data.benchmarks import Benchmark, Category
+from pipeline.teacher import encode as encoding
+from pipeline.teacher.config import TokensConfig
+from pipeline.teacher.encode import encode_tar
+from pipeline.teacher.instances import instance_box, own_patches
 from storage.shards import Sample, Segment, decode_ids, decode_image, encode_ids, read_shard, write_shard
 from storage.tokens import TokenGroup, read_tokens
 

@@ -16,11 +16,11 @@ from tiny import build, tiny_config
 from torchvision.models import ViT_B_16_Weights, ViT_B_32_Weights, ViT_H_14_Weights, ViT_L_16_Weights, WeightsEnum
 
 from flows.cli import main
-from flows.stages import Request, configure
-from pipeline.benchmarks import load_benchmark
-from pipeline.counting import Counts, count
-from pipeline.estimates import Estimator, teacher_dim, teacher_gflop
+from flows.request import Request, configure
+from pipeline.data.benchmarks import load_benchmark
 from pipeline.line import line
+from pipeline.planning.counts import Counts, count
+from pipeline.planning.estimates import Estimator, teacher_dim, teacher_gflop
 from storage.lineage import Lineage
 from storage.store import Store
 

@@ -16,16 +16,18 @@ from torch import Tensor
 
 from models.projector import Projector
 from pipeline import evaluate, scenes
-from pipeline.benchmarks import Benchmark
-from pipeline.evaluate import _require_same_segmenter, marks
-from pipeline.inference import Output, classes_of, outputs, panoptic_map, semantic_map
+from pipeline.data.benchmarks import Benchmark
+from pipeline.data.transforms import ResizeConfig
+from pipeline.evaluate import _require_same_segmenter
+from pipeline.inference.forward import outputs
+from pipeline.inference.maps import Output, classes_of, panoptic_map, semantic_map
+from pipeline.inference.model import Model, build_model, load_model, require_same_classes, save_model
 from pipeline.line import Step
-from pipeline.metrics import ConfusionMatrix, PanopticQuality
-from pipeline.model import Model, build_model, load_model, require_same_classes, save_model
-from pipeline.page import SETTINGS
-from pipeline.scoring import GroundTruth, Row
-from pipeline.text import TextBank, open_text
-from pipeline.transforms import ResizeConfig
+from pipeline.report.page import SETTINGS
+from pipeline.scoring.metrics import ConfusionMatrix, PanopticQuality
+from pipeline.scoring.published import marks
+from pipeline.scoring.rows import GroundTruth, Row
+from pipeline.teacher.text_bank import TextBank, open_text
 from storage.keys import Recipe, Ref
 from storage.shards import Sample, Shards, decode_ids, decode_image, read_shard
 from storage.store import Build, Store

@@ -14,10 +14,11 @@ from panoptic_factory import CATEGORIES, IDS, Case, make_case, write_panoptic
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from pipeline.benchmarks import Category
-from pipeline.export import ImagePrediction, write_coco_panoptic
-from pipeline.metrics import PanopticQuality, PanopticResult, PredictedSegment
-from pipeline.pq import evaluate
+from pipeline.data.benchmarks import Category
+from pipeline.inference.export import ImagePrediction, write_coco_panoptic
+from pipeline.inference.maps import PredictedSegment
+from pipeline.scoring.metrics import PanopticQuality, PanopticResult
+from pipeline.scoring.pq import evaluate
 
 
 def test_coco_files_hold_the_prediction(tmp_path: Path) -> None:

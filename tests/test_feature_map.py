@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.feature_map import compare, draw
+from pipeline.ablation.feature_map import compare, draw
 
 
 def clouds(seed: int, shift: float) -> dict[int, np.ndarray]:

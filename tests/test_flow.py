@@ -20,7 +20,7 @@ import pytest
 from tiny import QUIET
 
 from flows.presets import PRESETS
-from flows.stages import Request, configure
+from flows.request import Request, configure
 from pipeline.line import STAGES, Step, line
 from storage.checkpoints import load_training_state
 from storage.store import Store

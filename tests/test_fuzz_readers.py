@@ -18,14 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.benchmarks import Benchmark, Category, LabelFiles, load_benchmark
-from pipeline.coco import read_split
-from pipeline.labels import read_labels
-from pipeline.pq import read_panoptic
-from pipeline.predict import read_image
-from pipeline.record import read_curves
-from pipeline.samples import panoptic_sample
-from pipeline.text import open_text
+from pipeline.data.benchmarks import Benchmark, Category, LabelFiles, load_benchmark
+from pipeline.data.coco import read_split
+from pipeline.data.label_maps import read_labels
+from pipeline.data.samples import panoptic_sample, read_image
+from pipeline.scoring.pq import read_panoptic
+from pipeline.teacher.text_bank import open_text
+from pipeline.training.curves import read_curves
 from storage.checkpoints import load_checkpoint, load_training_state, save_checkpoint, save_training_state
 from storage.keys import Recipe
 from storage.queries import check_queries, read_queries, write_queries

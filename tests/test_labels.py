@@ -12,8 +12,8 @@ import pytest
 from label_factory import EVERY, HEIGHT, LAYOUTS, VALUES, WIDTH, make_layout, save_labels, stripes
 from PIL import Image
 
-from pipeline.benchmarks import Benchmark, Category, LabelFiles, load_benchmark
-from pipeline.labels import LabelledSplit, find_split, read_labels, write_labels
+from pipeline.data.benchmarks import Benchmark, Category, LabelFiles, load_benchmark
+from pipeline.data.label_maps import LabelledSplit, find_split, read_labels, write_labels
 
 OWN = LabelFiles(images=("photos/*_photo.jpg", "photos/*.png"), labels=("maps/*_map.png",), splits={"val": "val"})
 THREE = Benchmark(

@@ -27,11 +27,10 @@ from torch import Tensor, nn
 from models import losses
 from models.generator import Generator
 from models.projector import Projector
-from pipeline.cpa import CPAConfig
-from pipeline.g2s import G2SConfig
-from pipeline.query_data import QueryBatch
-from pipeline.steps import CPAStep, G2SStep, freeze
-from pipeline.text import TextBank
+from pipeline.teacher.text_bank import TextBank
+from pipeline.training.config import CPAConfig, G2SConfig
+from pipeline.training.criteria import CPAStep, G2SStep, freeze
+from pipeline.training.query_loader import QueryBatch
 
 G2S = G2SConfig(hidden=12, tau=0.3, diversity_weight=0.5, semantic_weight=2.0, kl_weight=0.25)
 CPA = CPAConfig(synthetic=9, synthetic_weight=0.5)

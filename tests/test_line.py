@@ -19,11 +19,12 @@ from coco_factory import CATEGORIES, make_coco
 from label_factory import make_stuff, write_stuff_benchmark
 
 from flows.presets import preset
-from pipeline.labels import LabelSource
-from pipeline.line import STAGES, CocoConfig, Config, line
-from pipeline.scenes import ScenesConfig
+from pipeline.data.config import CocoConfig
+from pipeline.data.label_maps import LabelSource
+from pipeline.line import STAGES, Config, line
 from pipeline.shard import CocoSource
-from pipeline.teaching import TeacherConfig
+from pipeline.teacher.config import TeacherConfig
+from pipeline.world.config import ScenesConfig
 from storage.keys import Recipe
 
 # "demo": the keys of a run. "coco-sample": each stage's own part, with the data left out, for the files are not everywhere.

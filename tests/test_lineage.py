@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from many_artefacts import demo_line, fill
 
-from flows.stages import Request, configure
+from flows.request import Request, configure
 from pipeline.line import Step, line
 from storage.differences import ABSENT, Explainer, differences
 from storage.keys import Recipe, Ref

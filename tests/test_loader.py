@@ -12,10 +12,10 @@ import pytest
 import torch
 from tiny import build, tiny_config
 
-from pipeline import loader
-from pipeline.loader import TrainingData
-from pipeline.text import TextBank, open_text
-from pipeline.views import AugmentConfig, ResizeConfig
+from pipeline.data.config import AugmentConfig, ResizeConfig
+from pipeline.teacher.text_bank import TextBank, open_text
+from pipeline.training import loader
+from pipeline.training.loader import TrainingData
 from storage.shards import Shards, read_shard
 from storage.store import Store
 from storage.tokens import read_tokens, write_tokens
@@ -72,7 +72,7 @@ def test_another_seed_gives_another_order(parts: tuple[Path, Path, TextBank]) ->
 def test_tokens_labels_and_masks_belong_together(parts: tuple[Path, Path, TextBank]) -> None:
     """A segment's token must be the nearest to the teacher's token of that very segment, made anew here."""
     from pipeline.runtime import Runtime
-    from pipeline.teaching import TeacherConfig
+    from pipeline.teacher.config import TeacherConfig
     from storage.shards import decode_ids, decode_image
 
     teacher = TeacherConfig(name="small", pretrained="shipped", fill="mean").load(Runtime(device="cpu"))

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from models.maskformer import DETRLayer, EncoderLayer
 from models.projector import Projector
 from models.segmenter import Segmenter, build_segmenter
-from pipeline.loader import Batch
-from pipeline.steps import V2CStep
-from pipeline.text import TextBank
-from pipeline.v2c import MASKFORMER, SegmenterConfig, V2CConfig
+from pipeline.teacher.text_bank import TextBank
+from pipeline.training.config import MASKFORMER, SegmenterConfig, V2CConfig
+from pipeline.training.criteria import V2CStep
+from pipeline.training.loader import Batch
 
 SMALL = SegmenterConfig(
     architecture="maskformer",

@@ -12,16 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from panoptic_factory import CATEGORIES, IDS, Case, cases, slow_quality, write_panoptic
 
-from pipeline.benchmarks import Category
-from pipeline.metrics import (
-    ConfusionMatrix,
-    PanopticQuality,
-    PredictedSegment,
-    class_map,
-    harmonic_mean,
-    scores,
-    semantic_scores,
-)
+from pipeline.data.benchmarks import Category
+from pipeline.inference.maps import PredictedSegment
+from pipeline.scoring.metrics import ConfusionMatrix, PanopticQuality, class_map, harmonic_mean, scores, semantic_scores
 from storage.shards import Segment
 
 

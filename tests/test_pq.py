@@ -21,9 +21,10 @@ from PIL import Image
 from flows.cli import main
 from pipeline.bench import panopticapi_lite
 from pipeline.bench.evaluate import panoptic_quality_rows
-from pipeline.metrics import PanopticQuality, PredictedSegment
-from pipeline.pq import evaluate
+from pipeline.inference.maps import PredictedSegment
 from pipeline.runtime import Runtime
+from pipeline.scoring.metrics import PanopticQuality
+from pipeline.scoring.pq import evaluate
 from storage.shards import Segment, encode_ids
 
 SAMPLE = Path(__file__).parents[2] / "shared" / "coco-sample" / "annotations"
@@ -400,7 +401,7 @@ def test_command_refuses_wrong_flags(files: Files, tmp_path: Path, capsys: pytes
 
 
 def test_import_is_light() -> None:
-    code = "import sys, pipeline.pq; print({'numpy', 'hotcoco', 'rich', 'torch'} & sys.modules.keys())"
+    code = "import sys, pipeline.scoring.pq; print({'numpy', 'hotcoco', 'rich', 'torch'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.metrics import PanopticQuality, PredictedSegment
-from pipeline.prediction import choose, classify, merge, panoptic, resize_masks, semantic
+from pipeline.inference.maps import PredictedSegment, choose, classify, merge, panoptic, resize_masks, semantic
+from pipeline.scoring.metrics import PanopticQuality
 from storage.shards import Segment
 
 CATEGORY_IDS = torch.tensor([1, 4, 90, 200])
@@ -107,7 +107,7 @@ def test_panoptic_equals_the_slow_reference(
 ) -> None:
     case = draw(seed, queries)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.prediction.CHUNK_ELEMENTS", chunk)
+        patch.setattr("pipeline.inference.maps.CHUNK_ELEMENTS", chunk)
         ids, segments = panoptic(
             **case,
             isthing=ISTHING,
@@ -149,7 +149,7 @@ def sizes_of(case: dict[str, Any]) -> dict[str, Any]:
 def test_semantic_equals_the_slow_reference(seed: int, queries: int, seen_offset: float, chunk: int) -> None:
     case = draw(seed, queries)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.prediction.CHUNK_ELEMENTS", chunk)
+        patch.setattr("pipeline.inference.maps.CHUNK_ELEMENTS", chunk)
         classes = semantic(**case, seen=SEEN, seen_offset=seen_offset)
         masks = resize_masks(case["mask_logits"], **sizes_of(case))
         again = classify(case["class_probabilities"], masks.probabilities, seen=SEEN, seen_offset=seen_offset)

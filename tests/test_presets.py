@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from coco_factory import make_coco
 
-from flows import stages
 from flows.cli import main
 from flows.presets import PRESETS, epochs, preset
-from flows.stages import Request, configure
-from pipeline.line import STAGES, CocoConfig, line
-from pipeline.text import TextConfig
+from flows.request import Request, configure, shorten
+from pipeline.data.config import CocoConfig
+from pipeline.line import STAGES, line
+from pipeline.teacher.config import TextConfig
 
 ZPS = ("coco-zps-r50", "coco-zps-maskformer-r50")
 ZSS = ("coco-zss-r50", "coco-zss-r101c")
@@ -90,7 +90,7 @@ def test_max_steps_cuts_but_does_not_stretch_and_is_in_the_keys() -> None:
     request = Request(preset="demo", max_steps=400, overrides=("--v2c.lr", "1"))
     assert request.command("run") == "zs-seg run --preset demo --max-steps 400 --v2c.lr 1"
     with pytest.raises(ValueError, match="--max-steps must be 1 or more"):
-        stages.shorten(demo, -1)
+        shorten(demo, -1)
 
 
 @pytest.mark.slow

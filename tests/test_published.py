@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.benchmarks import FACTS, load_benchmark
-from pipeline.published import RESULTS, beside_the_paper
+from pipeline.data.benchmarks import FACTS, load_benchmark
+from pipeline.scoring.published import RESULTS, beside_the_paper
 
 KEYS = "sPQ", "uPQ", "hPQ", "sIoU", "uIoU", "hIoU"
 OURS = {

@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from flows.cli import main
 from models.projector import Projector
 from pipeline import v2c
+from pipeline.inference.model import build_model, save_model
 from pipeline.line import Step, line
-from pipeline.loader import Batch, TrainingData
-from pipeline.model import build_model, save_model
-from pipeline.ranks import ALONE, GlobalBatchNorm2d, Ranks, launch, share_batch_statistics
-from pipeline.record import MEASURED, read_curves
 from pipeline.runtime import Runtime
-from pipeline.steps import V2CStep
-from pipeline.text import open_text
-from pipeline.training import parameter_groups, train
-from pipeline.v2c import V2CConfig
+from pipeline.teacher.text_bank import open_text
+from pipeline.training.config import V2CConfig
+from pipeline.training.criteria import V2CStep
+from pipeline.training.curves import MEASURED, read_curves
+from pipeline.training.distributed import ALONE, GlobalBatchNorm2d, Ranks, launch, share_batch_statistics
+from pipeline.training.loader import Batch, TrainingData
+from pipeline.training.loop import parameter_groups, train
 from storage.checkpoints import load_checkpoint
 from storage.store import Store
 

@@ -20,13 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.benchmarks import Category
-from pipeline.metrics import ConfusionMatrix, PanopticQuality, PredictedSegment, class_map, scores
-from pipeline.page import SETTINGS
-from pipeline.pictures import UNSEEN, Picture
-from pipeline.plots import spread
-from pipeline.published import beside_the_paper
-from pipeline.report import console_table, publish, write_report
+from pipeline.data.benchmarks import Category
+from pipeline.inference.maps import PredictedSegment
+from pipeline.report.page import SETTINGS
+from pipeline.report.pictures import UNSEEN, Picture
+from pipeline.report.plots import spread
+from pipeline.report.write import console_table, publish, write_report
+from pipeline.scoring.metrics import ConfusionMatrix, PanopticQuality, class_map, scores
+from pipeline.scoring.published import beside_the_paper
 from storage.shards import Segment
 
 CATEGORIES = (
@@ -333,5 +334,5 @@ def test_line_names_do_not_overlap(heights: list[float]) -> None:
 
 
 def test_matplotlib_is_loaded_only_to_draw() -> None:
-    code = "import sys, pipeline.report; sys.exit(any(m in sys.modules for m in ('matplotlib', 'torch', 'rich')))"
+    code = "import sys, pipeline.report.write; sys.exit(any(m in sys.modules for m in ('matplotlib', 'torch', 'rich')))"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[1]).returncode == 0

@@ -21,15 +21,15 @@ import torch
 from coco_factory import make_coco
 
 from models.backbone_weights import read_weights
-from pipeline.benchmarks import load_benchmark
-from pipeline.cluster import Progress, run_tasks
-from pipeline.coco import read_split
-from pipeline.labels import find_split, read_labels
-from pipeline.pq import evaluate
-from pipeline.predict import read_image
+from pipeline.data.benchmarks import load_benchmark
+from pipeline.data.coco import read_split
+from pipeline.data.label_maps import find_split, read_labels
+from pipeline.data.samples import panoptic_sample, read_image
 from pipeline.runtime import Runtime
-from pipeline.samples import panoptic_sample
-from pipeline.text import TextConfig, import_rows
+from pipeline.scoring.pq import evaluate
+from pipeline.teacher.cluster import Progress, run_tasks
+from pipeline.teacher.config import TextConfig
+from pipeline.text import import_rows
 from storage.shards import Shards, read_shard, write_index
 
 ROOT = Path(__file__).parents[1]

@@ -14,10 +14,10 @@ from PIL import Image
 
 from pipeline import scenes
 from pipeline.runtime import Runtime
-from pipeline.scene_layout import LayoutConfig
-from pipeline.scene_names import SHAPES, stuff_names, thing_names
-from pipeline.scenes import UNSEEN, VALIDATION_UNSEEN, ScenesConfig
-from pipeline.world import PLAIN, draw_scene
+from pipeline.scenes import UNSEEN, VALIDATION_UNSEEN
+from pipeline.world.config import LayoutConfig, ScenesConfig
+from pipeline.world.draw import PLAIN, draw_scene
+from pipeline.world.names import SHAPES, stuff_names, thing_names
 from storage.store import Store
 
 SMALL = ScenesConfig(train_images=30, val_images=10)
@@ -120,8 +120,8 @@ def test_wrong_settings_are_refused_by_name(wrong: dict[str, float]) -> None:
 
 
 def test_the_backbone_is_trained_on_colours_that_no_class_has() -> None:
-    from pipeline.scene_names import APPEARANCES, TINTS
-    from pipeline.train_backbone import APART, strange_colour
+    from pipeline.world.names import APPEARANCES, TINTS
+    from pipeline.world.train_backbone import APART, strange_colour
 
     named = [colour for colour in APPEARANCES.values() if colour is not None]
     for others in (named, list(TINTS.values())):

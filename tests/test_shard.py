@@ -16,7 +16,8 @@ import pytest
 from coco_factory import edit_json, make_coco
 from sharding import BENCHMARK, CONFIG, JPEG, QUIET, samples, shard, tree
 
-from pipeline.shard import CocoSource, ShardConfig, coco_source, recipe, run
+from pipeline.data.config import ShardConfig
+from pipeline.shard import CocoSource, coco_source, recipe, run
 from storage.keys import Recipe, Ref
 from storage.shards import Shards, decode_ids, decode_image
 from storage.store import Build, Store

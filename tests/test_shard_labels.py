@@ -14,10 +14,11 @@ from label_factory import NAMES, UNLABELLED, make_stuff, save_labels, write_stuf
 from PIL import Image
 from sharding import CONFIG, QUIET, samples, tree
 
-from pipeline.benchmarks import Benchmark, load_benchmark
-from pipeline.labels import image_ids, label_source, read_labels, training_splits
-from pipeline.metrics import class_map
-from pipeline.shard import ShardConfig, recipe, run
+from pipeline.data.benchmarks import Benchmark, load_benchmark
+from pipeline.data.config import ShardConfig
+from pipeline.data.label_maps import image_ids, label_source, read_labels, training_splits
+from pipeline.scoring.metrics import class_map
+from pipeline.shard import recipe, run
 from storage.keys import Ref
 from storage.shards import Shards, decode_ids
 from storage.store import Store

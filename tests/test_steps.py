@@ -14,10 +14,10 @@ from models import losses
 from models.matcher import match
 from models.projector import Projector
 from models.segmenter import Segmenter, SegmenterOutput, build_segmenter
-from pipeline.loader import Batch
-from pipeline.steps import V2CStep, freeze, one_hot, seen_rows
-from pipeline.text import TextBank
-from pipeline.v2c import V2CConfig
+from pipeline.teacher.text_bank import TextBank
+from pipeline.training.config import V2CConfig
+from pipeline.training.criteria import V2CStep, freeze, one_hot, seen_rows
+from pipeline.training.loader import Batch
 
 SEEN = [True, False, True, True, False, False, True]  # 4 seen, 3 unseen
 DIM, TEXT_DIM, QUERIES, IMAGES = 16, 8, 6, 5  # IMAGES have a cached global token, 3 of them are in the batch

@@ -10,10 +10,10 @@ import pytest
 from fault_injection import flip
 from numpy.random import default_rng
 
-from pipeline.predict import checkpoint_folder
-from pipeline.record import CURVES, Record
+from pipeline.inference.model import checkpoint_folder
 from pipeline.runtime import Runtime
-from pipeline.schedule import Schedule
+from pipeline.training.config import Schedule
+from pipeline.training.curves import CURVES, Record
 from storage.keys import Recipe, Ref
 from storage.shards import Sample, check_shard, write_shard
 from storage.store import Build, Store

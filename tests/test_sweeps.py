@@ -9,11 +9,11 @@ import torch
 from quarters import BENCHMARK, CLASSES, HEIGHT, WIDTH, quarters
 from torch import Tensor
 
-from pipeline import sweeps as module
-from pipeline.inference import Output
-from pipeline.metrics import harmonic_mean
-from pipeline.scoring import GroundTruth, Row
-from pipeline.sweeps import Sweeps
+from pipeline.inference.maps import Output
+from pipeline.scoring import sweeps as module
+from pipeline.scoring.metrics import harmonic_mean
+from pipeline.scoring.rows import GroundTruth, Row
+from pipeline.scoring.sweeps import Sweeps
 from storage.shards import Sample, decode_ids
 
 FACTS = {"object_threshold": 0.35, "overlap_threshold": 0.5}

@@ -19,9 +19,9 @@ from PIL import Image
 from models import teacher as teacher_module
 from models.teacher import SMALL_CLIP, Fill, Teacher, load_teacher
 from pipeline.runtime import Runtime
-from pipeline.scene_names import stuff_names, thing_names
-from pipeline.teaching import TeacherConfig
-from pipeline.world import draw_scene
+from pipeline.teacher.config import TeacherConfig
+from pipeline.world.draw import draw_scene
+from pipeline.world.names import stuff_names, thing_names
 
 
 @pytest.fixture(scope="module")

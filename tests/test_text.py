@@ -16,15 +16,14 @@ from tiny import QUIET, build
 from flows.presets import preset
 from models.projector import Projector
 from pipeline import scenes, text
-from pipeline.benchmarks import Benchmark, Category, load_benchmark
-from pipeline.class_names import spoken
-from pipeline.line import CocoConfig
-from pipeline.model import load_model
+from pipeline.data.benchmarks import Benchmark, Category, load_benchmark
+from pipeline.data.config import AugmentConfig, CocoConfig, ResizeConfig
+from pipeline.inference.model import load_model
+from pipeline.inference.vocabulary import extend
 from pipeline.runtime import Runtime
-from pipeline.teaching import TeacherConfig
-from pipeline.text import TextBank, TextConfig, join, open_text
-from pipeline.views import AugmentConfig, ResizeConfig
-from pipeline.vocabulary import extend
+from pipeline.teacher.config import TeacherConfig, TextConfig
+from pipeline.teacher.prompts import spoken
+from pipeline.teacher.text_bank import TextBank, join, open_text
 from storage.store import Store
 
 TEACHER = TeacherConfig(name="small", pretrained="shipped", fill="mean")

@@ -11,7 +11,7 @@ from tiny import QUIET, build, tiny_config
 
 from flows.cli import main
 from pipeline.line import line
-from pipeline.token_checks import encode_again, summary
+from pipeline.teacher.checks import encode_again, summary
 from storage.keys import Ref
 from storage.shards import Shards, read_shard
 from storage.store import Store

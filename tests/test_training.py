@@ -20,10 +20,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import build, tiny_config
 from torch import Tensor, nn
 
-from pipeline.record import MEASURED, read_curves
 from pipeline.runtime import Runtime
-from pipeline.schedule import Schedule
-from pipeline.training import autocast, parameter_groups, step_generator, train
+from pipeline.training.config import Schedule
+from pipeline.training.curves import MEASURED, read_curves
+from pipeline.training.loop import autocast, parameter_groups, step_generator, train
 from storage.checkpoints import load_training_state
 from storage.store import Store
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.transforms import (
+from pipeline.data.transforms import (
     PIXEL_MEAN,
     PIXEL_STD,
     AugmentConfig,
@@ -17,7 +17,7 @@ from pipeline.transforms import (
     normalise,
     place_ids,
     resize_for_test,
-)  # fmt: skip
+)
 
 
 def picture(height: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,8 +9,8 @@ import torch
 from tiny import QUIET, build, tiny_config
 
 from models.vision_centric import PRIOR, LinearClassifier, PrimitiveGenerator
-from pipeline.model import load_model
-from pipeline.vocabulary import extend
+from pipeline.inference.model import load_model
+from pipeline.inference.vocabulary import extend
 from storage.store import Store
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.teaching import TeacherConfig
-from pipeline.vocabulary import teacher_of
+from pipeline.teacher.config import TeacherConfig, teacher_of
 
 
 def test_the_teacher_comes_back_from_its_identity(tmp_path: Path) -> None:

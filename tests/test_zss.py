@@ -19,19 +19,20 @@ from PIL import Image
 from tiny import QUIET, build
 
 from flows.presets import preset
-from pipeline import assess
-from pipeline.benchmarks import Benchmark, load_benchmark
-from pipeline.encoding import shown_in_training
-from pipeline.inference import classes_of, outputs, semantic_map
-from pipeline.line import CocoConfig, Config
-from pipeline.loader import TrainingData
-from pipeline.metrics import ConfusionMatrix, class_map, semantic_scores
-from pipeline.model import load_model
-from pipeline.report import console_table
-from pipeline.scoring import GroundTruth, SemanticRow
-from pipeline.text import open_text
-from pipeline.views import AugmentConfig, ResizeConfig
-from pipeline.vocabulary import as_trained
+from pipeline import evaluate_checkpoint
+from pipeline.data.benchmarks import Benchmark, load_benchmark
+from pipeline.data.config import AugmentConfig, CocoConfig, ResizeConfig
+from pipeline.inference.forward import outputs
+from pipeline.inference.maps import classes_of, semantic_map
+from pipeline.inference.model import load_model
+from pipeline.inference.vocabulary import as_trained
+from pipeline.line import Config
+from pipeline.report.write import console_table
+from pipeline.scoring.metrics import ConfusionMatrix, class_map, semantic_scores
+from pipeline.scoring.rows import GroundTruth, SemanticRow
+from pipeline.teacher.encode import shown_in_training
+from pipeline.teacher.text_bank import open_text
+from pipeline.training.loader import TrainingData
 from storage.keys import Ref
 from storage.shards import Sample, Segment, Shards, decode_image, read_shard
 from storage.store import Store
@@ -231,7 +232,7 @@ def test_a_checkpoint_on_the_runs_own_maps_gives_the_reports_numbers(
     run: Run, stage: str, offset: float, row: str
 ) -> None:
     """`zs-seg evaluate` reads the maps themselves, the report their segments in the shards."""
-    result = assess.run(
+    result = evaluate_checkpoint.run(
         checkpoint=str(run.folder(stage)), benchmark=str(run.data.parent / "tiny.json"), data=str(run.data), split="val",
         seen_offset=offset, out="", teacher_weights="", store=run.store, runtime=QUIET,
     )  # fmt: skip

@@ -25,12 +25,12 @@ from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from models.teacher import Teacher, load_teacher
 from pipeline.bench.harness import Row, alternate, machine
-from pipeline.benchmarks import Benchmark, Category
-from pipeline.cache_clip import TokensConfig
-from pipeline.encoding import encode_tar
+from pipeline.data.benchmarks import Benchmark, Category
 from pipeline.runtime import Runtime
-from pipeline.scene_names import SHAPES, stuff_names, thing_names
-from pipeline.world import draw_scene
+from pipeline.teacher.config import TokensConfig
+from pipeline.teacher.encode import encode_tar
+from pipeline.world.draw import draw_scene
+from pipeline.world.names import SHAPES, stuff_names, thing_names
 from storage.shards import Sample, Segment, decode_ids, decode_image, encode_ids, read_shard, write_shard
 
 HEIGHT, WIDTH = 480, 640

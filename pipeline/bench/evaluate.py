@@ -29,15 +29,15 @@ def rows(runtime: Runtime, *, full: bool = False) -> Iterator[Row]:
 
 
 def panoptic_quality_rows(runtime: Runtime, *, images: int = 200) -> Iterator[Row]:
-    """PQ of a made-up result, read from disk: `pipeline.pq` against panopticapi's way of it and against bare hotcoco.
+    """PQ of a made-up result, read from disk: `pipeline.scoring.pq` against panopticapi's way of it and against bare hotcoco.
 
     Neither of these looks whether the ground truth's PNGs fit its JSON, so ours does not either in the first two rows.
     Every evaluator uses all cores.
     """
     from hotcoco.panoptic import PanopticEval
 
-    from pipeline import pq
     from pipeline.bench import panopticapi_lite
+    from pipeline.scoring import pq
 
     def ours(check: bool) -> float:
         return pq.evaluate(*files, check_ground_truth=check)["PQ"]
@@ -85,9 +85,9 @@ def write_panoptic_pair(folder: Path, images: int, *, seed: int) -> tuple[Path, 
     """
     import numpy as np
 
-    from pipeline.benchmarks import Category
-    from pipeline.export import ImagePrediction, write_coco_panoptic
-    from pipeline.metrics import PredictedSegment
+    from pipeline.data.benchmarks import Category
+    from pipeline.inference.export import ImagePrediction, write_coco_panoptic
+    from pipeline.inference.maps import PredictedSegment
 
     categories = [Category(id=i, name=f"class {i}", isthing=i <= 80) for i in range(1, CATEGORIES + 1)]
     pairs: dict[str, list[ImagePrediction]] = {"gt": [], "predicted": []}

@@ -18,9 +18,10 @@ from models.folding import for_inference
 from models.projector import Projector
 from pipeline.bench.harness import Row, alternate, machine
 from pipeline.bench.reference import build_mask2former, ours_of_mask2former
-from pipeline.inference import Classes, outputs, panoptic_map
+from pipeline.data.config import ResizeConfig
+from pipeline.inference.forward import outputs
+from pipeline.inference.maps import Classes, panoptic_map
 from pipeline.runtime import Runtime
-from pipeline.views import ResizeConfig
 
 CLASSES, TEXT_DIM, KEPT = 133, 512, 20
 HEIGHT, WIDTH = 480, 640  # COCO's commonest size

@@ -23,11 +23,11 @@ from models.folding import for_inference
 from models.projector import Projector
 from pipeline.bench.harness import Row, alternate, machine
 from pipeline.bench.reference import build_mask2former, ours_of_mask2former
-from pipeline.loader import Batch
 from pipeline.runtime import Runtime
-from pipeline.steps import V2CStep
-from pipeline.text import TextBank
-from pipeline.v2c import V2CConfig
+from pipeline.teacher.text_bank import TextBank
+from pipeline.training.config import V2CConfig
+from pipeline.training.criteria import V2CStep
+from pipeline.training.loader import Batch
 
 CLASSES, SEGMENTS, TEXT_DIM = 133, 12, 512
 

@@ -26,23 +26,21 @@ from models.projector import Projector
 from models.segmenter import build_segmenter
 from models.teacher import Teacher
 from pipeline.bench.harness import Row, machine
-from pipeline.cpa import CPAConfig
-from pipeline.g2s import G2SConfig
-from pipeline.line import CocoConfig, Config, line
-from pipeline.loader import TrainingData
-from pipeline.query_data import query_batches
-from pipeline.ranks import launch
-from pipeline.record import read_curves
+from pipeline.data.config import AugmentConfig, CocoConfig, ShardConfig
+from pipeline.data.transforms import augment
+from pipeline.line import Config, line
 from pipeline.runtime import Runtime
-from pipeline.scenes import ScenesConfig
-from pipeline.shard import ShardConfig
-from pipeline.steps import CPAStep, G2SStep, freeze
-from pipeline.teaching import TeacherConfig
-from pipeline.text import TextBank, open_text
-from pipeline.training import parameter_groups, train
-from pipeline.transforms import augment
-from pipeline.v2c import SegmenterConfig, V2CConfig, train_model
-from pipeline.views import AugmentConfig
+from pipeline.teacher.config import TeacherConfig
+from pipeline.teacher.text_bank import TextBank, open_text
+from pipeline.training.config import CPAConfig, G2SConfig, SegmenterConfig, V2CConfig
+from pipeline.training.criteria import CPAStep, G2SStep, freeze
+from pipeline.training.curves import read_curves
+from pipeline.training.distributed import launch
+from pipeline.training.loader import TrainingData
+from pipeline.training.loop import parameter_groups, train
+from pipeline.training.query_loader import query_batches
+from pipeline.v2c import train_model
+from pipeline.world.config import ScenesConfig
 from storage.queries import read_queries, write_queries
 from storage.shards import Sample
 from storage.store import Store

@@ -1,0 +1,150 @@
+"""What the command line and the flow share: from what is asked for to a Config, to built stages, to the report in runs/."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.request import Request
+from flows.tables import duration
+from pipeline.line import Step
+from pipeline.runtime import Runtime, torchrun_rank
+from storage.keys import Ref
+from storage.runs import Line, Runs
+from storage.store import Store
+
+log = logging.getLogger(__name__)
+
+
+def select(steps: Sequence[Step], *, first: str = "", last: str = "") -> list[Step]:
+    """The steps from stage `first` to stage `last`, both included; "" = from the beginning, to the end.
+
+    Raises ValueError for a stage that is not in this line, or when `last` comes before `first`.
+    """
+    start = find(steps, first) if first else 0
+    stop = find(steps, last) if last else len(steps) - 1
+    if stop < start:
+        raise ValueError(f"stage {last} comes before {first}; swap --from and --until")
+    return list(steps[start : stop + 1])
+
+
+def find(steps: Sequence[Step], stage: str) -> int:
+    """The position of a stage. Raises ValueError when it is not in this line."""
+    names = [step.stage for step in steps]
+    if stage not in names:
+        raise ValueError(f"there is no stage {stage!r} here; the stages are {', '.join(names)}")
+    return names.index(stage)
+
+
+def forced(selected: Sequence[Step], stages: Collection[str]) -> list[Step]:
+    """`stages` and all selected steps that read what they make, directly or not; they keep their keys, so only this tells
+    that they are out of date.
+
+    Raises ValueError for a stage that is not selected.
+    """
+    named = {selected[find(selected, stage)].recipe.ref for stage in stages}
+    again: dict[Ref, Step] = {}
+    for step in selected:
+        ref = step.recipe.ref
+        if ref in named or again.keys() & set(step.recipe.inputs.values()):
+            again[ref] = step
+    return list(again.values())
+
+
+def remove(store: Store, steps: Sequence[Step]) -> None:
+    """Remove the steps' artefacts, whole or partial, so that they are built again; the last goes first, so that nothing made
+    from an artefact outlives it."""
+    for step in reversed(steps):
+        store.remove(step.recipe.ref)
+
+
+def require_inputs(
+    request: Request, store: Store, steps: Sequence[Step], selected: Sequence[Step], again: Sequence[Step] = ()
+) -> None:
+    """Is everything there that the selected steps read and do not make themselves? Those of `again` are built even if complete.
+
+    Raises ValueError that names the first missing stage and the command that makes it.
+    """
+    maker = {step.recipe.ref: step.stage for step in steps}
+    made = {step.recipe.ref for step in selected}
+    for step in selected:
+        if step not in again and store.state(step.recipe.ref) == "fresh":
+            continue
+        for ref in step.recipe.inputs.values():
+            if ref not in made and (state := store.state(ref)) != "fresh":
+                stage = maker[ref]
+                raise ValueError(
+                    f"stage {step.stage} reads what stage {stage} makes, and {ref} is {state} in {store.root}; "
+                    f"make it with `{request.command('run', '--until', stage)}`"
+                )
+
+
+def noted(request: Request, steps: Sequence[Step], store: Store) -> contextlib.AbstractContextManager[None]:
+    """Notes the whole line under the run's name before anything is built; inside, it is under way, and `zs-seg gc` spares it.
+
+    Raises ValueError for a name that is no file name.
+    """
+    if torchrun_rank():  # the first process does
+        return contextlib.nullcontext()
+    refs = {step.stage: step.recipe.ref for step in steps}
+    return Runs(store).running(Line.now(name=request.run_name, command=request.command("run"), refs=refs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of one stage: built now, in `seconds`, or there already."""
+
+    stage: str
+    ref: Ref
+    built: bool
+    seconds: float
+
+    def __str__(self) -> str:
+        done = f"built in {duration(self.seconds)}" if self.built else "fresh, nothing to do"
+        return f"{self.stage:<11} {self.ref!s:<28} {done}"
+
+
+def build(step: Step, store: Store, runtime: Runtime) -> Outcome:
+    """Build one stage from its cached inputs unless it is complete, and warn of images that it leaves out.
+
+    Raises ValueError for whatever its user can mend.
+    """
+    ref, started = step.recipe.ref, time.monotonic()
+    built = store.state(ref) != "fresh"
+    if built:
+        step.run(store=store, runtime=runtime)
+    if torchrun_rank():  # the first process finishes it
+        return Outcome(stage=step.stage, ref=ref, built=built, seconds=time.monotonic() - started)
+    if skipped := store.open(ref).manifest.counts.get("skipped"):  # `open` refuses an artefact that is damaged
+        count = f"{len(skipped)} bad image{'s' * (len(skipped) > 1)}"
+        log.warning("%s: %s left out; `zs-seg show %s` lists them", step.stage, count, ref.key)
+    return Outcome(stage=step.stage, ref=ref, built=built, seconds=time.monotonic() - started)
+
+
+def publish(preset: str, steps: Sequence[Step], store: Store, runs: Path = Path("runs"), *, name: str = "") -> Path:
+    """Copy the report to `<runs>/<name, else preset>/`, with the preset's name and where every number came from; returns that
+    folder."""
+    from pipeline.report import write
+
+    folder, ref = runs / (name or preset), steps[-1].recipe.ref
+    store.require_intact(ref)
+    try:
+        write.publish(store.path(ref), folder, preset=preset, lineage=lineage(steps, store))
+    except OSError as error:
+        raise ValueError(f"folder {folder} cannot be written ({error.strerror}); mend that or run elsewhere") from error
+    return folder
+
+
+def lineage(steps: Sequence[Step], store: Store) -> dict[str, dict[str, Any]]:
+    """Stage -> its artefact and the seconds it took to build; an artefact that nobody needs any more may be gone."""
+    refs = {step.stage: step.recipe.ref for step in steps}
+    return {
+        stage: {"ref": str(ref), "seconds": store.open(ref).manifest.provenance["seconds"]}
+        for stage, ref in refs.items()
+        if store.state(ref) == "fresh"
+    }

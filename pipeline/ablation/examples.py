@@ -1,0 +1,86 @@
+"""The paper's figure 5: validation images with an unseen class, the ground truth, and what several checkpoints make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from models.folding import for_inference
+from pipeline.data.benchmarks import Benchmark
+from pipeline.data.config import ResizeConfig
+from pipeline.data.samples import samples_with_tokens
+from pipeline.inference.forward import outputs
+from pipeline.inference.maps import PredictedSegment, classes_of, panoptic_map
+from pipeline.inference.model import load_model
+from pipeline.report.pictures import overlay
+from pipeline.runtime import Runtime
+from storage.keys import Ref
+from storage.shards import decode_ids, decode_image
+from storage.store import Store
+
+SIDE, GAP, HEAD = 480, 8, 24  # pixels
+
+
+def draw_examples(
+    path: Path,
+    checkpoints: Mapping[str, Ref],
+    *,
+    store: Store,
+    shards: Ref,
+    tokens: Ref,
+    benchmark: Benchmark,
+    count: int,
+    runtime: Runtime,
+) -> None:
+    """A PNG: the first `count` validation images that show an unseen class, one a row; a column for the image, one for the ground truth
+    and one for each checkpoint by its title. Names of unseen classes carry a star."""
+    device = runtime.torch_device()
+    named = zip(benchmark.categories, benchmark.seen, strict=True)
+    name_of = {category.id: category.name + " *" * (not seen) for category, seen in named}
+    unseen = set(benchmark.unseen_ids)
+    samples = (sample for (sample, _), _ in samples_with_tokens(store, shards, tokens))
+    chosen = list(islice((s for s in samples if any(x.category_id in unseen for x in s.segments)), count))
+    photos = [decode_image(sample) for sample in chosen]
+    columns = {
+        "image": [Image.fromarray(photo) for photo in photos],
+        "ground truth": [
+            overlay(
+                photo,
+                decode_ids(sample),
+                [PredictedSegment(id=s.id, category_id=s.category_id, score=1.0) for s in sample.segments],
+                name_of,
+            )
+            for photo, sample in zip(photos, chosen, strict=True)
+        ],
+    }
+    for title, ref in checkpoints.items():
+        model = load_model(store.open(ref).path, device)
+        classes = classes_of(model.text, model.facts["classes"], device)
+        thresholds = {name: model.facts[name] for name in ("object_threshold", "overlap_threshold")}
+        views = ((photo, torch.from_numpy(photo).permute(2, 0, 1)) for photo in photos)
+        columns[title] = []
+        for photo, output in outputs(
+            for_inference(model.segmenter), views, ResizeConfig(**model.facts["resize"]), batch=8
+        ):
+            ids, segments = panoptic_map(output, model.logits(output.features, classes.text), classes, **thresholds)
+            columns[title].append(overlay(photo, ids, segments, name_of))
+    _sheet(columns).save(path)
+
+
+def _sheet(columns: Mapping[str, list[Image.Image]]) -> Image.Image:
+    """Columns of pictures under their titles."""
+    rows = max(map(len, columns.values()))
+    sheet = Image.new("RGB", (len(columns) * (SIDE + GAP) + GAP, HEAD + rows * (SIDE + GAP)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for x, (title, pictures) in enumerate(columns.items()):
+        left = GAP + x * (SIDE + GAP)
+        draw.text((left, HEAD / 2), title, fill="#1f2933", anchor="lm", font=font)
+        for y, picture in enumerate(pictures):
+            small = picture.copy()
+            small = small.resize([round(length * SIDE / max(small.size)) for length in small.size])
+            sheet.paste(small, (left, HEAD + y * (SIDE + GAP)))
+    return sheet

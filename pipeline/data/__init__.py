@@ -1,0 +1,1 @@
+"""What is read: benchmarks, COCO folders, label maps, samples and their views."""

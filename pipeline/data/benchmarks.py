@@ -1,0 +1,195 @@
+"""Which classes there are, which of them are unseen in training, how training leaves the unseen ones out, and where
+the files of a semantic benchmark lie.
+
+The published splits are JSON files in `pipeline/facts`; a file of one's own in the same format does as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Protocol = Literal["image-filter", "pixel-ignore", "none"]
+Task = Literal["panoptic", "semantic"]
+FACTS = Path(__file__).parents[1] / "facts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Category:
+    """A class as the annotations know it: `id` as in their JSON, or its value in the label PNGs of a semantic benchmark;
+    `isthing` for countable objects, without meaning in a semantic benchmark."""
+
+    id: int
+    name: str
+    isthing: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelFiles:
+    """Where the images and label PNGs of a semantic benchmark lie below its data folder; of several, the first there is.
+
+    `roots` are folders below the data folder, and all else is below one of them. In `images` and `labels`, `*` stands for
+    an image's name, subfolders included. `lists` are text files with one name a line; without `lists` every image that
+    matches belongs to the split. `{split}` stands for what `splits` calls the split. `ignored` are the values of label
+    pixels that count nowhere.
+    """
+
+    images: tuple[str, ...]
+    labels: tuple[str, ...]
+    ignored: tuple[int, ...] = ()
+    lists: tuple[str, ...] = ()
+    roots: tuple[str, ...] = (".",)
+    splits: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """Classes in a fixed order, the unseen ones among them, and the protocol that hides those from training.
+
+    `image-filter` drops every training image that holds a segment of an unseen class. `pixel-ignore` keeps every image
+    and makes the pixels of unseen classes unlabelled: no segment, no token of one, whatever class they are of. `none`
+    keeps every image; segments of unseen classes have teacher's tokens, but are still never targets. `files`: of a semantic
+    benchmark, whose ground truth is label PNGs; without them it is a panoptic one, with files in COCO's layout.
+
+    What pixel-ignore means in the losses: unlabelled pixels belong to no segment, so in the mask losses of a matched query they
+    are background like every pixel of another segment. This is what the published mask classifiers do (MaskFormer's and
+    Mask2Former's semantic data, and the zero-shot methods built on them), not the leaving out of points. An unmatched query
+    has no mask loss, so it may lie over an unseen object, and is only taught that this is none of the seen classes. The
+    image's pixels stay: the segmenter and the teacher's token of the whole image see all of them, as in the paper.
+    """
+
+    name: str
+    categories: tuple[Category, ...]
+    unseen_ids: tuple[int, ...]
+    protocol: Protocol
+    files: LabelFiles | None = None
+
+    def __post_init__(self) -> None:
+        ids = [category.id for category in self.categories]
+        names = [category.name for category in self.categories]
+        if not ids:
+            raise ValueError(f"benchmark {self.name}: categories is empty; list at least one")
+        for what, values in (("category id", ids), ("category name", names), ("unseen id", self.unseen_ids)):
+            if len(set(values)) < len(values):
+                value, _ = Counter(values).most_common(1)[0]
+                raise ValueError(f"benchmark {self.name}: {what} {value!r} is listed twice; keep one")
+        if strange := sorted(set(self.unseen_ids) - set(ids)):
+            raise ValueError(f"benchmark {self.name}: unseen_ids {strange} are no category ids; correct them")
+        if self.files:
+            self._check_files(self.files, ids)
+        if self.protocol not in get_args(Protocol):
+            known = ", ".join(get_args(Protocol))
+            raise ValueError(f"benchmark {self.name}: protocol {self.protocol!r} is unknown; use one of {known}")
+
+    def _check_files(self, files: LabelFiles, ids: list[int]) -> None:
+        for field, patterns in (("images", files.images), ("labels", files.labels)):
+            if not patterns or any(pattern.count("*") != 1 for pattern in patterns):
+                raise ValueError(
+                    f"benchmark {self.name}: {field} {list(patterns)} must be paths with one * each, for an image's name"
+                )
+        if (least := min([*ids, *files.ignored])) < 0:
+            raise ValueError(f"benchmark {self.name}: value {least} is negative; use the values in the label PNGs")
+        if (most := max([*ids, *files.ignored])) > 65535:
+            raise ValueError(
+                f"benchmark {self.name}: value {most} is above 65535, the most a label PNG holds; correct it"
+            )
+        if both := sorted(set(files.ignored) & set(ids)):
+            raise ValueError(f"benchmark {self.name}: values {both} are categories and ignored; choose one of both")
+
+    @property
+    def task(self) -> Task:
+        return "semantic" if self.files else "panoptic"
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What decides the artefacts made with this benchmark; where its files lie does not."""
+        return {
+            "name": self.name,
+            "categories": self.categories,
+            "unseen_ids": self.unseen_ids,
+            "protocol": self.protocol,
+        }
+
+    @cached_property
+    def index(self) -> dict[int, int]:
+        """Category id -> position in `categories`, which is the class index everywhere else."""
+        return {category.id: position for position, category in enumerate(self.categories)}
+
+    @cached_property
+    def seen(self) -> list[bool]:
+        """In category order: may training see this class?"""
+        unseen = set(self.unseen_ids)
+        return [category.id not in unseen for category in self.categories]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Class names in category order."""
+        return [category.name for category in self.categories]
+
+
+def load_benchmark(name: str) -> Benchmark:
+    """The benchmark of that name in `pipeline/facts` ("coco-panoptic-zps"), or of a JSON file in that format.
+
+    A file holds `categories` (each with `id`, `name`, `isthing`), `unseen_ids` and `protocol`; text after a colon in
+    `protocol` explains it. Where it lists `unseen_names` too, they must be the names of the unseen ids, in order. With
+    `task` "semantic" it also holds the fields of `LabelFiles`, of which only `images` and `labels` must be there, and
+    its categories need no `isthing`.
+
+    Raises ValueError for an unknown name and for a file that is missing, broken, incomplete or at odds with itself.
+    """
+    path = Path(name) if name.endswith(".json") else FACTS / f"{name.replace('-', '_')}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem.replace("_", "-") for file in FACTS.glob("*.json")))
+        raise ValueError(f"benchmark {name!r} not found; use one of {known}, or the path of a JSON file")
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        benchmark = _benchmark(path.stem if name.endswith(".json") else name, facts)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: no valid JSON ({error}); correct it") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: field {error} is missing or malformed; see {FACTS.name}/coco_panoptic_zps.json and voc20.json"
+        ) from error
+    names = [benchmark.names[benchmark.index[i]] for i in benchmark.unseen_ids]
+    if facts.get("unseen_names", names) != names:
+        raise ValueError(
+            f"{path}: unseen_names are not the names of unseen_ids, which are {names}; correct one of them"
+        )
+    return benchmark
+
+
+def _benchmark(name: str, facts: dict[str, Any]) -> Benchmark:
+    task = facts.get("task", "panoptic")
+    if task not in get_args(Task):
+        raise ValueError(f"benchmark {name}: task {task!r} is unknown; use one of {', '.join(get_args(Task))}")
+    unnamed = {"isthing": False} if task == "semantic" else {}
+    categories = [{**unnamed, **category} for category in facts["categories"]]
+    return Benchmark(
+        name=name,
+        categories=tuple(
+            Category(id=int(c["id"]), name=str(c["name"]), isthing=bool(c["isthing"])) for c in categories
+        ),
+        unseen_ids=tuple(int(i) for i in facts["unseen_ids"]),
+        protocol=facts["protocol"].partition(":")[0],
+        files=_label_files(facts) if task == "semantic" else None,
+    )
+
+
+def _label_files(facts: dict[str, Any]) -> LabelFiles:
+    def paths(field: str) -> tuple[str, ...]:
+        value = facts[field]
+        return (value,) if isinstance(value, str) else tuple(str(path) for path in value)
+
+    return LabelFiles(
+        images=paths("images"),
+        labels=paths("labels"),
+        ignored=tuple(int(value) for value in facts.get("ignored", ())),
+        lists=paths("lists") if "lists" in facts else (),
+        roots=paths("roots") if "roots" in facts else (".",),
+        splits={str(split): str(folder) for split, folder in facts.get("splits", {"val": "val"}).items()},
+    )

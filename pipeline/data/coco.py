@@ -1,0 +1,215 @@
+"""A folder in COCO's panoptic layout: what identifies it, and what its annotation JSON says about each image.
+
+annotations/panoptic_{train,val}2017.json   annotations/panoptic_{train,val}2017/*.png   {train,val}2017/*.jpg
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.benchmarks import Benchmark
+
+MAX_IMAGE_ID = 10**12 - 1  # twelve digits name a sample in a shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoSource:
+    """Where COCO files are. `root` may differ from machine to machine; `fingerprint` (see `fingerprint_coco`) may not.
+
+    `train` and `val` are the image folders below `root`, and name the annotations: `annotations/panoptic_<train>.json`.
+    """
+
+    root: str
+    fingerprint: str
+    train: str = "train2017"
+    val: str = "val2017"
+
+
+def coco_source(root: str | Path) -> CocoSource:
+    """The COCO 2017 folder `root` with its fingerprint taken. Raises ValueError as `fingerprint_coco`."""
+    return CocoSource(root=str(root), fingerprint=fingerprint_coco(Path(root)))
+
+
+def fingerprint_coco(root: Path, *, train: str = "train2017", val: str = "val2017") -> str:
+    """A sha256 (64 hexadecimal digits) that identifies the folder's content without reading the images.
+
+    It covers the two annotation files byte by byte, but of images and PNGs only names and sizes: an image replaced by
+    another of exactly the same size goes unnoticed.
+
+    Raises ValueError when the folder, an annotation file or an image folder is missing or cannot be read.
+    """
+    try:
+        return _fingerprint(Path(root), train, val)
+    except OSError as error:
+        raise ValueError(
+            f"{error.filename} cannot be read ({error.strerror}); mend its permissions, or pass another --coco FOLDER"
+        ) from error
+
+
+def _fingerprint(root: Path, *splits: str) -> str:
+    if not root.is_dir():
+        raise ValueError(f"COCO folder {root} not found; pass --coco FOLDER or set COCO_ROOT")
+    digest = hashlib.sha256()
+    for split in splits:
+        annotations = root / "annotations" / f"panoptic_{split}.json"
+        digest.update(_read(annotations))
+        for folder in (root / split, annotations.with_suffix("")):
+            if not folder.is_dir():
+                raise ValueError(f"folder {folder} not found; unpack COCO there, or pass another --coco FOLDER")
+            with os.scandir(folder) as files:
+                sizes = sorted((file.name, file.stat().st_size) for file in files if file.is_file())
+            digest.update(json.dumps(sizes).encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What the JSON says about one image: file names, size in pixels, `segments` as in `segments_info`.
+
+    `problem` says why the image cannot be used, as far as the JSON shows; "" when it can.
+    """
+
+    image_id: int
+    image: str
+    png: str
+    height: int
+    width: int
+    segments: tuple[dict[str, Any], ...]
+    problem: str = ""
+
+
+def read_split(root: Path, split: str, benchmark: Benchmark) -> list[Entry]:
+    """Every image that the split's JSON names, in image-id order; `split` is a folder name such as "train2017".
+
+    Raises ValueError, naming the file and the place in it, when the JSON is missing, broken, without images, lacks a
+    field, names an image twice, has a file name with a path in it, or calls a category otherwise than the benchmark.
+    """
+    path = root / "annotations" / f"panoptic_{split}.json"
+    try:
+        data = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        if not isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError):
+            raise
+        raise ValueError(f"{path}: no valid JSON ({error}); re-download it") from error
+    if not isinstance(data, dict):
+        raise _malformed(path, "the file", "an object with images and annotations")
+    _check_categories(path, data, benchmark)
+    images = _by_id(path, data, "images", "id")
+    annotations = _by_id(path, data, "annotations", "image_id")
+    if not images:
+        raise ValueError(f"{path}: holds no images; pass a folder that has some with --coco (of evaluate: --data)")
+    return [
+        _entry(path, image_id, images.get(image_id), annotations.get(image_id), benchmark)
+        for image_id in sorted(images.keys() | annotations.keys())
+    ]
+
+
+def _entry(
+    path: Path, image_id: int, image: dict[str, Any] | None, annotation: dict[str, Any] | None, benchmark: Benchmark
+) -> Entry:
+    where = f"image {image_id}"
+    problems: list[str] = []
+    name, height, width, png, segments = "", 0, 0, "", []
+    if image is None:
+        problems.append("has an annotation but no entry in images")
+    else:
+        name = _file_name(path, where, image)
+        height, width = (_integer(path, where, image, field, 1) for field in ("height", "width"))
+    if annotation is None:
+        problems.append("has no annotation")
+    else:
+        png = _file_name(path, where, annotation)
+        segments = _list(path, f"the annotation of {where}", annotation, "segments_info")
+        for segment in segments:
+            for field in ("id", "category_id", "area", "iscrowd"):
+                _integer(path, f"a segment of {where}", segment, field, 0)
+        ids = [segment["id"] for segment in segments]
+        if len(set(ids)) < len(ids):
+            problems.append(f"has segment {next(i for i in ids if ids.count(i) > 1)} twice")
+        for segment in segments:
+            if segment["category_id"] not in benchmark.index:
+                problems.append(
+                    f"has category {segment['category_id']}, which benchmark {benchmark.name} does not know"
+                )
+    return Entry(
+        image_id=image_id,
+        image=name,
+        png=png,
+        height=height,
+        width=width,
+        segments=tuple(segments),
+        problem=problems[0] if problems else "",
+    )
+
+
+def _check_categories(path: Path, data: dict[str, Any], benchmark: Benchmark) -> None:
+    """The same id must mean the same class here and in the benchmark; the file need not list categories at all."""
+    for category in _list(path, "the file", data, "categories") if "categories" in data else []:
+        position = benchmark.index.get(_integer(path, "a category", category, "id", 0))
+        if position is None:
+            continue
+        known = benchmark.categories[position]
+        name = known.name.partition(",")[0].strip()  # synonyms may follow
+        told = (category.get("name", name), bool(category.get("isthing", known.isthing)))
+        if told != (name, known.isthing):
+            raise ValueError(
+                f"{path}: category {known.id} is {told[0]!r} (isthing {told[1]:d}), but {name!r} "
+                f"(isthing {known.isthing:d}) in benchmark {benchmark.name}; choose the benchmark that fits the data"
+            )
+
+
+def _by_id(path: Path, data: dict[str, Any], field: str, id_field: str) -> dict[int, dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = {}
+    for item in _list(path, "the file", data, field):
+        image_id = _integer(path, f"an entry of {field}", item, id_field, 0)
+        if image_id > MAX_IMAGE_ID:
+            raise ValueError(f"{path}: image id {image_id} has more than 12 digits; renumber the images")
+        if image_id in found:
+            raise ValueError(f"{path}: image {image_id} is listed twice in {field}; remove one or re-download the file")
+        found[image_id] = item
+    return found
+
+
+def _file_name(path: Path, where: str, item: dict[str, Any]) -> str:
+    name = item.get("file_name")
+    if not isinstance(name, str):
+        raise _malformed(path, where, "file_name")
+    if name in ("", ".", "..") or set(name) & set("/\\\0"):
+        raise ValueError(
+            f"{path}: {where} has file_name {name!r}; it must be a bare file name, correct or re-download it"
+        )
+    return name
+
+
+def _integer(path: Path, where: str, item: Any, field: str, least: int) -> int:
+    value = item.get(field) if isinstance(item, dict) else None
+    if not isinstance(value, int) or value < least:
+        raise _malformed(path, where, field)
+    return value
+
+
+def _list(path: Path, where: str, item: Any, field: str) -> list[Any]:
+    value = item.get(field) if isinstance(item, dict) else None
+    if not isinstance(value, list):
+        raise _malformed(path, where, field)
+    return value
+
+
+def _malformed(path: Path, where: str, field: str) -> ValueError:
+    return ValueError(f"{path}: {where} lacks a valid {field}; re-download the panoptic annotations")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path} not found; unpack COCO's panoptic annotations there, or pass another folder with --coco (of evaluate: --data)"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); mend its permissions") from error

@@ -1,0 +1,288 @@
+"""The files of a semantic benchmark: finding them in the layouts in which people have them, reading and writing label PNGs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.data.benchmarks import Benchmark, LabelFiles
+
+if TYPE_CHECKING:
+    import numpy as np
+
+IGNORED = -1
+_UNKNOWN = -2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledImage:
+    """An image file and its label PNG; `name` is what both have in common, with subfolders."""
+
+    name: str
+    image: Path
+    label: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledSplit:
+    """The images of a split, in order, and the `layout` they were found in: root, images, labels, and list ("": none)."""
+
+    images: tuple[LabelledImage, ...]
+    layout: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSource:
+    """Where images with label maps are. `root` may differ from machine to machine; `fingerprint` (see `fingerprint_labels`)
+    may not."""
+
+    root: str
+    fingerprint: str
+
+
+def label_source(root: str | Path, benchmark: Benchmark) -> LabelSource:
+    """The folder `root` with its fingerprint taken. Raises ValueError as `fingerprint_labels`."""
+    return LabelSource(root=str(root), fingerprint=fingerprint_labels(Path(root), benchmark))
+
+
+def fingerprint_labels(root: Path, benchmark: Benchmark) -> str:
+    """A sha256 (64 hexadecimal digits) that identifies the training and validation files without reading them.
+
+    It covers names and sizes of images and label PNGs: a file replaced by another of exactly the same size goes unnoticed.
+
+    Raises ValueError as `training_splits`.
+    """
+    digest = hashlib.sha256()
+    for split, images in training_splits(root, benchmark).items():
+        sizes = [(item.name, _size(item.image), _size(item.label)) for item in images]
+        digest.update(json.dumps([split, sizes]).encode())
+    return digest.hexdigest()
+
+
+def training_splits(root: Path, benchmark: Benchmark) -> dict[str, tuple[LabelledImage, ...]]:
+    """The images of "train" and "val", also those of which one file is missing.
+
+    Raises ValueError when the benchmark does not say where training images lie, and as `find_split`.
+    """
+    assert benchmark.files
+    if "train" not in benchmark.files.splits:
+        raise ValueError(
+            f"benchmark {benchmark.name} names no files to train on and is for `zs-seg evaluate`; train on another one, "
+            f"such as coco-stuff-zss, or add 'train' to its splits"
+        )
+    return {split: find_split(benchmark.files, root, split, complete=False).images for split in ("train", "val")}
+
+
+def image_ids(images: Sequence[LabelledImage]) -> list[int]:
+    """An id for each image of a split: its name's number where all names are numbers of at most 12 digits, none of them
+    twice, as in COCO; else its place, from 1 on."""
+    names = [item.name for item in images]
+    if all(name.isascii() and name.isdecimal() and len(name) <= 12 for name in names):
+        numbers = [int(name) for name in names]
+        if len(set(numbers)) == len(numbers):
+            return numbers
+    return list(range(1, len(names) + 1))
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+def find_split(files: LabelFiles, data: Path, split: str, *, complete: bool = True) -> LabelledSplit:
+    """The split's images and label PNGs below the folder `data`; see `LabelFiles` for where they are looked for.
+
+    Raises ValueError that names every path looked for where images, label PNGs or the list are missing; and, if they must be
+    `complete`, the first file and how many where some images lack their label PNG, or the reverse without a list. Else such
+    an image is there with the path that its missing file should have.
+    """
+    if split not in files.splits:
+        raise ValueError(f"split {split!r} is unknown; --split is one of {', '.join(files.splits)}")
+    if not data.is_dir():
+        raise ValueError(f"folder {data} not found; pass the data set's folder with --coco (of evaluate: --data)")
+    images, labels, lists = (
+        [pattern.replace("{split}", files.splits[split]) for pattern in patterns]
+        for patterns in (files.images, files.labels, files.lists)
+    )
+    root = next(
+        (data / root for root in files.roots if any(next(_matching(data / root, p), None) for p in images)), None
+    )
+    if root is None:
+        looked = [data / root / pattern for root in files.roots for pattern in images]
+        raise ValueError(
+            f"no images found as {_either(looked)}; unpack the data set there, or correct --coco (of evaluate: --data)"
+        )
+    list_at, names = _listed(root, lists) if lists else ("", None)
+    images_at, image_of = _take(root, images, names, "image", complete=complete)
+    labels_at, label_of = _take(root, labels, names or sorted(image_of), "label map", complete=complete)
+    bare = sorted(label_of.keys() - image_of.keys()) if names is None else []
+    if bare and complete:
+        raise ValueError(
+            f"{len(bare)} of {len(label_of)} label maps have no image, the first is {label_of[bare[0]]} "
+            f"(looked for {_either([_file(root, images_at, bare[0])])}); complete the images or remove it"
+        )
+    found = (
+        LabelledImage(
+            name=name,
+            image=Path(image_of[name]) if name in image_of else _file(root, images_at, name),
+            label=Path(label_of[name]) if name in label_of else _file(root, labels_at, name),
+        )
+        for name in names or sorted([*image_of, *bare])
+    )
+    layout = {"root": str(root), "images": images_at, "labels": labels_at, "list": list_at}
+    return LabelledSplit(images=tuple(found), layout=layout)
+
+
+def _listed(root: Path, lists: Sequence[str]) -> tuple[str, list[str]]:
+    """The first list file that is there, and the names in it."""
+    path = next((path for path in lists if (root / path).is_file()), None)
+    if path is None:
+        raise ValueError(f"no list of the split's images found as {_either([root / p for p in lists])}; add it")
+    try:
+        lines = (root / path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{root / path} cannot be read as a list ({error}); re-download it") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise ValueError(f"{root / path} names no image; re-download it")
+    if outside := [
+        name for name in names if name.startswith("/") or ".." in name.split("/") or set(name) & set("\\\0")
+    ]:
+        raise ValueError(
+            f"{root / path} names {outside[0]!r}, which is no name of an image below the folder; correct it"
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"{root / path} names {max(names, key=names.count)!r} twice; re-download it")
+    return path, names
+
+
+def _take(
+    root: Path, patterns: Sequence[str], names: Sequence[str] | None, what: str, *, complete: bool
+) -> tuple[str, dict[str, str]]:
+    """The first pattern that has a file for each of `names` (None: for anything), and its files by name; if they need not be
+    `complete`, else the pattern that has most files."""
+    at, most = "", dict[str, str]()
+    for pattern in patterns:
+        found = dict(_matching(root, pattern))
+        if found and (names is None or found.keys() >= set(names)):
+            return pattern, found
+        if len(found) > len(most):
+            at, most = pattern, found
+    if not most:
+        raise ValueError(f"no {what}s found as {_either([root / p for p in patterns])}; unpack the data set there")
+    if not complete:
+        return at, most
+    missing = [name for name in names or () if name not in most]
+    raise ValueError(
+        f"{len(missing)} of {len(names or ())} images lack their {what}, the first {missing[0]!r} "
+        f"(looked for {_either([_file(root, p, missing[0]) for p in patterns])}); complete the {what}s"
+    )
+
+
+def _matching(root: Path, pattern: str) -> Iterator[tuple[str, str]]:
+    """Files below `root` that match, each with what `*` stands for; hidden ones, such as macOS leaves them, left out. Strings,
+    for COCO has 120,000 of them."""
+    head, tail = pattern.split("*")
+    folder, _, prefix = head.rpartition("/")
+    top = str(root / folder)
+    for path, _, files in os.walk(top):
+        below = "" if path == top else Path(path).relative_to(top).as_posix() + "/"
+        for file in files:
+            name = below + file
+            if name.startswith(prefix) and name.endswith(tail) and not file.startswith("."):
+                yield name[len(prefix) : len(name) - len(tail)], os.path.join(path, file)
+
+
+def _file(root: Path, pattern: str, name: str) -> Path:
+    return root / pattern.replace("*", name)
+
+
+def _either(paths: Sequence[Path]) -> str:
+    return " or ".join(str(path) for path in dict.fromkeys(paths))
+
+
+def read_labels(path: Path, benchmark: Benchmark) -> np.ndarray:
+    """The file at `path` as `decode_labels` reads it. Raises ValueError that names the file when it is missing, or as there."""
+    try:
+        return decode_labels(path.read_bytes(), benchmark)
+    except OSError as error:
+        reason = "not found" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise ValueError(f"{path} {reason}; complete the label maps") from error
+    except ValueError as error:
+        raise ValueError(
+            f"{path} {error}; use the label maps that belong to the benchmark, or re-download them"
+        ) from error
+
+
+def decode_labels(png: bytes, benchmark: Benchmark) -> np.ndarray:
+    """A label PNG as class indices (H, W) int32, -1 where ignored. Of a paletted PNG the palette's index is the value.
+
+    Raises ValueError, to be read after the file's name, when it is damaged, in colours, of less than 8 bits, or holds a value
+    that is neither a category id nor ignored.
+    """
+    import numpy as np
+
+    assert benchmark.files
+    values = _values(png)
+    table = _table(benchmark.index, benchmark.files.ignored, int(values.max()) + 1)
+    classes = table[values]
+    if (classes == _UNKNOWN).any():
+        strange = np.unique(values[classes == _UNKNOWN])
+        raise ValueError(
+            f"has pixels of value {strange[0]} ({int((values == strange[0]).sum())} of them), which is neither a class of "
+            f"benchmark {benchmark.name} nor ignored"
+        )
+    return classes
+
+
+def _table(index: Mapping[int, int], ignored: Sequence[int], size: int) -> np.ndarray:
+    """(n,) int32, n >= size: value -> class index."""
+    import numpy as np
+
+    table = np.full(max(size, *index, *ignored) + 1, _UNKNOWN, np.int32)
+    table[list(index)] = list(index.values())
+    table[list(ignored)] = IGNORED
+    return table
+
+
+def _values(png: bytes) -> np.ndarray:
+    """(H, W) integers as stored."""
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    from storage.shards import open_image
+
+    try:
+        image = open_image(png, "PNG")
+        mode, bits = image.mode, png[24]  # the header's bit depth
+        values = np.array(image)
+    except UnidentifiedImageError as error:  # its text holds a memory address
+        raise ValueError("cannot be read as a PNG") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"has more than {Image.MAX_IMAGE_PIXELS} pixels") from error
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
+        raise ValueError(f"cannot be read as a PNG ({' '.join(str(error).split())})") from error
+    if mode not in ("1", "L", "P", "I", "I;16"):
+        raise ValueError(f"is a PNG in colours (mode {mode}), and a label map is grey or paletted")
+    if mode == "L" and bits < 8:  # PIL would stretch its values to 0..255
+        raise ValueError(f"is a grey PNG of {bits} bits, and a label map has 8 or more")
+    return values.astype(np.int64)
+
+
+def write_labels(path: Path, classes: np.ndarray, benchmark: Benchmark) -> None:
+    """Class indices (H, W) as a grey PNG of the benchmark's own values, 16 bits deep where 8 do not do."""
+    import numpy as np
+    from PIL import Image
+
+    ids = np.array([category.id for category in benchmark.categories])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(ids[classes].astype(np.uint8 if ids.max() < 256 else np.uint16)).save(path)

@@ -1,0 +1,261 @@
+"""`zs-seg evaluate`: a trained checkpoint on a benchmark's own files, scored by the code that the stage "evaluate" uses."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipeline.data.benchmarks import Benchmark, load_benchmark
+from pipeline.data.coco import Entry, read_split
+from pipeline.data.config import ResizeConfig
+from pipeline.data.label_maps import LabelledImage, find_split, read_labels, write_labels
+from pipeline.data.samples import panoptic_sample, read_image
+from pipeline.inference.model import checkpoint_folder
+from pipeline.runtime import Runtime
+from pipeline.scoring.config import EvaluateConfig
+from pipeline.scoring.published import marks
+from storage.store import Store
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.table import Table
+    from torch import Tensor
+
+    from pipeline.inference.export import ImagePrediction
+    from pipeline.inference.maps import Classes, Output
+    from pipeline.inference.model import Model
+    from storage.shards import Sample
+
+Tag = TypeVar("Tag")
+COCO_SPLITS = {"train": "train2017", "val": "val2017"}  # what COCO calls them; any other name is taken as it is
+
+
+def run(
+    *,
+    checkpoint: str,
+    benchmark: str,
+    data: str,
+    split: str,
+    seen_offset: float,
+    out: str,
+    teacher_weights: str,
+    store: Store,
+    runtime: Runtime,
+) -> dict[str, Any]:
+    """Score a v2c or cpa checkpoint on the images of `benchmark` (see `load_benchmark`) in the folder `data`.
+
+    The benchmark's classes are embedded by the checkpoint's own teacher and templates, or are the checkpoint's own rows
+    where they are its classes; `teacher_weights` is the teacher's weights file where it was a local one. `seen_offset`
+    is subtracted from the scores of the seen classes. `out`, if not "", is a folder that gets the predictions: of a
+    panoptic benchmark as COCO's panoptic PNGs and JSON and as RLEs, of a semantic one as PNGs of the data set's own
+    values.
+
+    Returns what was scored and how: `benchmark`, `task`, `split`, `data` (the layout found), `checkpoint` (stage, key,
+    folder), `thresholds`, `seen_offset`, `marks` (warnings), `counts`, `scores` in percent (`metrics.scores` or
+    `metrics.semantic_scores`; null where no class is seen, or none unseen) and `per_class`.
+
+    Raises ValueError where an input is missing, broken or does not fit.
+    """
+    # mistakes show before the slow imports
+    folder, asked, root = checkpoint_folder(store, checkpoint), load_benchmark(benchmark), Path(data)
+    if not math.isfinite(seen_offset):
+        raise ValueError(f"--seen-offset must be a finite number, not {seen_offset}")
+    part = _panoptic(asked, root, split) if asked.task == "panoptic" else _semantic(asked, root, split)
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+
+    from pipeline.inference.maps import classes_of
+    from pipeline.inference.model import load_model
+    from pipeline.inference.vocabulary import as_trained, vocabulary_of
+
+    device = runtime.torch_device()
+    model = load_model(folder, device)
+    known = as_trained(asked, model.facts["classes"])
+    vocabulary = vocabulary_of(model, known, teacher_weights, runtime)
+    classes = classes_of(vocabulary.embedding, vocabulary.facts, device)
+    predictor = _Predictor(model=model, classes=classes, seen_offset=seen_offset, runtime=runtime)
+    scores, counts = part.score(predictor, known, Path(out) if out else None)
+    per_class = scores.pop("per_class")
+    return {
+        "benchmark": known.name,
+        "task": known.task,
+        "split": split,
+        "data": part.layout,
+        "checkpoint": {"stage": model.facts["stage"], "key": _key(folder), "folder": str(folder)},
+        "thresholds": {name: model.facts[name] for name in ("object_threshold", "overlap_threshold")},
+        "seen_offset": seen_offset,
+        "marks": marks(model.facts["classes"]["teacher"], known),
+        "counts": {**counts, "classes": len(known.seen), "seen": sum(known.seen), "unseen": len(known.unseen_ids)},
+        "scores": _without_empty_groups(scores, known),
+        "per_class": per_class,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Predictor:
+    model: Model
+    classes: Classes
+    seen_offset: float
+    runtime: Runtime
+
+    def __call__(self, views: Iterable[tuple[Tag, Tensor]], count: int) -> Iterator[tuple[Tag, Output, Tensor]]:
+        """(tag, output, class logits (Q, K)) for `count` pairs of tag and image (3, H, W) uint8."""
+        from models.folding import for_inference
+        from pipeline.inference.forward import outputs
+
+        resize, batch = ResizeConfig(**self.model.facts["resize"]), EvaluateConfig().batch
+        with self.runtime.bar(count, "evaluating", "image") as bar:
+            for tag, output in outputs(for_inference(self.model.segmenter), views, resize, batch=batch):
+                yield tag, output, self.model.logits(output.features, self.classes.text)
+                bar.update()
+
+
+Scored = tuple[dict[str, Any], dict[str, Any]]  # scores, counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Panoptic:
+    """A split in COCO's panoptic layout: `folder` is its image folder below `root`."""
+
+    root: Path
+    folder: str
+    entries: list[Entry]
+
+    @property
+    def layout(self) -> dict[str, str]:
+        labels = f"annotations/panoptic_{self.folder}"
+        return {"root": str(self.root), "images": self.folder, "labels": labels, "list": f"{labels}.json"}
+
+    def samples(self) -> Iterator[tuple[tuple[Entry, Sample], Tensor]]:
+        import torch
+
+        from storage.shards import decode_image
+
+        for entry in self.entries:
+            sample = panoptic_sample(self.root, self.folder, entry)
+            if isinstance(sample, str):
+                raise ValueError(f"{self.root}: {self.folder} image {entry.image_id} {sample}; re-download it")
+            yield (entry, sample), torch.from_numpy(decode_image(sample)).permute(2, 0, 1)
+
+    def score(self, predictor: _Predictor, benchmark: Benchmark, out: Path | None) -> Scored:
+        from pipeline.inference.export import ImagePrediction, write_coco_panoptic
+        from pipeline.scoring.rows import GroundTruth, Row
+
+        row, pixels, count = Row(benchmark), _Pixels(), len(self.entries)
+
+        def predictions() -> Iterator[ImagePrediction]:
+            for (entry, sample), output, logits in predictor(self.samples(), count):
+                gt = GroundTruth(sample, benchmark)
+                pixels.add(gt.classes)
+                ids, segments = row.predict(
+                    gt,
+                    output.resize(),
+                    logits,
+                    predictor.classes,
+                    predictor.model.facts,
+                    seen_offset=predictor.seen_offset,
+                )
+                yield ImagePrediction(image_id=entry.image_id, file_name=entry.image, ids=ids, segments=segments)
+
+        if out:
+            write_coco_panoptic(out, predictions(), categories=benchmark.categories, rle=True)
+        else:
+            deque(predictions(), maxlen=0)
+        return row.scores(), {"images": count, **pixels.counts()}
+
+
+def _panoptic(benchmark: Benchmark, root: Path, split: str) -> _Panoptic:
+    folder = COCO_SPLITS.get(split, split)
+    return _Panoptic(root=root, folder=folder, entries=read_split(root, folder, benchmark))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Semantic:
+    """A split of images with label PNGs."""
+
+    images: tuple[LabelledImage, ...]
+    layout: dict[str, str]
+
+    def score(self, predictor: _Predictor, benchmark: Benchmark, out: Path | None) -> Scored:
+        import torch
+
+        from pipeline.inference.maps import semantic_map
+        from pipeline.scoring.metrics import ConfusionMatrix, semantic_scores
+
+        confusion, pixels = ConfusionMatrix(len(benchmark.categories)), _Pixels()
+        views = ((item, torch.from_numpy(read_image(item.image)).permute(2, 0, 1)) for item in self.images)
+        for item, output, logits in predictor(views, len(self.images)):
+            labels = read_labels(item.label, benchmark)
+            if labels.shape != output.original_size:
+                sizes = [f"{width} x {height}" for height, width in (labels.shape, output.original_size)]
+                raise ValueError(f"{item.label} is {sizes[0]} pixels, but {item.image} {sizes[1]}; re-download both")
+            guess = semantic_map(output, logits, predictor.classes, seen_offset=predictor.seen_offset)
+            confusion.update(labels, guess, image=item.name)
+            pixels.add(labels)
+            if out:
+                write_labels(out / f"{item.name}.png", guess, benchmark)
+        scores = semantic_scores(confusion, categories=benchmark.categories, seen=benchmark.seen)
+        return scores, {"images": len(self.images), **pixels.counts()}
+
+
+def _semantic(benchmark: Benchmark, root: Path, split: str) -> _Semantic:
+    assert benchmark.files
+    found = find_split(benchmark.files, root, split)
+    return _Semantic(images=found.images, layout=found.layout)
+
+
+class _Pixels:
+    """How many pixels the ground truth has, and how many of them count nowhere."""
+
+    def __init__(self) -> None:
+        self.all = self.ignored = 0
+
+    def add(self, classes: np.ndarray) -> None:
+        self.all += classes.size
+        self.ignored += int((classes < 0).sum())
+
+    def counts(self) -> dict[str, Any]:
+        return {"pixels": self.all, "ignored_percent": 100 * self.ignored / self.all}
+
+
+def _without_empty_groups(scores: dict[str, Any], benchmark: Benchmark) -> dict[str, Any]:
+    """A mean over no class is no score: None where no class is seen, or none unseen."""
+    empty = {"h", "s" if not any(benchmark.seen) else "u"} if len(set(benchmark.seen)) == 1 else set()
+    return {name: None if name[0] in empty else value for name, value in scores.items()}
+
+
+def _key(folder: Path) -> str | None:
+    """The checkpoint's key, if it is an artefact's folder."""
+    manifest = folder / "manifest.json"
+    return json.loads(manifest.read_bytes())["key"] if manifest.is_file() else None
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The scores in percent, for the terminal."""
+    from rich.table import Table
+
+    shown = Table(title=result["benchmark"])
+    names = [name for name in result["scores"] if not name.startswith("absent")]
+    for name in names:
+        shown.add_column(name, justify="right", style="bold" if name.startswith("h") else None)
+    values = (result["scores"][name] for name in names)
+    shown.add_row(*("-" if value is None else f"{value:.1f}" for value in values))
+    return shown
+
+
+def about(result: dict[str, Any]) -> str:
+    """What the scores are of, a line for each fact."""
+    counts, scores, checkpoint, data = (result[part] for part in ("counts", "scores", "checkpoint", "data"))
+    lines = (
+        f"checkpoint: {checkpoint['stage']} {checkpoint['key'] or checkpoint['folder']}",
+        f"data: {counts['images']} images, {counts['ignored_percent']:.1f} % of their pixels ignored "
+        f"({data['images']} and {data['labels']} in {data['root']})",
+        f"classes: {counts['seen']} seen, of which {scores['absent_seen']} neither occur nor are predicted; "
+        f"{counts['unseen']} unseen, of which {scores['absent_unseen']}",
+    )
+    return "\n".join([*lines, *result["marks"]])

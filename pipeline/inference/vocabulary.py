@@ -1,0 +1,112 @@
+"""The class names a checkpoint is asked to choose from: its own, its own and further ones, or those of another benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.data.benchmarks import Benchmark, Category
+from pipeline.inference.model import Model
+from pipeline.runtime import Runtime
+from pipeline.teacher.config import teacher_of
+from pipeline.teacher.prompts import spoken
+from pipeline.teacher.text_bank import embed_names, join
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """The classes to choose from: unit rows (K, D) or (K, S, D), see `TextBank`, and `ids`, `names`, `isthing`, `seen` of each in `facts`."""
+
+    embedding: Tensor
+    facts: dict[str, Any]
+
+    @property
+    def categories(self) -> tuple[Category, ...]:
+        columns = zip(self.facts["ids"], self.facts["names"], self.facts["isthing"], strict=True)
+        return tuple(Category(id=i, name=name, isthing=isthing) for i, name, isthing in columns)
+
+
+def extend(model: Model, names: Sequence[str], teacher_weights: str, runtime: Runtime) -> Vocabulary:
+    """A checkpoint's classes and, behind them, `names`, encoded with the same sentences by the same teacher.
+
+    Raises ValueError for a name that is there already or twice, and when the teacher's weights are not those.
+    """
+    facts, embedding = model.facts["classes"], model.text.cpu()
+    columns = {name: list(facts[name]) for name in ("ids", "names", "isthing", "seen")}
+    for name in names:
+        if name in columns["names"]:
+            raise ValueError(f"--names: the checkpoint knows {name!r} already, or it is given twice; leave it out")
+        for column, value in (("ids", max(columns["ids"]) + 1), ("names", name), ("isthing", True), ("seen", False)):
+            columns[column].append(value)
+    if names:
+        spoken(columns["names"], clean_names=facts["clean_names"])
+        embedding = join(embedding, _embed(model, list(names), teacher_weights, runtime))
+    return Vocabulary(embedding=embedding, facts=columns)
+
+
+def vocabulary_of(model: Model, benchmark: Benchmark, teacher_weights: str, runtime: Runtime) -> Vocabulary:
+    """The benchmark's classes for this checkpoint: its own rows where these are its classes, else encoded as it was trained.
+
+    Raises ValueError when the teacher's weights are not those of the checkpoint.
+    """
+    facts = model.facts["classes"]
+    own = benchmark.names == facts["names"]
+    return Vocabulary(
+        embedding=model.text.cpu() if own else _embed(model, benchmark.names, teacher_weights, runtime),
+        facts={
+            "ids": [c.id for c in benchmark.categories],
+            "names": benchmark.names,
+            "isthing": [c.isthing for c in benchmark.categories],
+            "seen": benchmark.seen,
+        },
+    )
+
+
+def as_trained(benchmark: Benchmark, facts: dict[str, Any]) -> Benchmark:
+    """The benchmark with the classes as unseen that the checkpoint with the class facts `facts` was not trained on.
+
+    A class is seen if the checkpoint has seen its name. Where the classes are the checkpoint's own, and the benchmark
+    names unseen ones, the benchmark decides.
+
+    Raises ValueError when the benchmark has exactly the checkpoint's names in another order or with other ids.
+    """
+    ids = [category.id for category in benchmark.categories]
+    if set(benchmark.names) == set(facts["names"]):
+        _require_same_order(
+            benchmark.name,
+            list(zip(facts["names"], facts["ids"], strict=True)),
+            list(zip(benchmark.names, ids, strict=True)),
+        )
+        if benchmark.unseen_ids:
+            return benchmark
+    seen = {name for name, known in zip(facts["names"], facts["seen"], strict=True) if known}
+    return replace(benchmark, unseen_ids=tuple(c.id for c in benchmark.categories if c.name not in seen))
+
+
+def _require_same_order(name: str, ours: list[tuple[str, int]], theirs: list[tuple[str, int]]) -> None:
+    for place, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+        if our != their:
+            raise ValueError(
+                f"the checkpoint and benchmark {name} list the same class names differently, first at position {place}: "
+                f"{our[0]!r} (id {our[1]}) in the checkpoint, {their[0]!r} (id {their[1]}) in the benchmark; "
+                "give the benchmark the checkpoint's order and ids"
+            )
+
+
+def _embed(model: Model, names: list[str], teacher_weights: str, runtime: Runtime) -> Tensor:
+    """Unit rows of `names` by the checkpoint's own teacher and templates."""
+    facts = model.facts["classes"]
+    if "classes" in model.facts["architecture"]["projector"]:
+        raise ValueError(
+            "the checkpoint's classifier is linear and knows no other classes than its own; use one with a projector"
+        )
+    if not model.facts["templates"]:
+        raise ValueError(
+            "the checkpoint's class embeddings were imported, so no other name can be embedded alike; "
+            "train it without --text.embeddings to use other names"
+        )
+    teacher = teacher_of(facts["teacher"], teacher_weights).load(runtime)
+    return embed_names(teacher, names, model.facts["templates"], clean_names=facts["clean_names"]).cpu()

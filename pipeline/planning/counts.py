@@ -1,0 +1,107 @@
+"""How many images and instances a run has before it: counted from the annotations, without opening an image."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.data.benchmarks import Benchmark, load_benchmark
+from pipeline.data.coco import read_split
+from pipeline.data.config import CocoConfig
+from pipeline.line import Config, Step
+from pipeline.scenes import benchmark as benchmark_of_scenes
+from storage.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What a run reads; None = not known before a stage has run.
+
+    `train`, `val`: images. `left`: training images that the protocol leaves. `train_instances`: segments of those, `val_instances`: of
+    all validation images. `bytes`: of the image and annotation files that go into the tars.
+    """
+
+    train: int
+    val: int
+    left: int | None = None
+    train_instances: int | None = None
+    val_instances: int | None = None
+    bytes: int | None = None
+
+    @property
+    def inputs(self) -> int | None:
+        """Images and masked instances that the teacher looks at."""
+        if self.left is None or self.train_instances is None or self.val_instances is None:
+            return None
+        return self.left + self.val + self.train_instances + self.val_instances
+
+    def __str__(self) -> str:
+        def told(instances: int | None) -> str:
+            return "an unknown number of instances" if instances is None else f"{instances:,} instances"
+
+        left = "an unknown number" if self.left is None else f"{self.left:,}"
+        return (
+            f"{self.train:,} training images, of which the protocol leaves {left} with {told(self.train_instances)}; "
+            f"{self.val:,} validation images with {told(self.val_instances)}"
+        )
+
+
+def count(config: Config, steps: list[Step], store: Store) -> Counts:
+    """Count what the line reads. Takes seconds for the JSON of all of COCO.
+
+    Raises ValueError as `read_split` and `find_split`.
+    """
+    if isinstance(config.data, CocoConfig):
+        benchmark = load_benchmark(config.data.benchmark)
+        if benchmark.files:
+            return _count_label_maps(benchmark, Path(config.data.root), config.shard.limit)
+        return _count_panoptic(benchmark, Path(config.data.root), config.shard.limit)
+    drawn = steps[0].recipe.ref
+    if store.state(drawn) == "fresh":
+        return _count_panoptic(benchmark_of_scenes(config.data), store.path(drawn), config.shard.limit)
+    least = config.shard.limit or max(config.data.train_images, config.data.val_images)
+    return Counts(train=min(config.data.train_images, least), val=min(config.data.val_images, least))
+
+
+def _count_panoptic(benchmark: Benchmark, root: Path, limit: int) -> Counts:
+    unseen = set(benchmark.unseen_ids) if benchmark.protocol == "image-filter" else set()
+    images, left, instances, size = {}, {}, {}, 0
+    for split in ("train2017", "val2017"):
+        everything = read_split(root, split, benchmark)
+        entries = [entry for entry in everything[: limit or None] if not entry.problem]
+        kept = [
+            entry
+            for entry in entries
+            if split == "val2017" or not any(segment["category_id"] in unseen for segment in entry.segments)
+        ]
+        images[split], left[split] = len(entries), len(kept)
+        instances[split] = sum(len(entry.segments) for entry in kept)
+        folders = (root / split, root / "annotations" / f"panoptic_{split}")
+        size += sum(map(_bytes, folders)) * len(entries) // len(everything)
+    return Counts(
+        train=images["train2017"],
+        val=images["val2017"],
+        left=left["train2017"],
+        train_instances=instances["train2017"],
+        val_instances=instances["val2017"],
+        bytes=size,
+    )
+
+
+def _bytes(folder: Path) -> int:
+    with os.scandir(folder) as files:
+        return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _count_label_maps(benchmark: Benchmark, root: Path, limit: int) -> Counts:
+    """The segments of a label map are known only when it is read."""
+    from pipeline.data.label_maps import find_split
+
+    assert benchmark.files
+    images, size = {}, 0
+    for split in ("train", "val"):
+        found = find_split(benchmark.files, root, split).images[: limit or None]
+        images[split] = len(found)
+        size += sum(file.stat().st_size for one in found for file in (one.image, one.label))
+    return Counts(train=images["train"], val=images["val"], left=images["train"], bytes=size)

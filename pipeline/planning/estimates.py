@@ -1,0 +1,175 @@
+"""What a run will take, before it starts: bytes and seconds of each stage, measured where this store has made the like, else assumed.
+
+A measured rate is used only where what decides it is the same: the teacher and the tokens' config, the network and its views, real or
+drawn images. The device may differ and is named.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pipeline.line import Config, Step
+from pipeline.planning.counts import Counts
+from pipeline.teacher.config import SMALL_CLIP
+from storage.keys import canonical
+from storage.lineage import Lineage, Node
+
+UNITS = {
+    "scenes": "image", "shard": "image", "text": "class", "cache-clip": "teacher input", "v2c": "step", "queries": "view",
+    "g2s": "step", "cpa": "step", "evaluate": "image",
+}  # fmt: skip
+GROWING = ("scenes", "shard", "cache-clip", "queries")  # whose bytes grow with their units; a checkpoint's do not
+AMOUNTS = frozenset(
+    {"seed", "steps", "views", "calibration_images", "train_images", "val_images"}
+)  # fields that move no rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """`bytes` and `seconds` of a stage, None = nobody knows; `source` says in words what `seconds` rests on, "" = nothing."""
+
+    bytes: float | None = None
+    seconds: float | None = None
+    source: str = ""
+
+
+class Estimator:
+    """Estimates for the stages of one run.
+
+    Args:
+        counts: what the run reads.
+        tflops: assumed speed of the teacher's pass, in TFLOP/s, where nothing was measured.
+        step_seconds: stated seconds of one step of stage 1, instead of a measured one; 0 = none stated.
+    """
+
+    def __init__(
+        self, config: Config, steps: list[Step], lineage: Lineage, counts: Counts, *, tflops: float, step_seconds: float
+    ) -> None:
+        self.config, self.lineage, self.counts = config, lineage, counts
+        self.tflops, self.step_seconds = tflops, step_seconds
+        self.configs = {step.stage: json.loads(canonical(step.recipe.config)) for step in steps}
+        views = None if counts.left is None else counts.left * config.queries.views
+        self.amounts = {
+            "scenes": counts.train + counts.val, "shard": counts.train + counts.val, "cache-clip": counts.inputs, "queries": views,
+            "text": len(self.configs["text"]["categories"]), "evaluate": counts.val,
+            "v2c": config.v2c.steps, "g2s": config.g2s.steps, "cpa": config.cpa.steps,
+        }  # fmt: skip
+
+    def estimate(self, step: Step) -> Estimate:
+        """What building this stage would take."""
+        stage, amount = step.stage, self.amounts[step.stage]
+        size = self._bytes(stage)
+        if stage == "v2c" and self.step_seconds:
+            seconds = self.step_seconds * self.config.v2c.steps
+            return Estimate(bytes=size, seconds=seconds, source=f"stated: {self.step_seconds:g} s a step")
+        if amount is not None and (alike := self._newest_alike(step)):
+            did = _amount(alike)
+            share = amount / did
+            seconds = alike.provenance["seconds"] * share
+            pace = f"{alike.provenance['seconds'] / did:.2g} s a {UNITS[stage]}"
+            device = f" on {alike.provenance['device']}" if "device" in alike.provenance else ""
+            size = alike.bytes * (share if stage in GROWING else 1)
+            return Estimate(bytes=size, seconds=seconds, source=f"measured: {pace}{device}, {alike.ref}")
+        work = teacher_gflop(self.config.teacher.name) if stage == "cache-clip" else None
+        if amount is not None and work is not None:
+            seconds = amount * work / 1000 / self.tflops
+            return Estimate(
+                bytes=size, seconds=seconds, source=f"assumed: {work:.1f} GFLOP an input at {self.tflops:g} TFLOP/s"
+            )
+        return Estimate(bytes=size)
+
+    def _bytes(self, stage: str) -> float | None:
+        """What arithmetic alone says."""
+        counts, segmenter = self.counts, self.config.v2c.segmenter
+        if stage == "shard":
+            return counts.bytes
+        if stage == "cache-clip" and counts.inputs and (dim := teacher_dim(self.config.teacher.name)):
+            return counts.inputs * dim * 2
+        if stage == "queries" and self.amounts["queries"]:
+            return self.amounts["queries"] * segmenter.queries * (segmenter.dim * 2 + 8)
+        return None
+
+    def _newest_alike(self, step: Step) -> Node | None:
+        """The newest artefact of the stage that was made under the same conditions, in one go."""
+        wanted = _conditions(step.stage, self.configs)
+        nodes = [node for node in self.lineage.nodes(step.recipe.kind) if node.stage == step.stage]
+        for node in sorted(nodes, key=lambda node: node.provenance["created"], reverse=True):
+            if not node.provenance["resumed"] and _amount(node):
+                line = self.lineage.line(node.ref)
+                there = {one.ref for one in line.values()}
+                if all(source in there for one in line.values() for source in one.inputs.values()):
+                    found = {stage: one.config for stage, one in line.items()}
+                    if _conditions(step.stage, found) == wanted:
+                        return node
+        return None
+
+
+def _conditions(stage: str, configs: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the stage's seconds a unit."""
+    own = configs[stage]
+    if stage == "scenes":
+        return _without_amounts(own["scenes"])
+    if stage == "text":
+        return {"text": own["text"], "teacher": own["teacher"]}
+    real = configs["shard"]["source"] is not None  # photographs, or drawn scenes
+    if stage == "shard":
+        return {"real": real}
+    if stage == "cache-clip":
+        return {"real": real, "teacher": own["teacher"], "tokens": own["tokens"]}
+    if stage == "evaluate":
+        own = own["evaluate"]
+    return {"real": real, "own": _without_amounts(own), "v2c": _without_amounts(configs["v2c"])}
+
+
+def _without_amounts(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in AMOUNTS}
+
+
+def _amount(manifest: Node) -> int:
+    """How many units of work the artefact took."""
+    counts = manifest.counts
+    if manifest.stage in ("v2c", "g2s", "cpa"):
+        return manifest.config["steps"]
+    if manifest.stage == "scenes":
+        return counts["train2017"]["images"] + counts["val2017"]["images"]
+    if manifest.stage == "shard":
+        return counts["train"]["images"] + counts["val"]["images"]
+    if manifest.stage == "cache-clip":
+        return sum(counts[split]["encoded"] + counts[split]["instances"] for split in ("train", "val"))
+    return counts[{"text": "classes", "queries": "views", "evaluate": "images"}[manifest.stage]]
+
+
+def teacher_dim(name: str) -> int | None:
+    """Width D of the teacher's embeddings; None for a model that open_clip does not know."""
+    config = _model_config(name)
+    return config["embed_dim"] if config else None
+
+
+def teacher_gflop(name: str) -> float | None:
+    """GFLOP of one image through the teacher's image tower, two a multiplication; None for a tower that is no plain ViT.
+
+    For n patches and the class token, width w and mlp ratio r: (4 + 2 r) (n + 1) w^2 + 2 (n + 1)^2 w multiplications a layer, and the patches.
+    """
+    vision = (_model_config(name) or {}).get("vision_cfg", {})
+    patch, width = vision.get("patch_size"), vision.get("width")
+    if not patch or isinstance(vision["image_size"], list):
+        return None
+    patches = (vision["image_size"] // patch) ** 2
+    tokens, ratio = patches + 1, vision.get("mlp_ratio", 4.0)
+    layer = (4 + 2 * ratio) * tokens * width**2 + 2 * tokens**2 * width
+    return 2e-9 * (vision["layers"] * layer + patches * 3 * patch**2 * width)
+
+
+def _model_config(name: str) -> dict[str, Any] | None:
+    """open_clip's own config file, read without importing it, which takes seconds."""
+    if name == "small":
+        return json.loads((SMALL_CLIP / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
+    package = find_spec("open_clip")
+    assert package and package.origin
+    path = Path(package.origin).parent / "model_configs" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -1,0 +1,251 @@
+"""The report's page. It stands alone: pictures are data URLs, styles and the few lines of script are inline, nothing is fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+from pipeline.report.loss_table import loss_table
+from pipeline.report.pictures import Picture, picture_rows
+from pipeline.report.plots import loss_plot, sweep_plot
+from pipeline.report.style import SCRIPT, STYLE
+
+
+class Setting(NamedTuple):
+    """A row of the headline: what it is called and what it means; `ceiling`: it knows something of the truth."""
+
+    name: str
+    meaning: str
+    ceiling: bool = False
+
+
+# Keys of the report, in the order of the tables. A report may lack some of them.
+SETTINGS = {
+    "inductive": Setting("inductive", "unseen names first met at prediction time"),
+    "control": Setting("inductive + offset", "control: a constant taken off the seen scores, nothing trained"),
+    "transductive": Setting("transductive", "unseen names, never unseen images, known in training"),
+    "ceiling": Setting("true masks, teacher's names", "each true segment named by the teacher's own token of it", True),
+    "true_masks_inductive": Setting(
+        "true masks, inductive names", "each true segment named by the query that lies over it", True
+    ),
+    "true_masks_transductive": Setting(
+        "true masks, transductive names", "the same with the transductive checkpoint", True
+    ),
+    "true_classes": Setting(
+        "our masks, true names", "the queries that lie over true segments, told their classes", True
+    ),
+}
+CLASS_TABLE = {"inductive": "inductive", "control": "offset", "transductive": "transductive", "ceiling": "ceiling"}
+CHECKPOINTS = "inductive", "transductive"
+HEADLINE = {
+    "Panoptic quality": ("sPQ", "uPQ", "hPQ"),
+    "Semantic IoU": ("sIoU", "uIoU", "hIoU"),
+    "All classes": ("PQ", "SQ", "RQ", "PQ_th", "PQ_st", "mIoU", "accuracy"),
+}  # of which a benchmark has those of its task
+MEANING = {
+    "sPQ": "mean panoptic quality of the seen classes",
+    "uPQ": "mean panoptic quality of the unseen classes",
+    "hPQ": "harmonic mean of sPQ and uPQ",
+    "sIoU": "mean IoU of the seen classes",
+    "uIoU": "mean IoU of the unseen classes",
+    "hIoU": "harmonic mean of sIoU and uIoU",
+    "PQ": "panoptic quality",
+    "SQ": "segmentation quality: mean IoU of the matched segments",
+    "RQ": "recognition quality: F1 of the matches",
+    "PQ_th": "panoptic quality of the things",
+    "PQ_st": "panoptic quality of the stuff",
+    "mIoU": "mean IoU of the classes that occur or are predicted",
+    "accuracy": "pixels that are right",
+}
+PRESET_PLACE, LINEAGE_PLACE = "<!--preset-->", "<!--lineage-->"  # filled by `report.publish`
+
+
+def present(report: Mapping[str, Any]) -> list[str]:
+    """The rows of `SETTINGS` that the report has."""
+    return [key for key in SETTINGS if key in report]
+
+
+def percent(value: float) -> str:
+    """One digit after the point."""
+    return f"{value:.1f}"
+
+
+def page(
+    report: Mapping[str, Any], *, curves: Mapping[str, Sequence[Mapping[str, float]]], pictures: Sequence[Picture]
+) -> str:
+    """The whole page; arguments as in `report.write_report`."""
+    marks = "".join(f"<li>{escape(mark)}</li>" for mark in report["marks"])
+    parts = [
+        f"<header><p class=brand>zs-seg{PRESET_PLACE}</p><h1>{escape(report['benchmark'])}</h1></header>",
+        f"<ul class=marks>{marks}</ul>" if marks else "",
+        f"<section>{_headline(report)}{_teacher_line(report['teacher_accuracy'])}</section>",
+        _section("Beside the paper", _published(report["published"])) if report["published"] else "",
+        _section("Where is quality lost?", loss_table(report["losses"], report["left_out"]))
+        if "losses" in report
+        else "",
+        _section("Predictions", picture_rows(pictures)) if pictures else "",
+        _section("Classes", _class_table(report)),
+        _section("Training losses", _curves(curves)) if any(curves.values()) else "",
+        f"<section class=aside><h2>Diagnostic curves, no results</h2>{_sweeps(report)}</section>"
+        if "sweeps" in report
+        else "",
+        f"<div class=two>{_section('Settings', _settings(report['settings']))}{LINEAGE_PLACE}</div>",
+    ]
+    return (
+        f'<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width">'
+        f"<title>zs-seg {escape(report['benchmark'])}</title><style>{STYLE}</style></head>"
+        f"<body><main>{''.join(parts)}</main><script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def lineage_section(lineage: Mapping[str, Mapping[str, Any]]) -> str:
+    """Stage -> {"ref", "seconds"} as a section of the page."""
+    rows = "".join(
+        f"<tr><th scope=row>{escape(stage)}<td><code>{escape(entry['ref'])}</code><td class=number>{_time(entry['seconds'])}"
+        for stage, entry in lineage.items()
+    )
+    return _section("Lineage", f"<table class=plain>{rows}</table>")
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{title}</h2>{content}</section>"
+
+
+def _headline(report: Mapping[str, Any]) -> str:
+    known = report[present(report)[0]]
+    shown = {title: found for title, names in HEADLINE.items() if (found := [name for name in names if name in known])}
+    groups = "".join(f"<th colspan={len(names)} class=group>{title}" for title, names in shown.items())
+    names = [(name, " first" if name == group[0] else "") for group in shown.values() for name in group]
+    heads = "".join(f'<th class="number{first}" title="{MEANING[name]}">{name}' for name, first in names)
+    rows = ""
+    for key in present(report):
+        label, meaning, is_ceiling = SETTINGS[key]
+        cells = "".join(
+            f'<td class="number{first}{" main" if name in ("hPQ", "hIoU") else ""}">{percent(report[key][name])}'
+            for name, first in names
+        )
+        rows += (
+            f'<tr class="{key}{" ceiling" if is_ceiling else ""}"><th scope=row>{label}<small>{meaning}</small>{cells}'
+        )
+    absent = [(report[key].get("absent_seen", 0), report[key].get("absent_unseen", 0)) for key in present(report)]
+    seen, unseen = max(absent, default=(0, 0))
+    note = (
+        f" {seen} seen and {unseen} unseen classes neither occur nor are predicted and count 0."
+        if seen + unseen
+        else ""
+    )
+    return (
+        f"<div class=scroll><table class=headline><thead><tr><td>{groups}<tr><td>{heads}</thead><tbody>{rows}</table>"
+        f"</div><p class=note>Percent. s = seen classes, u = unseen classes, h = their harmonic mean.{note}</p>"
+    )
+
+
+def _teacher_line(accuracy: Mapping[str, float]) -> str:
+    return (
+        f"<p class=teacher>The frozen teacher names <b>{percent(accuracy['seen'])} %</b> of the seen and "
+        f"<b>{percent(accuracy['unseen'])} %</b> of the unseen ground-truth instances right "
+        f"({accuracy['instances']:,} instances, all class names to choose from).</p>"
+    )
+
+
+def _class_table(report: Mapping[str, Any]) -> str:
+    keys = [key for key in present(report) if key in CLASS_TABLE]
+    last = "transductive" if "transductive" in keys else keys[0]
+    rows_of = {key: {row["id"]: row for row in report[key]["per_class"]} for key in keys}
+    panoptic = "PQ" in report[last]
+    measures, details = (("PQ", "IoU"), ("SQ", "RQ", "tp", "fp", "fn")) if panoptic else (("IoU",), ("pixels",))
+    columns = [(measure, key) for measure in measures for key in keys]
+    groups = f"<th colspan={1 + panoptic}>" + "".join(f"<th colspan={len(keys)} class=group>{m}" for m in measures)
+    groups += f"<th colspan={len(details)} class=group>{SETTINGS[last].name if panoptic else 'truth'}"
+    heads = "<th class=sort data-text=1>class" + "<th class=sort data-text=1>kind" * panoptic
+    heads += "".join(
+        f'<th class="number sort{" first" if key == keys[0] else ""}">{CLASS_TABLE[key]}' for _, key in columns
+    )
+    heads += "".join(
+        f'<th class="number sort{" first" if name == details[0] else ""}">{name.upper() if panoptic else name}'
+        for name in details
+    )
+    body = ""
+    for row in sorted(report[last]["per_class"], key=lambda row: row["seen"]):  # the unseen classes first
+        mark = "" if row["seen"] else " <span class=pill>unseen</span>"
+        body += f'<tr{"" if row["seen"] else " class=unseen"}><td data-v="{escape(row["name"])}">{escape(row["name"])}{mark}'
+        if panoptic:
+            body += f"<td class=kind>{'thing' if row['isthing'] else 'stuff'}"
+        for measure, key in columns:
+            other = rows_of[key][row["id"]]
+            empty = measure == measures[0] and not any(other[name] for name in details if name not in ("SQ", "RQ"))
+            body += (
+                f'<td class="number bar{" first" if key == keys[0] else ""}{" absent" if empty else ""}" '
+                f'style="--v:{other[measure]:.1f}%" data-v={other[measure]:.4f}>{percent(other[measure])}'
+            )
+        for name in details:
+            value = percent(row[name]) if name in ("SQ", "RQ") else str(row[name])
+            body += f'<td class="number{" first" if name == details[0] else ""}" data-v={row[name]}>{value}'
+    note = (
+        "TP, FP, FN count segments. Grey: the class neither occurs nor is predicted."
+        if panoptic
+        else "Grey: the class does not occur."
+    )
+    return (
+        f"<p class=note>Click a column to sort. {note} Ceiling: true masks, teacher's names. All settings are in "
+        f"per_class.csv.</p><div class=scroll><table class=classes><thead><tr>{groups}<tr>{heads}</thead>"
+        f"<tbody>{body}</table></div>"
+    )
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    rows = "".join(f"<tr><th scope=row>{escape(name)}<td>{escape(str(value))}" for name, value in settings.items())
+    return f"<table class=plain>{rows}</table>"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    figures = "".join(
+        f'<figure><figcaption>{escape(stage)}</figcaption><img alt="losses of {escape(stage)}" src="{loss_plot(rows)}"></figure>'
+        for stage, rows in curves.items()
+        if rows
+    )
+    return f"<div class=curves>{figures}</div>"
+
+
+def _sweeps(report: Mapping[str, Any]) -> str:
+    sweeps, settings = report["sweeps"], report["settings"]
+    names = {"object_threshold": "object threshold", "seen_offset": "seen offset"}
+    points = [point for key in CHECKPOINTS for curve in sweeps[key].values() for point in curve]
+    top = max(5.0, 1.1 * max(point[score] for point in points for score in ("sPQ", "uPQ", "hPQ")))
+    figures = "".join(
+        f"<figure><figcaption>{key}: {title}</figcaption>"
+        f'<img alt="{key} by {title}" src="{sweep_plot(sweeps[key][name], name=title, headline=settings[name], top=top)}"></figure>'
+        for name, title in names.items()
+        for key in CHECKPOINTS
+    )
+    counted = (
+        f"all {sweeps['of']:,}" if sweeps["images"] == sweeps["of"] else f"{sweeps['images']:,} of {sweeps['of']:,}"
+    )
+    return (
+        f"<p class=note>How PQ would move with two settings, on {counted} validation images. Nothing was chosen from these "
+        f"curves: the headline above uses the object threshold {settings['object_threshold']:g}, chosen on "
+        f"{escape(settings['object_threshold_chosen_on'])} and stored in the checkpoint, and the seen offset "
+        f"{settings['seen_offset']:g}.</p><div class='curves pairs'>{figures}</div>"
+    )
+
+
+def _published(published: Mapping[str, Any]) -> str:
+    heads = "".join(f"<th class=number>{escape(column)}" for column in published["columns"])
+    rows = ""
+    for kind in ("published", "ours"):
+        for name, values in published[kind].items():
+            cells = "".join(f"<td class=number>{'' if value is None else percent(value)}" for value in values)
+            rows += f"<tr class={kind}><th scope=row>{escape(name)}{cells}"
+    note = escape(published["note"])
+    return (
+        f"<p class=note>Percent; published numbers as in the paper's {escape(published['table'])}. {note}</p>"
+        f"<div class=scroll><table><thead><tr><td>{heads}</thead><tbody>{rows}</table></div>"
+    )

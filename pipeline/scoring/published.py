@@ -1,0 +1,67 @@
+"""A run's numbers beside those that the method's paper reports for the same benchmark."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.benchmarks import Benchmark
+
+RESULTS = Path(__file__).parents[1] / "facts" / "published" / "paper_results.json"
+
+
+def beside_the_paper(
+    benchmark: str, results: Mapping[str, Mapping[str, Any]], *, images: int, marks: Sequence[str]
+) -> dict[str, Any] | None:
+    """The paper's table for `benchmark` and our rows in its columns; None where the paper has none.
+
+    Our numbers stand there only if they are comparable: every image of the benchmark's validation set was scored and the
+    report carries no mark. Else our rows are blank (None) and `note` says what was not measured.
+
+    Args:
+        benchmark: its name, such as "coco-panoptic-zps".
+        results: setting ("inductive", "transductive") -> `metrics.scores`.
+        images: how many validation images were scored.
+        marks: the report's warnings.
+
+    Returns:
+        `table`, the paper's name of it; `columns`; `published` and `ours`, {row's name: a number or None for each column},
+        in percent; `note`, empty where ours are filled.
+    """
+    table = json.loads(RESULTS.read_text(encoding="utf-8")).get(benchmark)
+    if table is None:
+        return None
+    reasons = []
+    if images != table["images"]:
+        reasons.append(
+            f"{images:,} validation images were scored, and the paper's numbers are of all {table['images']:,}"
+        )
+    if marks:
+        reasons.append("the teacher is a stand-in that knows nothing of these classes")
+    note = f"This run's row is blank: {'; '.join(reasons)}." if reasons else ""
+    return {
+        "table": table["table"],
+        "columns": table["columns"],
+        "published": table["rows"],
+        "ours": {
+            name: [None if reasons else results[setting][key] for setting, key in cells]
+            for name, cells in table["ours"].items()
+        },
+        "note": note,
+    }
+
+
+def marks(teacher: dict[str, Any], benchmark: Benchmark) -> list[str]:
+    """What a reader must know before reading a number: a teacher that knows nothing of these classes."""
+    if teacher["pretrained"] == "random":
+        return [
+            "The teacher has RANDOM weights: every number here is noise, a proof that the pipeline runs and nothing else."
+        ]
+    if teacher["name"] == "small" and benchmark.name not in ("scenes-test", "scenes-validation"):
+        return [
+            "STAND-IN TEACHER: the small CLIP that ships with the package was trained on generated scenes and knows nothing of these "
+            "classes. These numbers prove that the pipeline runs on these files, and nothing about the method."
+        ]
+    return []

@@ -1,0 +1,152 @@
+"""Where the quality goes: the segmenter's masks and the checkpoint's names judged apart, on the same images.
+
+True segments and queries are paired by their masks alone. A pair's query then keeps its mask and is told its name to some
+degree: wholly, or only whether the class is seen, or nothing. Each step down from the truth to the actual prediction loses
+quality, and the losses add up to all that is missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from pipeline.data.benchmarks import Benchmark
+from pipeline.inference.maps import Classes, Output, ResizedMasks, panoptic_map
+from pipeline.scoring.metrics import PanopticQuality, PanopticResult
+from pipeline.scoring.rows import GroundTruth
+
+LOSSES = ("absent", "masks", "classification", "seen_bias", "selection")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """The true segments of one image that are no crowd, n of them, in the ground truth's order.
+
+    `segments` (n,): their positions in the image's segments. `classes` (n,): their class indices. `query` (n,): the query that each
+    is paired with, -1 where none is left or none of its pixels are in any mask. `nearest` (n,): the same query, or without one
+    the query with the most mask probability inside of the segment.
+    """
+
+    segments: NDArray[np.int64]
+    classes: NDArray[np.int64]
+    query: NDArray[np.int64]
+    nearest: NDArray[np.int64]
+
+    def certain(self, names: NDArray[np.int64], logits: Tensor) -> Tensor:
+        """Logits (Q, K) of a prediction that is certain that each paired query has the class index `names` (n,), and that all
+        other queries show nothing. `logits` (Q, K) gives shape, type and device."""
+        result = torch.full_like(logits, -torch.inf)
+        paired = self.query >= 0
+        result[torch.from_numpy(self.query[paired]), torch.from_numpy(names[paired])] = torch.inf
+        return result
+
+
+@torch.no_grad()
+def pair(gt: GroundTruth, masks: ResizedMasks) -> Pairs:
+    """The class-blind one-to-one assignment of highest summed IoU between true segments and queries (masks >= 0.5).
+
+    As in panoptic quality, crowds take no part and pixels of void count in no union. A pair without a common pixel is none.
+    """
+    segments = np.array([i for i, s in enumerate(gt.sample.segments) if not s.iscrowd], np.int64)
+    classes = np.array([gt.benchmark.index[gt.sample.segments[i].category_id] for i in segments], np.int64)
+    if not len(segments):
+        return Pairs(segments=segments, classes=classes, query=segments, nearest=segments)
+    probabilities = masks.probabilities.flatten(1)
+    ids = torch.from_numpy(gt.ids.astype(np.int64)).to(probabilities.device).flatten()
+    truth = torch.stack([ids == gt.sample.segments[i].id for i in segments]).float()  # (n, H * W)
+    annotated = (ids != 0).float()
+    columns = torch.cat([truth, annotated[None]]).T
+    # float32 counts pixels exactly up to 2^24 of them
+    overlap = torch.cat([(part.flatten(1) >= 0.5).float() @ columns for part in masks.probabilities.split(16)])
+    overlap = overlap.T.double().cpu().numpy()
+    inter, query_area = overlap[:-1], overlap[-1]
+    area = truth.sum(1).double().cpu().numpy()
+    iou = inter / (area[:, None] + query_area - inter)  # a segment has pixels, so the union is positive
+    row, column = linear_sum_assignment(iou, maximize=True)
+    query = np.full(len(segments), -1)
+    query[row] = np.where(iou[row, column] > 0, column, -1)
+    nearest = query.copy()
+    if (lone := np.flatnonzero(query < 0)).size:
+        inside = probabilities @ truth[torch.from_numpy(lone).to(truth.device)].T
+        nearest[lone] = inside.argmax(0).cpu().numpy()
+    return Pairs(segments=segments, classes=classes, query=query, nearest=nearest)
+
+
+class Waterfall:
+    """Where one checkpoint's panoptic quality is lost, in points that add up to 100 - PQ, for the seen and the unseen classes.
+
+    From the truth, which scores 100, down to the actual prediction, at each level the mean PQ of the classes and, as the
+    loss, its difference from the level above (which can be negative):
+
+    - absent: classes that no image shows count 0 in sPQ and uPQ, whatever is predicted.
+    - masks: the paired queries' masks (see `pair`) with the true classes and score 1, merged into a panoptic map by the
+      same code as a prediction; all other queries are silent.
+    - classification: the same, but each query takes its best class among the seen or among the unseen ones, whichever group
+      its true class is of.
+    - seen_bias: the same, but it takes its best class over all. In the unseen column that is the bias towards seen classes,
+      in the seen column its opposite.
+    - selection: the prediction itself, in which every query speaks with its own score and the thresholds decide: what they drop,
+      what a wrong winner covers, spurious segments.
+    """
+
+    def __init__(self, benchmark: Benchmark) -> None:
+        ids = [category.id for category in benchmark.categories]
+        self.benchmark = benchmark
+        self.within_group, self.over_all = PanopticQuality(ids), PanopticQuality(ids)
+        self._right = {group: np.zeros(3, np.int64) for group in (True, False)}  # pairs, right within group, over all
+
+    def update(
+        self, gt: GroundTruth, output: Output, pairs: Pairs, logits: Tensor, classes: Classes, facts: dict[str, Any]
+    ) -> None:
+        """Counts one image. `output` must be resized, `logits` (Q, K) are the checkpoint's, `facts` holds its thresholds."""
+        paired = pairs.query >= 0
+        own = logits.float().cpu().numpy()[pairs.query]  # (n, K), of no meaning where there is no query
+        seen = np.array(self.benchmark.seen)
+        truth_seen = seen[pairs.classes]
+        within = np.where(seen == truth_seen[:, None], own, -np.inf).argmax(1)
+        over_all = own.argmax(1)
+        for group, counts in self._right.items():
+            of_group = paired & (truth_seen == group)
+            right = [names[of_group] == pairs.classes[of_group] for names in (within, over_all)]
+            counts += [of_group.sum(), right[0].sum(), right[1].sum()]
+        thresholds = {name: facts[name] for name in ("object_threshold", "overlap_threshold")}
+        for quality, names in ((self.within_group, within), (self.over_all, over_all)):
+            found = panoptic_map(output, pairs.certain(names, logits), classes, **thresholds)
+            quality.update(gt.ids, gt.sample.segments, *found, image=gt.sample.image_id)
+
+    def result(self, *, true_classes: PanopticResult, actual: PanopticResult) -> dict[str, Any]:
+        """The levels and losses in percent; `true_classes` and `actual` are the masks' and the prediction's own results.
+
+        Returns:
+            `levels`: "truth" (100) and, for each of `LOSSES`, what is left after it; `losses`: each of `LOSSES`. All of them
+            as {"sPQ", "uPQ"}. `named_right`: {"seen", "unseen"} -> `segments` with a query, and the percentage of them that
+            are named right `within_group` and `over_all`.
+        """
+        seen = np.array(self.benchmark.seen)
+        shown = np.where(true_classes.tp + true_classes.fn > 0, 100.0, 0.0)
+        pqs = [shown, *(r.pq for r in (true_classes, self.within_group.result(), self.over_all.result(), actual))]
+        levels = {"truth": {"sPQ": 100.0, "uPQ": 100.0}}
+        for name, pq in zip(LOSSES, pqs, strict=True):
+            levels[name] = {
+                key: float(pq[of].mean()) if of.any() else 0.0 for key, of in (("sPQ", seen), ("uPQ", ~seen))
+            }
+        names = list(levels)
+        losses = {
+            name: {key: levels[above][key] - levels[name][key] for key in ("sPQ", "uPQ")}
+            for above, name in zip(names, LOSSES, strict=False)
+        }
+        named_right = {
+            group: {
+                "segments": int(counts[0]),
+                "within_group": 100 * float(counts[1] / max(counts[0], 1)),
+                "over_all": 100 * float(counts[2] / max(counts[0], 1)),
+            }
+            for group, counts in (("seen", self._right[True]), ("unseen", self._right[False]))
+        }
+        return {"levels": levels, "losses": losses, "named_right": named_right}

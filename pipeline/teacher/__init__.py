@@ -1,0 +1,1 @@
+"""The frozen CLIP: class names, images and masked instances to embeddings."""

@@ -1,0 +1,238 @@
+"""One tar of samples -> one group of the teacher's tokens: the work of stage "cache-clip".
+
+Images are decoded ahead in threads, in order; each is resized once, on the device, where its masks are applied; what the teacher
+gets is packed across images into full batches, so only a tar's last one is short. No tensor grows with what an image or a tar
+holds, but for the rows themselves. The rows are a function of the tar and the config alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.teacher import Teacher
+from pipeline.data.benchmarks import Benchmark
+from pipeline.teacher.config import TokensConfig
+from pipeline.teacher.instances import instance_box, own_patches
+from storage.shards import Sample, decode_ids, decode_image, read_shard
+from storage.tokens import write_tokens
+
+MASK_PIXELS = 2**24  # of full-size masks at a time: 64 MB of float32
+INSTANCES_A_PASS = 64  # of an image by attention; one with more of them takes several places in a batch
+
+
+def kept_for_training(sample: Sample, benchmark: Benchmark) -> bool:
+    """The image-filter protocol: an image with any segment of an unseen class takes no part in training."""
+    if benchmark.protocol != "image-filter":
+        return True
+    return not any(s.category_id in set(benchmark.unseen_ids) for s in sample.segments)
+
+
+def shown_in_training(sample: Sample, benchmark: Benchmark) -> Sample:
+    """The pixel-ignore protocol: the sample without its segments of unseen classes, so that no token of them is made."""
+    if benchmark.protocol != "pixel-ignore":
+        return sample
+    return replace(sample, segments=tuple(s for s in sample.segments if benchmark.seen[benchmark.index[s.category_id]]))
+
+
+def encode_tar(
+    teacher: Teacher,
+    tar: Path,
+    group: Path,
+    config: TokensConfig,
+    benchmark: Benchmark,
+    *,
+    hide: bool,
+    progress: Callable[[int, int], object],
+) -> None:
+    """Encode one tar into one group.
+
+    `hide`: leave out what the benchmark's protocol keeps from training. `progress(images, instances)` is called as samples are
+    done with, left out or handed to the device. Decoding takes as many threads as torch has in this process.
+
+    Raises ValueError when the teacher cannot do what `config.method` asks for.
+    """
+    device = next(teacher.parameters()).device
+    encoder = _ByAttention(teacher, config) if config.method == "attention" else _ByPixels(teacher, config)
+    segment_id, encoded, kept, counts = [], [], [], []
+
+    def decode(sample: Sample) -> _Decoded | None:
+        if hide and not kept_for_training(sample, benchmark):
+            return None
+        decoded = encoder.decode(sample)
+        return decoded.pinned() if device.type == "cuda" else decoded
+
+    samples = (shown_in_training(sample, benchmark) if hide else sample for sample in read_shard(tar))
+    for sample, decoded in _ahead(samples, decode, threads=torch.get_num_threads()):
+        kept.append(decoded is not None)
+        segments = sample.segments if decoded else ()
+        counts.append(len(segments))
+        segment_id += [s.id for s in segments]
+        encoded += [s.area >= config.min_area for s in segments]
+        if decoded:
+            encoder.add(decoded.to(device))
+        progress(1, len(segments))
+    rows = encoder.finish().cpu().numpy()  # (views, images + instances, D)
+    offsets, kept, encoded = np.cumsum([0, *counts]), np.array(kept, bool), np.array(encoded, bool)
+    instances = np.diff(np.cumsum([0, *encoded])[offsets])[kept]
+    image_row = np.cumsum([0, *(1 + instances)])[:-1]  # each before its instances' rows
+    global_ = np.zeros((config.views, len(kept), rows.shape[2]), np.float16)
+    instance = np.zeros((config.views, len(encoded), rows.shape[2]), np.float16)
+    global_[:, kept] = rows[:, image_row]
+    instance[:, encoded] = np.delete(rows, image_row, axis=1)
+    write_tokens(
+        group,
+        global_=global_[0],
+        instance=instance[0],
+        mirrored_global=global_[1:],
+        mirrored_instance=instance[1:],
+        offsets=offsets,
+        segment_id=np.array(segment_id),
+        kept=kept,
+    )
+
+
+def _ahead(
+    samples: Iterator[Sample], decode: Callable[[Sample], _Decoded | None], *, threads: int
+) -> Iterator[tuple[Sample, _Decoded | None]]:
+    """Each sample with what `decode` makes of it, in order; at most 2 * `threads` of them are decoded and wait."""
+    pending: deque[tuple[Sample, Future[_Decoded | None]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for sample in samples:
+            pending.append((sample, pool.submit(decode, sample)))
+            if len(pending) == 2 * threads:
+                first, result = pending.popleft()
+                yield first, result.result()
+        for first, result in pending:
+            yield first, result.result()
+
+
+class _Decoded(NamedTuple):
+    """A sample off the disk: `image` (3, H, W) uint8, `ids` (H, W) int32, and of the k segments to encode their ids `wanted` (k,)
+    int32 and, where the config needs them, the `boxes` of their crops and their `own` patches (k, P) bool."""
+
+    image: Tensor
+    ids: Tensor
+    wanted: Tensor
+    boxes: list[tuple[int, int, int, int]]
+    own: Tensor
+
+    def pinned(self) -> _Decoded:
+        return self._replace(image=self.image.pin_memory(), ids=self.ids.pin_memory(), wanted=self.wanted.pin_memory())
+
+    def to(self, device: torch.device) -> _Decoded:
+        """What the device needs of it."""
+        image, ids, wanted = (x.to(device, non_blocking=True) for x in (self.image, self.ids, self.wanted))
+        return self._replace(image=image, ids=ids, wanted=wanted)
+
+
+class _ByPixels:
+    """One input an image, and one an instance, whose other pixels are filled.
+
+    `rows`, a list a view, stay on the device in half precision until the end: those of an image, its own first, then the next's.
+    """
+
+    def __init__(self, teacher: Teacher, config: TokensConfig) -> None:
+        self.teacher, self.config, self.dtype = teacher, config, getattr(torch, config.dtype)
+        size = teacher.image_size
+        self.inputs = torch.empty(config.batch, 3, size, size, dtype=self.dtype, device=teacher.mean.device)
+        self.filled = 0
+        self.rows: list[list[Tensor]] = [[] for _ in range(config.views)]
+
+    def decode(self, sample: Sample) -> _Decoded:
+        ids = decode_ids(sample)
+        wanted = np.array([s.id for s in sample.segments if s.area >= self.config.min_area], np.int32)
+        crops = self.config.crop == "box"
+        return _Decoded(
+            image=torch.from_numpy(decode_image(sample)).permute(2, 0, 1),
+            ids=torch.from_numpy(ids),
+            wanted=torch.from_numpy(wanted),
+            boxes=[instance_box(ids == i, self.config.margin) for i in wanted] if crops else [],
+            own=self.patches(ids, wanted),
+        )
+
+    def patches(self, ids: np.ndarray, wanted: np.ndarray) -> Tensor:
+        return torch.zeros(len(wanted), 0, dtype=torch.bool)
+
+    def add(self, sample: _Decoded) -> None:
+        """Take in an image, and encode as often as a batch is full."""
+        prepared = self.teacher.prepare(sample.image, self.config.resize)
+        self.put(prepared[None])
+        done, count = 0, len(sample.wanted)
+        while done < count:
+            room = min(self.config.batch - self.filled, max(MASK_PIXELS // sample.ids.numel(), 1))
+            some = range(done, min(done + room, count))
+            if self.config.crop == "box":
+                self.put(torch.cat([self.crop(sample, i) for i in some]))
+            else:
+                masks = sample.ids == sample.wanted[some.start : some.stop, None, None]
+                self.put(self.teacher.mask(prepared, masks, self.config.resize))
+            done = some.stop
+
+    def crop(self, sample: _Decoded, instance: int) -> Tensor:
+        """An instance (1, 3, S, S) from the box around it."""
+        top, left, bottom, right = sample.boxes[instance]
+        prepared = self.teacher.prepare(sample.image[:, top:bottom, left:right], self.config.resize)
+        mask = sample.ids[top:bottom, left:right] == sample.wanted[instance]
+        return self.teacher.mask(prepared, mask[None], self.config.resize)
+
+    def put(self, inputs: Tensor) -> None:
+        self.inputs[self.filled : self.filled + len(inputs)] = inputs
+        self.filled += len(inputs)
+        if self.filled == self.config.batch:
+            self.flush()
+
+    def flush(self) -> None:
+        inputs, self.filled = self.inputs[: self.filled], 0
+        for view, rows in enumerate(self.rows):
+            rows.append(self.teacher.encode_images(inputs.flip(-1) if view else inputs, self.dtype).half())
+
+    def finish(self) -> Tensor:
+        """Encode what waits for its batch to fill; all rows (views, rows, D) float16."""
+        if self.filled:
+            self.flush()
+        if not self.rows[0]:
+            return torch.zeros(self.config.views, 0, self.teacher.dim, dtype=torch.float16)
+        return torch.stack([torch.cat(rows) for rows in self.rows])
+
+
+class _ByAttention(_ByPixels):
+    """One input an image; its instances are further CLS tokens, which see their own patches only."""
+
+    def __init__(self, teacher: Teacher, config: TokensConfig) -> None:
+        self.grid = teacher.patches
+        super().__init__(teacher, config)
+        self.own: list[Tensor] = []  # of the inputs that wait, (k, P) each
+        self.shown: list[bool] = []  # whether its image's own row is this input's to give
+
+    def patches(self, ids: np.ndarray, wanted: np.ndarray) -> Tensor:
+        place = self.teacher.place(ids.shape, self.config.resize)
+        patch = self.teacher.image_size // self.grid[0]
+        return torch.from_numpy(own_patches(ids, wanted, grid=self.grid, patch=patch, place=place))
+
+    def add(self, sample: _Decoded) -> None:
+        prepared = self.teacher.prepare(sample.image, self.config.resize)
+        for number, own in enumerate(sample.own.split(INSTANCES_A_PASS)):
+            self.own.append(own)
+            self.shown.append(number == 0)
+            self.put(prepared[None])
+
+    def flush(self) -> None:
+        inputs, self.filled = self.inputs[: self.filled], 0
+        counts = torch.tensor([len(own) for own in self.own])
+        own = torch.nn.utils.rnn.pad_sequence(self.own, batch_first=True).to(inputs.device)  # (B, O, P)
+        wanted = torch.cat([torch.tensor(self.shown)[:, None], torch.arange(own.shape[1]) < counts[:, None]], 1)
+        wanted = wanted.flatten().nonzero().flatten().to(inputs.device)
+        self.own, self.shown = [], []
+        for view, rows in enumerate(self.rows):
+            if view:
+                inputs, own = inputs.flip(-1), own.unflatten(-1, self.grid).flip(-1).flatten(-2)
+            rows.append(self.teacher.encode_by_instance(inputs, own, self.dtype).flatten(0, 1)[wanted].half())

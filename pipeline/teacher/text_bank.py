@@ -1,0 +1,88 @@
+"""The class names' embeddings, the bank that takes the place of a classifier's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.teacher.prompts import spoken
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models.teacher import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextBank:
+    """The classes in their fixed order: `embedding` unit rows, and per class its id, name, kind, and whether it is seen.
+
+    `embedding` is (K, D), or (K, S, D) where classes have synonyms, up to S names a class; a class with fewer repeats its first, which
+    moves no maximum. `templates` is empty for rows that were imported.
+    """
+
+    key: str
+    embedding: Tensor
+    ids: list[int]
+    names: list[str]
+    isthing: list[bool]
+    seen: list[bool]
+    teacher: dict[str, Any]
+    templates: list[str]
+    clean_names: bool = False
+
+    @property
+    def first(self) -> Tensor:
+        """(K, D): of each class the row of its first name, where one row must stand for the class."""
+        return self.embedding if self.embedding.ndim == 2 else self.embedding[:, 0]
+
+    def classes(self) -> dict[str, Any]:
+        """Which classes these are and who embedded them, as checkpoints record it."""
+        return {
+            "text": self.key, "ids": self.ids, "names": self.names, "isthing": self.isthing, "seen": self.seen,
+            "teacher": self.teacher, "clean_names": self.clean_names,
+        }  # fmt: skip
+
+
+def open_text(folder: Path, key: str) -> TextBank:
+    """Read a text artefact. Raises ValueError when it is damaged."""
+    from storage.checkpoints import load_checkpoint
+
+    tensors, meta = load_checkpoint(folder)
+    try:
+        return TextBank(key=key, embedding=tensors["embedding"], **meta)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder} holds no text bank ({error}); rebuild it with `zs-seg run --force text`") from error
+
+
+def embed_names(
+    teacher: Teacher, names: Sequence[str], templates: Sequence[str], *, clean_names: bool = False
+) -> Tensor:
+    """Class names -> unit rows (K, D), or (K, S, D) where a name lists synonyms (see `TextBank`).
+
+    A row is the mean over templates of unit sentence embeddings, made unit length again.
+    """
+    import torch
+    from torch.nn.functional import normalize
+
+    known_as = spoken(names, clean_names=clean_names)
+    rows = [
+        torch.stack([teacher.encode_texts([t.replace("{}", part) for t in templates]).mean(0) for part in parts])
+        for parts in known_as
+    ]
+    width = max(map(len, rows))
+    padded = torch.stack([torch.cat([row, row[:1].expand(width - len(row), -1)]) for row in rows])
+    return normalize(padded if width > 1 else padded[:, 0], dim=-1)
+
+
+def join(first: Tensor, second: Tensor) -> Tensor:
+    """Rows of classes (K, D) or (K, S, D), one set behind the other."""
+    import torch
+
+    if first.ndim == second.ndim == 2:
+        return torch.cat([first, second])
+    parts = [rows if rows.ndim == 3 else rows[:, None] for rows in (first, second)]
+    width = max(rows.shape[1] for rows in parts)
+    return torch.cat([torch.cat([rows, rows[:, :1].expand(-1, width - rows.shape[1], -1)], dim=1) for rows in parts])

@@ -1,0 +1,210 @@
+"""The one training loop. A stage is a value: what learns, what a step's losses are, and a schedule.
+
+Every random draw of step s comes from a generator seeded by (seed, s), or by (seed, s, the image's place in the batch), and every batch
+is a function of s. So the state to resume from is weights, optimiser and step number, and a killed run ends with the weights of an
+undisturbed one, byte for byte on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.runtime import Runtime
+from pipeline.training.config import Schedule
+from pipeline.training.curves import Record
+from pipeline.training.distributed import ALONE, Ranks
+from storage.checkpoints import load_training_state, save_training_state
+
+UNDECAYED = (nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+def batch_rng(seed: int, step: int) -> np.random.Generator:
+    """The source of what step `step` draws with numpy: which images, which classes."""
+    return np.random.default_rng([seed, step, 1])
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The source of what step `step` draws with torch; on the CPU, so that every device gets the same numbers."""
+    return torch.Generator().manual_seed(int(np.random.default_rng([seed, step]).integers(2**62)))
+
+
+def image_generator(seed: int, step: int, place: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The source of what step `step` draws on `device` for the image at `place` of the global batch, whichever process holds it."""
+    return torch.Generator(device).manual_seed(int(np.random.default_rng([seed, step, 2, place]).integers(2**62)))
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """Mixed precision for the network; the losses keep themselves out of it."""
+    return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
+
+
+def parameter_groups(
+    modules: Mapping[str, nn.Module], schedule: Schedule, *, own_lr: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """AdamW's groups by Mask2Former's recipe: no decay on norms and embeddings, nor on scalars such as the logit scale (D1).
+
+    `own_lr`: factors on the learning rate of all parameters whose name holds the given text, the first that fits.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for prefix, module in modules.items():
+        for owner_name, owner in module.named_modules():
+            for name, parameter in owner.named_parameters(recurse=False):
+                if not parameter.requires_grad:
+                    continue
+                full = ".".join(filter(None, (prefix, owner_name, name)))
+                factor = next((f for part, f in (own_lr or {}).items() if part in full), 1.0)
+                plain = parameter.ndim == 0 or isinstance(owner, UNDECAYED)
+                groups.setdefault((factor, 0.0 if plain else schedule.weight_decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": schedule.lr * factor, "full_lr": schedule.lr * factor, "weight_decay": decay}
+        for (factor, decay), parameters in groups.items()
+    ]
+
+
+def train(
+    name: str,
+    *,
+    folder: Path,
+    schedule: Schedule,
+    modules: Mapping[str, nn.Module],
+    groups: list[dict[str, Any]],
+    batches: Callable[[int], Iterator[Any]],
+    losses: Callable[[Any, int], Iterable[dict[str, Tensor]]],
+    runtime: Runtime,
+    ranks: Ranks = ALONE,
+    precision: Precision = "float32",
+) -> None:
+    """Minimise the sum of `losses` (already weighted, by name) over `schedule.steps` steps.
+
+    `modules` are what is saved: everything that learns, buffers included; at the end they hold the averaged weights where
+    `schedule.ema` asks for them. `batches(start)` yields this process's batches from number `start` on, each with the `image_ids` it
+    holds; `losses(batch, step)` the terms of each part of the batch, sums over this process's share that add up over all of `ranks`.
+    `folder` is where the resumable state lies while the stage is under way, and where its curves go (see `Record`).
+    `precision` "float16" scales the losses, and leaves out, and counts, the steps that overflow. SIGTERM saves the state before it
+    takes its course.
+
+    Raises ValueError when a loss or the gradient is not finite; the last saved state stays.
+    """
+    parameters = [p for group in groups for p in group["params"]]
+    device = parameters[0].device
+    optimiser = torch.optim.AdamW(groups, lr=schedule.lr, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
+    average = [p.detach().clone() for p in parameters] if schedule.ema else []
+    state: dict[str, Any] = load_training_state(folder) or {"step": 0, "record": {}}
+    if start := state["step"]:
+        for key, module in modules.items():
+            module.load_state_dict(state["modules"][key])
+        optimiser.load_state_dict(state["optimiser"])
+        for (
+            parameter,
+            moments,
+        ) in optimiser.state.items():  # the fused kernel takes them in the parameter's memory format
+            for key in ("exp_avg", "exp_avg_sq"):
+                moments[key] = torch.empty_like(parameter).copy_(moments[key])
+        scaler.load_state_dict(state["scaler"])
+        average = [value.to(device) for value in state["average"]]
+
+    record = Record(name, folder, schedule, start=start, state=state["record"], runtime=runtime, writes=ranks.rank == 0)
+
+    def save(done: int) -> None:
+        if ranks.rank == 0:
+            weights = {key: module.state_dict() for key, module in modules.items()}
+            save_training_state(
+                folder,
+                {
+                    "step": done, "modules": weights, "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict(),
+                    "average": average, "record": record.state(),
+                },
+            )  # fmt: skip
+
+    source = batches(start)
+    with record, Terminated() as terminated:
+        for step in range(start, schedule.steps):
+            if ranks.any(terminated.asked, device):
+                save(step)
+                terminated.proceed()
+            began = time.perf_counter()
+            batch = next(source)
+            waited = time.perf_counter() - began
+            for group in optimiser.param_groups:
+                group["lr"] = group["full_lr"] * schedule.factor(step)
+            optimiser.zero_grad()
+            own: dict[str, Tensor] = {}  # this process's sums
+            for terms in losses(batch, step):
+                scaler.scale(torch.stack(list(terms.values())).sum()).backward()
+                own = {key: own.get(key, 0.0) + term.detach() for key, term in terms.items()}
+            mine = torch.stack(list(own.values()))
+            ranks.sum_gradients(parameters)
+            scaler.unscale_(optimiser)
+            norm = nn.utils.clip_grad_norm_(parameters, schedule.clip or math.inf)
+            # the only copy to the CPU, after all work of the step is under way
+            numbers = torch.stack((mine, ranks.sum(mine), norm.expand_as(mine))).tolist()
+            _require_finite(name, step, batch.image_ids, list(own), *numbers, scaled=scaler.is_enabled())
+            scaler.step(optimiser)
+            scaler.update()
+            for kept, parameter in zip(average, parameters, strict=False):
+                kept.lerp_(parameter.detach(), 1.0 - schedule.ema)
+            values = dict(zip(own, numbers[1], strict=True))
+            record.add(values, norm=numbers[2][0], waited=waited, seconds=time.perf_counter() - began)
+            if (step + 1) % runtime.checkpoint_every == 0 or step + 1 == schedule.steps:
+                save(step + 1)
+    with torch.no_grad():
+        for parameter, value in zip(parameters, average, strict=False):
+            parameter.copy_(value)
+
+
+def _require_finite(
+    name: str, step: int, image_ids: list[int], names: list[str], mine: list[float], all_: list[float], norms: list[float], *, scaled: bool
+) -> None:  # fmt: skip
+    for term, value in zip(names, mine, strict=True):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{name}: loss {term} is {value} at step {step} (images {image_ids}); "
+                f"the last saved state is kept; lower --{name}.lr or look at these images"
+            )
+    if not all(map(math.isfinite, all_)):
+        torch.distributed.barrier()  # another process has such a loss, says so, and ends us
+    if not scaled and not math.isfinite(norms[0]):
+        raise ValueError(
+            f"{name}: the gradient is {norms[0]} at step {step}, every loss finite (images {image_ids}); "
+            f"the last saved state is kept; lower --{name}.lr or set --{name}.clip"
+        )
+
+
+class Terminated:
+    """Notes a SIGTERM instead of dying of it at once; `proceed` lets it take the course it would have taken."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.main = threading.current_thread() is threading.main_thread()  # no other thread may set a handler
+
+    def __enter__(self) -> Terminated:
+        if self.main:
+            self.before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.main:
+            signal.signal(signal.SIGTERM, self.before)
+
+    def _note(self, _signal: int, _frame: FrameType | None) -> None:
+        self.asked = True
+
+    def proceed(self) -> None:
+        self.__exit__()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)  # until it arrives: a process of a group may be told by another's signal alone

@@ -1,0 +1,58 @@
+"""Batches for stages 2 and 3 out of the cached queries; no image is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.training.config import Schedule
+from pipeline.training.loop import batch_rng
+from storage.queries import QueryBank
+
+Sampling = Literal["natural", "balanced"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryBatch:
+    """B images' queries: `feature` (B, Q, C) float32, `category` (B, Q) class index or -1."""
+
+    image_ids: list[int]
+    feature: Tensor
+    category: Tensor
+
+
+def query_batches(
+    bank: QueryBank, schedule: Schedule, start: int, *, sampling: Sampling, matched: bool = False
+) -> Iterator[QueryBatch]:
+    """Endless batches of `schedule.batch` views drawn with replacement; batch s is a function of the seed and s alone.
+
+    `matched` draws only views in which a query found a segment. `sampling` "natural" draws all alike; "balanced" draws a class first,
+    each of those that were found alike, and then one of its matched queries, whose view comes as a whole. Raises ValueError when there
+    is nothing to draw from.
+    """
+    found = bank.category >= 0
+    if sampling == "balanced":
+        views, _ = found.nonzero()
+        classes = bank.category[found]
+        share = 1.0 / np.bincount(classes)[classes]
+        weight = np.bincount(views, weights=share, minlength=len(found))
+    else:
+        weight = found.any(1).astype(float) if matched else np.ones(len(found))
+    if not weight.any():
+        raise ValueError("no cached query found a segment of a seen class; train stage 1 longer or on more images")
+    upto = np.cumsum(weight)
+    step = start
+    while True:
+        draws = batch_rng(schedule.seed, step).random(schedule.batch)
+        rows = np.searchsorted(upto, draws * upto[-1], side="right")
+        yield QueryBatch(
+            image_ids=bank.image_id[rows].tolist(),
+            feature=torch.from_numpy(bank.feature[rows]).float(),
+            category=torch.from_numpy(bank.category[rows]).long(),
+        )
+        step += 1

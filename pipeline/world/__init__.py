@@ -1,0 +1,1 @@
+"""The generated world, and how the two shipped networks were made."""
