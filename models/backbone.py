@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.backbone_weights import read_weights
+from models.teacher_files import SMALL_BACKBONE
 
 STRIDES = (4, 8, 16, 32)
-SHIPPED = Path(__file__).parent / "small_backbone"  # <timm name>.safetensors, made by pipeline/world/train_backbone.py
 
 
 class Backbone(nn.Module):
@@ -100,7 +100,7 @@ def _create_features(name: str, weights: str | None, **arguments: Any) -> nn.Mod
     if weights is None:
         return timm.create_model(name, pretrained=False, **features)
     if weights != "imagenet":
-        path = SHIPPED / f"{name}.safetensors" if weights == "shipped" else Path(weights)
+        path = SMALL_BACKBONE / f"{name}.safetensors" if weights == "shipped" else Path(weights)
         overlay = {"state_dict": read_weights(name, path)}
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **features)
     try:

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.masked_attention import embed_by_instance, patch_grid
-from models.teacher_files import CONFIG, TOKENIZER, WEIGHTS, is_teacher_folder
+from models.teacher_files import CONFIG, SMALL_CLIP, TOKENIZER, WEIGHTS, is_teacher_folder
 
-SMALL_CLIP = Path(__file__).parent / "small_clip"  # model config and weights of the shipped teacher
 Fill = Literal["zero", "mean"]
 Resize = Literal["squeeze", "letterbox"]
 

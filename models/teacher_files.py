@@ -1,8 +1,12 @@
-"""A teacher as files on this machine, in the layout of its repository on the hub: which files those are. Imports nothing heavy."""
+"""Where networks lie as files: the two that ship with the package, and a teacher in the layout of its repository on the hub.
+Imports nothing heavy."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+SMALL_CLIP = Path(__file__).parent / "small_clip"  # config and weights of the shipped teacher
+SMALL_BACKBONE = Path(__file__).parent / "small_backbone"  # <timm name>.safetensors
 
 WEIGHTS = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"  # architecture and preprocessing

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.teacher_files import SMALL_BACKBONE
 from pipeline.runtime import Runtime, torchrun_rank
 from pipeline.training.config import SegmenterConfig, V2CConfig
 from storage.keys import Recipe, Ref, sha256_file
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 STAGE, VERSION = "v2c", 2
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-SMALL_BACKBONE = Path(__file__).parents[1] / "models" / "small_backbone"
 log = logging.getLogger(__name__)
 
 

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.teacher import SMALL_CLIP, Teacher
+from models.teacher import Teacher
+from models.teacher_files import SMALL_CLIP
 
 
 def small_clip() -> tuple[Any, Any]:

@@ -109,7 +109,7 @@ def test_means_deviations_and_gains_are_those_of_the_runs() -> None:
 
 
 def test_every_row_of_the_paper_has_a_row_here() -> None:
-    paper = json.loads((Path(ablate.__file__).parents[1] / "pipeline/facts/published/ablations.json").read_text())
+    paper = json.loads((Path(ablate.__file__).parents[1] / "pipeline/ablation/paper.json").read_text())
     for name, table in TABLES.items():
         assert set(paper[name]) == {variant.name for variant in table.variants}
 

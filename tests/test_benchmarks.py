@@ -59,7 +59,7 @@ def test_the_classes_are_those_of_the_papers() -> None:
     for name in ("voc20", "pc59", "ade150"):
         assert load_benchmark(name).names == [label.strip() for label in cross[name]["classes"]]  # ADE's "bed "
     assert json.loads((SHARED_FACTS / "coco_panoptic_zps.json").read_text()) == json.loads(
-        (Path(__file__).parents[1] / "pipeline" / "facts" / "coco_panoptic_zps.json").read_text()
+        (Path(__file__).parents[1] / "pipeline" / "data" / "splits" / "coco_panoptic_zps.json").read_text()
     )
 
 

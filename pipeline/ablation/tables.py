@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.line import Config
 
-PAPER = Path(__file__).parents[1] / "facts" / "published" / "ablations.json"
+PAPER = Path(__file__).parent / "paper.json"
 SETTINGS = "inductive", "control", "transductive"
 SCORES = "hPQ", "sPQ", "uPQ"
 

@@ -1,7 +1,7 @@
 """Which classes there are, which of them are unseen in training, how training leaves the unseen ones out, and where
 the files of a semantic benchmark lie.
 
-The published splits are JSON files in `pipeline/facts`; a file of one's own in the same format does as well.
+The published splits are JSON files in `pipeline/data/splits`; a file of one's own in the same format does as well.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 Protocol = Literal["image-filter", "pixel-ignore", "none"]
 Task = Literal["panoptic", "semantic"]
-FACTS = Path(__file__).parents[1] / "facts"
+SPLITS = Path(__file__).parent / "splits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ class Benchmark:
 
 
 def load_benchmark(name: str) -> Benchmark:
-    """The benchmark of that name in `pipeline/facts` ("coco-panoptic-zps"), or of a JSON file in that format.
+    """The benchmark of that name in `pipeline/data/splits` ("coco-panoptic-zps"), or of a JSON file in that format.
 
     A file holds `categories` (each with `id`, `name`, `isthing`), `unseen_ids` and `protocol`; text after a colon in
     `protocol` explains it. Where it lists `unseen_names` too, they must be the names of the unseen ids, in order. With
@@ -142,9 +142,9 @@ def load_benchmark(name: str) -> Benchmark:
 
     Raises ValueError for an unknown name and for a file that is missing, broken, incomplete or at odds with itself.
     """
-    path = Path(name) if name.endswith(".json") else FACTS / f"{name.replace('-', '_')}.json"
+    path = Path(name) if name.endswith(".json") else SPLITS / f"{name.replace('-', '_')}.json"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem.replace("_", "-") for file in FACTS.glob("*.json")))
+        known = ", ".join(sorted(file.stem.replace("_", "-") for file in SPLITS.glob("*.json")))
         raise ValueError(f"benchmark {name!r} not found; use one of {known}, or the path of a JSON file")
     try:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -153,7 +153,7 @@ def load_benchmark(name: str) -> Benchmark:
         raise ValueError(f"{path}: no valid JSON ({error}); correct it") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path}: field {error} is missing or malformed; see {FACTS.name}/coco_panoptic_zps.json and voc20.json"
+            f"{path}: field {error} is missing or malformed; see {SPLITS.name}/coco_panoptic_zps.json and voc20.json"
         ) from error
     names = [benchmark.names[benchmark.index[i]] for i in benchmark.unseen_ids]
     if facts.get("unseen_names", names) != names:

@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from models.teacher_files import SMALL_CLIP
 from pipeline.line import Config, Step
 from pipeline.planning.counts import Counts
-from pipeline.teacher.config import SMALL_CLIP
 from storage.keys import canonical
 from storage.lineage import Lineage, Node
 

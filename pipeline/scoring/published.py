@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.data.benchmarks import Benchmark
 
-RESULTS = Path(__file__).parents[1] / "facts" / "published" / "paper_results.json"
+RESULTS = Path(__file__).parent / "paper_results.json"
 
 
 def beside_the_paper(

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from models.teacher_files import CONFIG, TOKENIZER, WEIGHTS, is_teacher_folder
+from models.teacher_files import CONFIG, SMALL_CLIP, TOKENIZER, WEIGHTS, is_teacher_folder
 from pipeline.runtime import Runtime
 from pipeline.teacher.prompts import template_sets
 from storage.keys import sha256_file
 
 if TYPE_CHECKING:
     from models.teacher import Teacher
-
-SMALL_CLIP = Path(__file__).parents[2] / "models" / "small_clip"
 
 
 Method = Literal["pixels", "attention"]
@@ -82,7 +80,7 @@ class TeacherConfig:
 class TextConfig:
     """How a class name becomes a row: every sentence is encoded, the unit rows are averaged, the mean is made unit length.
 
-    `templates`: the sentences, or the name of one set of `pipeline/facts/text/templates.json`, which then stands here in full. A class
+    `templates`: the sentences, or the name of one set of `pipeline/teacher/templates.json`, which then stands here in full. A class
     name may list synonyms, "person, human": each gets a row of its own, and the class the largest of their logits. `clean_names`: see
     `class_names.clean`. `embeddings`: a .npy file (K, D) of rows made elsewhere, which replaces all that; `names`: its class names in
     order, a JSON list or one a line. The rows count by content, not by path.

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-TEMPLATES = Path(__file__).parents[1] / "facts" / "text" / "templates.json"
+TEMPLATES = Path(__file__).parent / "templates.json"
 _FILLER = re.compile(r"-(merged|other|stuff)\b")
 
 

@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.backbone import SHIPPED
+from models.teacher_files import SMALL_BACKBONE
 from pipeline.data.transforms import normalise
 from pipeline.world.draw import photograph, shape_mask, textured
 from pipeline.world.names import APPEARANCES, SHAPES, TEXTURES, TINTS
 from storage.atomic import replacing
 
-BACKBONE = SHIPPED / "test_resnet.safetensors"
+BACKBONE = SMALL_BACKBONE / "test_resnet.safetensors"
 APART = 60.0  # least RGB distance of a drawn colour from every colour that a class has
 
 

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from models.teacher import SMALL_CLIP, Teacher
+from models.teacher import Teacher
+from models.teacher_files import SMALL_CLIP
 from pipeline.world.draw import Scene, draw_scene
 from pipeline.world.names import SHAPES, stuff_names, thing_names
 from storage.atomic import replacing, write_text
