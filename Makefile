@@ -35,8 +35,8 @@ test: install  ## every test
 
 test-faults: install  ## 300 random faults, a killed Prefect server, fuzzed files; about 20 minutes; SEED=0
 	@mkdir -p runs
-	@PYTHONPATH=. OMP_NUM_THREADS=1 $(PYTHON) tests/fault_run.py --seed $(or $(SEED),0) --count 300 --markdown runs/faults.md --json runs/faults.json
-	@PYTHONPATH=. $(PYTHON) tests/fault_prefect.py
+	@PYTHONPATH=.:tests/helpers OMP_NUM_THREADS=1 $(PYTHON) tests/faults/fault_run.py --seed $(or $(SEED),0) --count 300 --markdown runs/faults.md --json runs/faults.json
+	@PYTHONPATH=. $(PYTHON) tests/faults/fault_prefect.py
 	@$(PYTHON) -m pytest tests/test_cluster.py tests/test_fuzz_readers.py tests/test_safety.py tests/test_store.py tests/test_store_inputs.py
 
 check: install  ## format, lint, types, quick tests

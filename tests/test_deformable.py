@@ -14,7 +14,7 @@ from models import deformable_torch
 from models.deformable import DeformableAttention, sample_levels, token_places
 
 SHAPES = ((2, 3), (4, 6))
-TRITON_SAMPLES = Path(__file__).parent / "triton_samples.py"
+TRITON_SAMPLES = Path(__file__).parent / "helpers" / "triton_samples.py"
 
 
 def random_inputs(

@@ -15,15 +15,16 @@ from fault_injection import Child, attempt, cut, flip, swap
 from fault_run import KINDS
 
 TESTS = Path(__file__).parent
+PYTHONPATH = f"{TESTS.parent}:{TESTS / 'helpers'}:{TESTS / 'faults'}"
 
 
 @pytest.mark.slow
 def test_no_fault_leads_to_a_wrong_result(tmp_path: Path) -> None:
     """In a process of its own, which forks: it has imported torch, and computed nothing."""
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,
-        str(TESTS / "fault_run.py"),
+        str(TESTS / "faults" / "fault_run.py"),
         "--seed",
         "1",
         "--count",

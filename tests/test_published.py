@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.benchmarks import FACTS, load_benchmark
+from pipeline.data.benchmarks import SPLITS, load_benchmark
 from pipeline.scoring.published import RESULTS, beside_the_paper
 
 KEYS = "sPQ", "uPQ", "hPQ", "sIoU", "uIoU", "hIoU"
@@ -60,6 +60,6 @@ def test_every_row_fits_its_columns() -> None:
 
 def test_other_benchmarks_have_no_table_and_the_results_are_no_benchmark() -> None:
     assert beside_the_paper("scenes-test", OURS, **FULL) is None
-    assert RESULTS.is_file() and RESULTS not in set(FACTS.glob("*.json"))
+    assert RESULTS.is_file() and RESULTS not in set(SPLITS.glob("*.json"))
     with pytest.raises(ValueError, match="not found"):
         load_benchmark("paper-results")

@@ -1,6 +1,6 @@
 """A Prefect server that is killed while the flow runs: what is complete is right, and the next run, with a new server, goes on.
 
-    python tests/fault_prefect.py --count 2
+    python tests/faults/fault_prefect.py --count 2
 
 Also looks where the server listens. Each trial starts a real server and the real flow, and takes about a minute.
 """
@@ -28,7 +28,7 @@ from pipeline.line import STAGES, Step, line
 from storage.keys import sha256_file
 from storage.store import Store
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FLAGS = (
     "--data.train-images", "24", "--data.val-images", "6", "--v2c.steps", "2", "--v2c.calibration-images", "4",
     "--g2s.steps", "2", "--cpa.steps", "2",

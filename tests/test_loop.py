@@ -190,7 +190,7 @@ build(Store(Path(sys.argv[1])), tiny_config(), until="v2c", runtime=Runtime(prog
 @pytest.mark.slow
 def test_a_terminated_stage_saves_its_state_and_dies_of_the_signal(tmp_path: Path) -> None:
     calm, shaken = Store(tmp_path / "calm"), Store(tmp_path / "shaken")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "helpers")}
     done = subprocess.run([sys.executable, "-c", TOLD, str(shaken.root)], env=environment, check=False, timeout=120)
     assert done.returncode == -signal.SIGTERM
     (state,) = shaken.root.glob("checkpoint/.*.partial")
@@ -264,7 +264,7 @@ build(Store(Path(sys.argv[1])), tiny_config(), until=sys.argv[2], runtime=Runtim
 def test_every_stage_killed_in_the_middle_ends_with_the_same_bytes(tmp_path: Path) -> None:
     """SIGKILL right after a state was saved, in each of the three stages; then the same command again."""
     calm, shaken = Store(tmp_path / "calm"), Store(tmp_path / "shaken")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "helpers")}
     for stage in ("v2c", "g2s", "cpa"):
         command = [sys.executable, "-c", RUN_AND_HANG, str(shaken.root), stage, stage]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:

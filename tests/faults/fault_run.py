@@ -1,6 +1,6 @@
 """The fault suite: faults drawn at random (kind, stage, file, byte, moment), and what became of them. `make test-faults` runs it.
 
-    python tests/fault_run.py --seed 0 --count 300 --json faults.json --markdown faults.md
+    python tests/faults/fault_run.py --seed 0 --count 300 --json faults.json --markdown faults.md
 
 Each fault is tried on a copy of one small, complete, undisturbed store. Right is: nothing wrong is ever marked complete; what
 is said is one line that names the artefact and the cure; and after the cure, or just the next run, the bytes are those of the

@@ -1,6 +1,6 @@
 """Stores full of small artefacts with true recipes: lines of the demo that differ in one setting.
 
-`python tests/many_artefacts.py FOLDER [ARTEFACTS]` makes one to measure the commands on, 2,000 by default, with 50 files each.
+`python tests/helpers/many_artefacts.py FOLDER [ARTEFACTS]` makes one to measure the commands on, 2,000 by default, with 50 files each.
 """
 
 from __future__ import annotations
