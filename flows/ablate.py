@@ -18,12 +18,12 @@ from flows.runs import build, select
 from flows.tables import duration
 from pipeline.ablation.page import page, picture
 from pipeline.ablation.tables import TABLES, Table, cells, html, markdown, seeded, summary, sweep
-from pipeline.line import Config, Step, benchmark_of, line
+from pipeline.line import Config, Stage, benchmark_of, line
 from pipeline.runtime import Runtime
 from pipeline.world.config import ScenesConfig
 from storage.atomic import write_text
 from storage.keys import Ref
-from storage.runs import Line, Runs
+from storage.runs import RunRecord, Runs
 from storage.store import Store
 
 NAMES = *TABLES, "sweep"
@@ -37,7 +37,7 @@ class Run:
     table: str
     variant: str
     seed: int
-    steps: tuple[Step, ...]
+    steps: tuple[Stage, ...]
 
     def name(self, preset: str) -> str:
         """Its name in the store."""
@@ -63,7 +63,9 @@ def ablate(options: argparse.Namespace) -> int:
     with ExitStack() as under_way:  # noted in the store by name, so that `zs-seg gc` keeps what the tables are made of
         for run in runs:
             refs = {step.stage: step.recipe.ref for step in run.steps}
-            noted = Line.now(name=run.name(options.preset), command=request.command("ablate", run.table), refs=refs)
+            noted = RunRecord.now(
+                name=run.name(options.preset), command=request.command("ablate", run.table), refs=refs
+            )
             under_way.enter_context(Runs(store).running(noted))
         _build(runs, store, Runtime(device=options.device, threads=threads, dask="none"), options.jobs)
     folder = Path("runs") / f"ablate-{options.preset}"
@@ -108,17 +110,17 @@ def _plan(runs: Sequence[Run], store: Store, jobs: int) -> str:
         for step in run.steps:
             ref = step.recipe.ref
             by_stage.setdefault(step.stage, {}).setdefault(ref, store.state(ref) == "fresh")
-    told, total, unknown = [], 0.0, []
+    message, total, unknown = [], 0.0, []
     for stage, refs in by_stage.items():
         fresh, missing = [ref for ref, there in refs.items() if there], sum(not there for there in refs.values())
         seconds = [store.open(ref).manifest.provenance["seconds"] for ref in fresh]
         if missing and not seconds:
             unknown.append(stage)
         total += missing * (sum(seconds) / len(seconds) if seconds else 0.0)
-        told.append(f"{stage:<10} {len(refs):>3} artefacts, {missing:>3} to build")
+        message.append(f"{stage:<10} {len(refs):>3} artefacts, {missing:>3} to build")
     cells = len({(run.table, run.variant, run.seed) for run in runs})
     estimate = f"about {duration(total / jobs)} to go" + (f", without {', '.join(unknown)}" if unknown else "")
-    return "\n".join((*told, f"{cells} rows times seeds; {estimate}"))
+    return "\n".join((*message, f"{cells} rows times seeds; {estimate}"))
 
 
 def _build(runs: Sequence[Run], store: Store, runtime: Runtime, jobs: int) -> None:

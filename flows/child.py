@@ -59,11 +59,11 @@ def run(name: str, arguments: Sequence[str], say: Callable[[str], None]) -> None
         reader.join(5)
     if not process.returncode:
         return
-    told = last[0] if last else "it said nothing"
+    message = last[0] if last else "it said nothing"
     if process.returncode == 2:
-        raise ValueError(told.removeprefix("zs-seg: "))
+        raise ValueError(message.removeprefix("zs-seg: "))
     if process.returncode > 0:
-        raise Died(f"the process of {name} ended with status {process.returncode}: {told}")
+        raise Died(f"the process of {name} ended with status {process.returncode}: {message}")
     number = signal.Signals(-process.returncode)
     cause = f" ({CAUSES[number]})" if number in CAUSES else ""
     raise Died(

@@ -42,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        told = _mistake(error)
-        if not told or "--traceback" in argv:
+        message = _mistake(error)
+        if not message or "--traceback" in argv:
             raise
-        print(f"zs-seg: {' '.join(told.split())}", file=sys.stderr)
+        print(f"zs-seg: {' '.join(message.split())}", file=sys.stderr)
         return 2
 
 

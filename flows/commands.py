@@ -11,7 +11,7 @@ from flows import runs
 from flows.request import Request, configure, open_request, open_runtime, open_store
 from flows.tables import duration, print_table, size
 from pipeline import v2c
-from pipeline.line import Step, line
+from pipeline.line import Stage, line
 from pipeline.runtime import Runtime, torchrun_rank, under_torchrun
 from storage.differences import Explainer
 from storage.lineage import Lineage
@@ -64,7 +64,7 @@ def plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _why(step: Step, state: State, store: Store, explainer: Explainer) -> str:
+def _why(step: Stage, state: State, store: Store, explainer: Explainer) -> str:
     ref = step.recipe.ref
     if state == "locked":
         return f"by {store.holder(ref)}"

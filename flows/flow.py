@@ -16,19 +16,19 @@ from pydantic import Field
 from flows import artifacts, child, runs
 from flows.presets import PRESETS
 from flows.request import Request, configure
-from pipeline.line import STAGES, Step, line
+from pipeline.line import STAGES, Stage, line
 from pipeline.runtime import Runtime
 from storage.keys import Ref
 from storage.store import Store
 
 if TYPE_CHECKING:
-    Preset = Stage = str
+    Preset = StageName = str
 else:  # lists to choose from in the form that starts a run
-    Preset, Stage = Literal[tuple(PRESETS)], Literal[STAGES]
+    Preset, StageName = Literal[tuple(PRESETS)], Literal[STAGES]
 RETRY_DELAY = 5  # seconds, for a GPU to become free again
 
 
-def _build(step: Step, inputs: dict[str, Ref], request: Request, flags: list[str]) -> Ref:
+def _build(step: Stage, inputs: dict[str, Ref], request: Request, flags: list[str]) -> Ref:
     """Build one stage from its cached inputs, in a process of its own; a complete artefact is left as it is."""
     assert inputs == dict(step.recipe.inputs)
     ref, store, logger = step.recipe.ref, request.open_store(), get_run_logger()
@@ -61,8 +61,8 @@ TASKS = {
 @flow(name="zs-seg", flow_run_name="{preset} until {until_stage}")
 def zs_seg(
     preset: Preset = "demo",
-    until_stage: Stage = "evaluate",
-    from_stage: Stage | None = None,
+    until_stage: StageName = "evaluate",
+    from_stage: StageName | None = None,
     overrides: list[str] | None = None,
     coco: str = "",
     store: str = "",
@@ -109,7 +109,7 @@ def zs_seg(
     return str(selected[-1].recipe.ref)
 
 
-def _show_stages(preset: str, steps: list[Step], store: Store) -> None:
+def _show_stages(preset: str, steps: list[Stage], store: Store) -> None:
     there = runs.lineage(steps, store)
     rows = [{"stage": stage, "artefact": made["ref"], "seconds": made["seconds"]} for stage, made in there.items()]
     create_table_artifact(rows, key=f"{preset}-stages", description=f"What {preset} has in {store.root}")

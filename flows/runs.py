@@ -12,16 +12,16 @@ from typing import Any
 
 from flows.request import Request
 from flows.tables import duration
-from pipeline.line import Step
+from pipeline.line import Stage
 from pipeline.runtime import Runtime, torchrun_rank
 from storage.keys import Ref
-from storage.runs import Line, Runs
+from storage.runs import RunRecord, Runs
 from storage.store import Store
 
 log = logging.getLogger(__name__)
 
 
-def select(steps: Sequence[Step], *, first: str = "", last: str = "") -> list[Step]:
+def select(steps: Sequence[Stage], *, first: str = "", last: str = "") -> list[Stage]:
     """The steps from stage `first` to stage `last`, both included; "" = from the beginning, to the end.
 
     Raises ValueError for a stage that is not in this line, or when `last` comes before `first`.
@@ -33,7 +33,7 @@ def select(steps: Sequence[Step], *, first: str = "", last: str = "") -> list[St
     return list(steps[start : stop + 1])
 
 
-def find(steps: Sequence[Step], stage: str) -> int:
+def find(steps: Sequence[Stage], stage: str) -> int:
     """The position of a stage. Raises ValueError when it is not in this line."""
     names = [step.stage for step in steps]
     if stage not in names:
@@ -41,14 +41,14 @@ def find(steps: Sequence[Step], stage: str) -> int:
     return names.index(stage)
 
 
-def forced(selected: Sequence[Step], stages: Collection[str]) -> list[Step]:
+def forced(selected: Sequence[Stage], stages: Collection[str]) -> list[Stage]:
     """`stages` and all selected steps that read what they make, directly or not; they keep their keys, so only this tells
     that they are out of date.
 
     Raises ValueError for a stage that is not selected.
     """
     named = {selected[find(selected, stage)].recipe.ref for stage in stages}
-    again: dict[Ref, Step] = {}
+    again: dict[Ref, Stage] = {}
     for step in selected:
         ref = step.recipe.ref
         if ref in named or again.keys() & set(step.recipe.inputs.values()):
@@ -56,7 +56,7 @@ def forced(selected: Sequence[Step], stages: Collection[str]) -> list[Step]:
     return list(again.values())
 
 
-def remove(store: Store, steps: Sequence[Step]) -> None:
+def remove(store: Store, steps: Sequence[Stage]) -> None:
     """Remove the steps' artefacts, whole or partial, so that they are built again; the last goes first, so that nothing made
     from an artefact outlives it."""
     for step in reversed(steps):
@@ -64,7 +64,7 @@ def remove(store: Store, steps: Sequence[Step]) -> None:
 
 
 def require_inputs(
-    request: Request, store: Store, steps: Sequence[Step], selected: Sequence[Step], again: Sequence[Step] = ()
+    request: Request, store: Store, steps: Sequence[Stage], selected: Sequence[Stage], again: Sequence[Stage] = ()
 ) -> None:
     """Is everything there that the selected steps read and do not make themselves? Those of `again` are built even if complete.
 
@@ -84,7 +84,7 @@ def require_inputs(
                 )
 
 
-def noted(request: Request, steps: Sequence[Step], store: Store) -> contextlib.AbstractContextManager[None]:
+def noted(request: Request, steps: Sequence[Stage], store: Store) -> contextlib.AbstractContextManager[None]:
     """Notes the whole line under the run's name before anything is built; inside, it is under way, and `zs-seg gc` spares it.
 
     Raises ValueError for a name that is no file name.
@@ -92,7 +92,7 @@ def noted(request: Request, steps: Sequence[Step], store: Store) -> contextlib.A
     if torchrun_rank():  # the first process does
         return contextlib.nullcontext()
     refs = {step.stage: step.recipe.ref for step in steps}
-    return Runs(store).running(Line.now(name=request.run_name, command=request.command("run"), refs=refs))
+    return Runs(store).running(RunRecord.now(name=request.run_name, command=request.command("run"), refs=refs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ class Outcome:
         return f"{self.stage:<11} {self.ref!s:<28} {done}"
 
 
-def build(step: Step, store: Store, runtime: Runtime) -> Outcome:
+def build(step: Stage, store: Store, runtime: Runtime) -> Outcome:
     """Build one stage from its cached inputs unless it is complete, and warn of images that it leaves out.
 
     Raises ValueError for whatever its user can mend.
@@ -126,7 +126,7 @@ def build(step: Step, store: Store, runtime: Runtime) -> Outcome:
     return Outcome(stage=step.stage, ref=ref, built=built, seconds=time.monotonic() - started)
 
 
-def publish(preset: str, steps: Sequence[Step], store: Store, runs: Path = Path("runs"), *, name: str = "") -> Path:
+def publish(preset: str, steps: Sequence[Stage], store: Store, runs: Path = Path("runs"), *, name: str = "") -> Path:
     """Copy the report to `<runs>/<name, else preset>/`, with the preset's name and where every number came from; returns that
     folder."""
     from pipeline.report import write
@@ -140,7 +140,7 @@ def publish(preset: str, steps: Sequence[Step], store: Store, runs: Path = Path(
     return folder
 
 
-def lineage(steps: Sequence[Step], store: Store) -> dict[str, dict[str, Any]]:
+def lineage(steps: Sequence[Stage], store: Store) -> dict[str, dict[str, Any]]:
     """Stage -> its artefact and the seconds it took to build; an artefact that nobody needs any more may be gone."""
     refs = {step.stage: step.recipe.ref for step in steps}
     return {

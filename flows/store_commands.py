@@ -108,16 +108,16 @@ def show_artefact(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_inputs(lineage: Lineage, ref: Ref, indent: str, told: set[Ref]) -> None:
+def _print_inputs(lineage: Lineage, ref: Ref, indent: str, message: set[Ref]) -> None:
     """The inputs, theirs below them; what was told already is not told again."""
     node = lineage.node(ref)
     for name, source in (node.inputs if node else {}).items():
         made = lineage.node(source)
-        state = "as above" if source in told and made and made.inputs else made.stage if made else "not there"
+        state = "as above" if source in message and made and made.inputs else made.stage if made else "not there"
         print(f"{indent}{name}: {source} ({state})")
-        if source not in told:
-            told.add(source)
-            _print_inputs(lineage, source, indent + "  ", told)
+        if source not in message:
+            message.add(source)
+            _print_inputs(lineage, source, indent + "  ", message)
 
 
 def _print_users(lineage: Lineage, ref: Ref) -> None:
@@ -145,11 +145,11 @@ def verify_artefacts(options: argparse.Namespace) -> int:
     drawn = _draw(store, refs, options) if options.sample else None
     damaged = []
     for ref in refs:
-        problems, told = store.verify(ref, files=None if drawn is None else drawn.get(ref, [])), ""
+        problems, message = store.verify(ref, files=None if drawn is None else drawn.get(ref, [])), ""
         if options.rows and ref.kind == "tokens" and not problems:
             from pipeline.teacher.checks import encode_again
 
-            problems, told = encode_again(
+            problems, message = encode_again(
                 store,
                 ref,
                 rows=options.rows,
@@ -157,8 +157,8 @@ def verify_artefacts(options: argparse.Namespace) -> int:
                 teacher_weights=options.teacher,
                 runtime=open_runtime(options),
             )
-        if problems or told or drawn is None:
-            print(f"{ref!s:<28} {'; '.join(problems) or 'intact'}{told and f'; {told}'}", flush=True)
+        if problems or message or drawn is None:
+            print(f"{ref!s:<28} {'; '.join(problems) or 'intact'}{message and f'; {message}'}", flush=True)
         if problems:
             damaged.append(ref)
     if damaged:
@@ -188,11 +188,11 @@ def _draw(store: Store, refs: Sequence[Ref], options: argparse.Namespace) -> dic
 def diff(options: argparse.Namespace) -> int:
     store = open_store(options)
     lineage = Lineage(store)
-    (before, told), (after, also_told) = (_line(name, store, lineage) for name in (options.one, options.other))
+    (before, message), (after, also_told) = (_line(name, store, lineage) for name in (options.one, options.other))
     rows = [(difference.field, *difference.values) for difference in differences(before, after)]
     if rows:
-        print_table(("field", told, also_told), rows)
-    print(f"{len(rows)} fields differ" if rows else f"{told} and {also_told} differ in no field")
+        print_table(("field", message, also_told), rows)
+    print(f"{len(rows)} fields differ" if rows else f"{message} and {also_told} differ in no field")
     return 0
 
 

@@ -31,7 +31,7 @@ def run(
         from models.generator import build_generator
         from pipeline.inference.model import load_model, require_same_classes, save_model
         from pipeline.teacher.text_bank import open_text
-        from pipeline.training.criteria import CPAStep, freeze
+        from pipeline.training.criteria import CPACriterion, freeze
         from pipeline.training.loop import parameter_groups, train
         from pipeline.training.query_loader import query_batches
         from storage.checkpoints import load_checkpoint, remove_training_state
@@ -58,7 +58,7 @@ def run(
             modules=modules,
             groups=parameter_groups(modules, config),
             batches=lambda start: query_batches(cached, config, start, sampling=config.sampling),
-            losses=CPAStep(model.projector, maker, bank, config, text=model.text),
+            losses=CPACriterion(model.projector, maker, bank, config, text=model.text),
             runtime=runtime,
         )
         model.facts["stage"] = STAGE

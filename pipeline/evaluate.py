@@ -72,7 +72,7 @@ def run(
         from pipeline.inference.maps import classes_of
         from pipeline.inference.model import load_model, require_same_classes
         from pipeline.report.write import write_report
-        from pipeline.scoring.judge import Judge
+        from pipeline.scoring.evaluator import Evaluator
         from pipeline.scoring.published import beside_the_paper
         from pipeline.teacher.text_bank import open_text
         from pipeline.training.curves import read_curves
@@ -92,7 +92,7 @@ def run(
         resize = ResizeConfig(**stage_1.facts["resize"])
         count = sum(_counts(store, shards))
         with runtime.bar(count, "evaluating", "image") as bar:
-            judge = Judge(
+            evaluator = Evaluator(
                 benchmark,
                 models,
                 classes_of(bank.embedding, bank.classes(), device),
@@ -102,13 +102,13 @@ def run(
                 seen_offsets=config.seen_offsets,
             )
             for (sample, own), output in outputs(for_inference(stage_1.segmenter), samples, resize, batch=config.batch):
-                maps = judge.update(sample, own, output)
+                maps = evaluator.update(sample, own, output)
                 if len(pictures) < config.pictures and any(
                     not benchmark.seen[benchmark.index[s.category_id]] for s in sample.segments
                 ):
                     pictures.append(_picture(sample, maps, benchmark))
                 bar.update()
-        results, warnings = judge.results(), marks(bank.teacher, benchmark)
+        results, warnings = evaluator.results(), marks(bank.teacher, benchmark)
         report = {
             "benchmark": benchmark.name,
             "marks": warnings,
@@ -132,7 +132,7 @@ def run(
             *results["left_out"].values(),
         )
         build.counts |= {
-            name: {key: round(results[name][key], 3) for key in HEADLINE[benchmark.task]} for name in judge.rows
+            name: {key: round(results[name][key], 3) for key in HEADLINE[benchmark.task]} for name in evaluator.rows
         }
         if "sweeps" in results:
             build.counts["sweep_images"] = results["sweeps"]["images"]

@@ -29,7 +29,7 @@ def run(config: G2SConfig, *, queries: Ref, text: Ref, checkpoint: Ref, store: S
         from models.projector import Projector
         from pipeline.inference.model import load_model, require_same_classes
         from pipeline.teacher.text_bank import open_text
-        from pipeline.training.criteria import G2SStep, freeze
+        from pipeline.training.criteria import G2SCriterion, freeze
         from pipeline.training.loop import parameter_groups, train
         from pipeline.training.query_loader import query_batches
         from storage.checkpoints import remove_training_state, save_checkpoint
@@ -57,7 +57,7 @@ def run(config: G2SConfig, *, queries: Ref, text: Ref, checkpoint: Ref, store: S
             groups=parameter_groups(modules, config),
             # a view in which no query found a segment has nothing to generate from
             batches=lambda start: query_batches(cached, config, start, sampling=config.sampling, matched=True),
-            losses=G2SStep(generator, model.projector, bank, config),
+            losses=G2SCriterion(generator, model.projector, bank, config),
             runtime=runtime,
         )
         facts = {"stage": STAGE, "architecture": architecture, "classes": bank.classes(), "config": asdict(config)}

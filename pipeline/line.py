@@ -34,7 +34,7 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class Stage:
     """One stage of a run: its recipe, and the call that builds it from its cached inputs."""
 
     stage: str
@@ -42,16 +42,16 @@ class Step:
     run: Callable[..., Ref]  # (store=..., runtime=...)
 
 
-def line(config: Config) -> list[Step]:
+def line(config: Config) -> list[Stage]:
     """The stages of a run in order. Reads no artefact; of real images it takes the fingerprint.
 
     Raises ValueError where the data folder, the benchmark or the teacher's weights file cannot be found.
     """
-    steps: list[Step] = []
+    steps: list[Stage] = []
 
     def add(module: Any, stage_config: Any, **inputs: Any) -> Ref:
         recipe = module.recipe(stage_config, **inputs)
-        steps.append(Step(stage=module.STAGE, recipe=recipe, run=partial(module.run, stage_config, **inputs)))
+        steps.append(Stage(stage=module.STAGE, recipe=recipe, run=partial(module.run, stage_config, **inputs)))
         return recipe.ref
 
     benchmark = benchmark_of(config)

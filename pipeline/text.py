@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.data.benchmarks import Benchmark
 from pipeline.runtime import Runtime
 from pipeline.teacher.config import TeacherConfig, TextConfig
-from pipeline.teacher.prompts import spoken
+from pipeline.teacher.prompts import synonyms
 from pipeline.teacher.text_bank import embed_names
 from storage.keys import Recipe, Ref, sha256_file
 from storage.store import Build, Store
@@ -26,7 +26,7 @@ def recipe(config: TextConfig, *, teacher: TeacherConfig, benchmark: Benchmark) 
         _require_names(config, benchmark)
         text: Any = {"embeddings": sha256_file(_file(config.embeddings, "embeddings"))}
     else:
-        spoken(benchmark.names, clean_names=config.clean_names)
+        synonyms(benchmark.names, clean_names=config.clean_names)
         text = {"templates": config.templates, "clean_names": config.clean_names}
     content = {
         "text": text, "teacher": teacher.identity, "categories": benchmark.categories, "unseen_ids": benchmark.unseen_ids,

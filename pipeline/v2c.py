@@ -105,7 +105,7 @@ def train_model(
     from models.projector import Projector
     from pipeline.inference.model import build_model, save_model
     from pipeline.teacher.text_bank import open_text
-    from pipeline.training.criteria import V2CStep
+    from pipeline.training.criteria import V2CCriterion
     from pipeline.training.distributed import share_batch_statistics
     from pipeline.training.loader import TrainingData
     from pipeline.training.loop import parameter_groups, train
@@ -136,7 +136,7 @@ def train_model(
             },
         ),
         batches=lambda start: data.batches(config.batch, start=start, ranks=ranks),
-        losses=V2CStep(
+        losses=V2CCriterion(
             network,
             model.projector,
             bank,

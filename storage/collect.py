@@ -13,7 +13,7 @@ from stat import S_ISREG
 from storage.atomic import delete
 from storage.keys import KEY_LENGTH, Ref
 from storage.lineage import Lineage
-from storage.runs import Line, Runs
+from storage.runs import RunRecord, Runs
 from storage.store import MANIFEST, REMOVED, Store
 
 
@@ -117,7 +117,7 @@ def collect(store: Store, *, keep: int = 1, forget: Collection[str] = (), partia
     return Survey(waste=gone, kept=found.kept, kept_bytes=found.kept_bytes, locked=found.locked)
 
 
-def _earlier(lineage: Lineage, lines: Iterable[Line]) -> dict[Ref, str]:
+def _earlier(lineage: Lineage, lines: Iterable[RunRecord]) -> dict[Ref, str]:
     """What earlier lines of a name reached, or lines of a forgotten one -> which, in words."""
     found: dict[Ref, str] = {}
     for line in sorted(lines, key=lambda line: line.date, reverse=True):

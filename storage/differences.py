@@ -126,13 +126,13 @@ class Explainer:
     def _told(self, node: Node, found: list[Difference]) -> str:
         own = [difference for difference in found if difference.stage == node.stage]
         first = (own or found)[0]
-        told = str(first)
+        message = str(first)
         if not own:
             reached = {name: ancestry(source, self.planned.get) for name, source in node.inputs.items()}
             through = [name for name, line in reached.items() if first.stage in line]
             direct = [name for name in through if next(iter(reached[name])) == first.stage]
-            told = f"via {(direct or through)[0]}: {told}" if through else told
-        return f"{told} and {len(found) - 1} more" if len(found) > 1 else told
+            message = f"via {(direct or through)[0]}: {message}" if through else message
+        return f"{message} and {len(found) - 1} more" if len(found) > 1 else message
 
 
 def _json(value: Any) -> str:

@@ -54,7 +54,7 @@ class Lock:
 
     def __enter__(self) -> Self:
         """Take the lock, waiting for it if needed, which the log tells."""
-        told = False
+        message = False
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask
             try:
@@ -63,9 +63,9 @@ class Lock:
                 except BlockingIOError:
                     if not self.wait:
                         raise
-                    if not told:
+                    if not message:
                         log.info("waiting for %s, held by %s", self.what, self.holder())
-                        told = True
+                        message = True
                     fcntl.flock(descriptor, fcntl.LOCK_EX)
                 if self._is_current(descriptor):
                     owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%FT%T%z")}

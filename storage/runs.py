@@ -30,7 +30,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class RunRecord:
     """One line of stages that ran, or runs, under a name.
 
     `refs` gives each stage's artefact; `command` is the command line that builds them; `user` and `date` (ISO 8601) say who ran it
@@ -44,7 +44,7 @@ class Line:
     date: str
 
     @classmethod
-    def now(cls, *, name: str, command: str, refs: Mapping[str, Ref]) -> Line:
+    def now(cls, *, name: str, command: str, refs: Mapping[str, Ref]) -> RunRecord:
         """Of this user and minute. Raises ValueError for a name that is no file name."""
         if not _NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot name a run; use letters, digits, '.', '-' and '_'")
@@ -55,7 +55,7 @@ class Line:
         return {**asdict(self), "refs": {stage: str(ref) for stage, ref in self.refs.items()}}
 
     @classmethod
-    def parse(cls, data: Mapping[str, Any]) -> Line:
+    def parse(cls, data: Mapping[str, Any]) -> RunRecord:
         """The inverse of `plain`."""
         words = {name: str(data[name]) for name in ("name", "command", "user", "date")}
         return cls(**words, refs={stage: Ref.parse(ref) for stage, ref in data["refs"].items()})
@@ -71,20 +71,20 @@ class Runs:
         """Sorted."""
         return sorted(path.stem for path in self.folder.glob("[!.]*.json"))
 
-    def lines(self, name: str) -> list[Line]:
+    def lines(self, name: str) -> list[RunRecord]:
         """The lines that ran under a name, the last one last; [] when there is no such run. Raises ValueError for a damaged file."""
         path = self._path(name)
         try:
-            return [Line.parse(line) for line in json.loads(path.read_bytes())]
+            return [RunRecord.parse(line) for line in json.loads(path.read_bytes())]
         except FileNotFoundError:
             return []
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged and no list of runs; delete it, and run {name} again") from error
 
-    def under_way(self) -> list[Line]:
+    def under_way(self) -> list[RunRecord]:
         """The lines whose process lives. Exact only inside `still`."""
         alive = [lock for path in self._marks() if (lock := Lock(path, what=path.name)).held()]
-        return [Line.parse(owner["line"]) for lock in alive if "line" in (owner := lock.owner())]
+        return [RunRecord.parse(owner["line"]) for lock in alive if "line" in (owner := lock.owner())]
 
     @contextmanager
     def still(self) -> Iterator[None]:
@@ -95,7 +95,7 @@ class Runs:
                 yield
 
     @contextmanager
-    def running(self, line: Line) -> Iterator[None]:
+    def running(self, line: RunRecord) -> Iterator[None]:
         """Note the line; inside, it is under way. A store that this user may only read is left as it is, with a warning."""
         with ExitStack() as stack:
             try:
@@ -122,7 +122,7 @@ class Runs:
             if not Lock(path, what=path.name).held():
                 path.unlink(missing_ok=True)
 
-    def _write(self, name: str, lines: list[Line]) -> None:
+    def _write(self, name: str, lines: list[RunRecord]) -> None:
         write_text(self._path(name), json.dumps([line.plain() for line in lines], indent=1) + "\n")
 
     def _path(self, name: str) -> Path:

@@ -23,8 +23,8 @@ def picture(height: int, width: int, *, seen: bool) -> Picture:
 
 def test_pictures_are_photo_truth_and_predictions_side_by_side() -> None:
     page = f"<h1>report</h1>{picture_rows([picture(300, 600, seen=True), picture(90, 90, seen=False), picture(9, 9, seen=True)])}"
-    told = pictures(page, rows=2)
-    data = told.split("](data:image/jpeg;base64,")[1].removesuffix(")")
+    message = pictures(page, rows=2)
+    data = message.split("](data:image/jpeg;base64,")[1].removesuffix(")")
     sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
     assert sheet.shape == (PANEL // 2 + GAP + PANEL + GAP, 4 * (PANEL + GAP), 3)
     rows = sheet[: PANEL // 2, :-GAP], sheet[PANEL // 2 + GAP : -GAP, :-GAP]

@@ -69,14 +69,14 @@ def test_every_row_is_what_the_teacher_says(made: tuple[Store, Ref]) -> None:
     store, ref = made
     counts = store.open(ref).manifest.counts
     total = sum(counts[split][what] for split in ("train", "val") for what in ("encoded", "instances"))
-    problems, told = check(store, ref, 10_000)
-    assert problems == [] and told.startswith(f"{total} rows encoded again, least cosine 1.000")
+    problems, message = check(store, ref, 10_000)
+    assert problems == [] and message.startswith(f"{total} rows encoded again, least cosine 1.000")
 
 
 def test_a_sample_is_of_its_seed(made: tuple[Store, Ref]) -> None:
     store, ref = made
-    told = {seed: check(store, ref, 5, seed)[1] for seed in (0, 1)}
-    assert told[0] == check(store, ref, 5, 0)[1] and all(t.startswith("5 rows") for t in told.values())
+    message = {seed: check(store, ref, 5, seed)[1] for seed in (0, 1)}
+    assert message[0] == check(store, ref, 5, 0)[1] and all(t.startswith("5 rows") for t in message.values())
 
 
 def spoiled(made: tuple[Store, Ref], root: Path, what: str) -> tuple[Store, Ref, str]:
@@ -121,8 +121,8 @@ def test_verify_says_how_many_rows_agree(made: tuple[Store, Ref], capsys: pytest
     store, ref = made
     words = ("verify", "--store", str(store.root), "--threads", "1")
     assert main((*words, "--rows", "3")) == 0
-    told = [row for row in capsys.readouterr().out.splitlines() if str(ref) in row]
-    assert "intact; 3 rows encoded again" in told[0]
+    message = [row for row in capsys.readouterr().out.splitlines() if str(ref) in row]
+    assert "intact; 3 rows encoded again" in message[0]
     assert main((*words, "--rows", "-1")) == 2
 
 

@@ -62,7 +62,7 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("plan", "--preset", "no-such"), "demo, scenes, coco-sample"),
         (("plan",), "--preset"),
@@ -87,11 +87,15 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(
-    words: Sequence[str], told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: Sequence[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("COCO_ROOT", raising=False)
-    assert told in fails(capsys, *words)
+    assert message in fails(capsys, *words)
     assert not list(tmp_path.iterdir())  # nothing was begun
 
 
@@ -213,9 +217,9 @@ def test_plan_says_where_estimates_come_from(
 ) -> None:
     for store, stages_alike in ((tmp_path, False), (small_store.root, True)):
         assert main(("plan", *TREE, "--shard.samples-per-tar", "5", "--store", str(store))) == 0
-        told = capsys.readouterr().out.partition("stages to build")[2]
-        assert "no estimate" in told  # of v2c, for one
-        assert ("~ shard measured: " in told) == stages_alike
+        message = capsys.readouterr().out.partition("stages to build")[2]
+        assert "no estimate" in message  # of v2c, for one
+        assert ("~ shard measured: " in message) == stages_alike
 
 
 def test_plan_estimates_from_the_last_artefact_alike(small_store: Store, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,12 +281,12 @@ def test_force_removes_nothing_when_an_input_is_missing(tmp_path: Path, capsys: 
 def test_stage_without_its_inputs_names_the_stage_and_the_command(
     small_store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = fails(capsys, "stage", "v2c", *TREE, "--store", str(small_store.root))
-    assert "stage cache-clip makes" in told
-    assert "zs-seg run --until cache-clip --preset demo" in told
-    assert "--data.train-images 24" in told  # with the same overrides, or it would make another artefact
-    told = fails(capsys, "run", *TREE, "--store", str(small_store.root), "--from", "queries")
-    assert "stage cache-clip makes" in told
+    message = fails(capsys, "stage", "v2c", *TREE, "--store", str(small_store.root))
+    assert "stage cache-clip makes" in message
+    assert "zs-seg run --until cache-clip --preset demo" in message
+    assert "--data.train-images 24" in message  # with the same overrides, or it would make another artefact
+    message = fails(capsys, "run", *TREE, "--store", str(small_store.root), "--from", "queries")
+    assert "stage cache-clip makes" in message
     assert not list(small_store.root.glob("*/.*.partial"))
 
 
@@ -346,9 +350,9 @@ def test_interrupt_is_status_130_and_the_build_goes_on_later(tmp_path: Path) -> 
     while process.poll() is None and not list(tmp_path.rglob("*.jpg")):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=30)
+    _, message = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert told.splitlines()[-1].startswith("zs-seg: stopped")
+    assert message.splitlines()[-1].startswith("zs-seg: stopped")
     assert [path.parent.name for path in tmp_path.glob("*/.*.partial")] == ["scenes"]
     assert not Store(tmp_path).refs()
 
@@ -356,12 +360,14 @@ def test_interrupt_is_status_130_and_the_build_goes_on_later(tmp_path: Path) -> 
 def test_a_file_that_the_system_refuses_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     long = "x" * 300
-    told = fails(capsys, "predict", "--checkpoint", long, "--images", str(tmp_path / "a.png"), "--out", str(tmp_path))
-    assert long in told and "File name too long" in told
+    message = fails(
+        capsys, "predict", "--checkpoint", long, "--images", str(tmp_path / "a.png"), "--out", str(tmp_path)
+    )
+    assert long in message and "File name too long" in message
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (
             torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
@@ -372,9 +378,9 @@ def test_a_file_that_the_system_refuses_is_named(capsys: pytest.CaptureFixture[s
         (RuntimeError("a bug"), ""),
     ],
 )
-def test_what_the_user_can_mend_is_told_and_a_bug_is_not_hidden(error: Exception, told: str) -> None:
-    assert told in _mistake(error)
-    assert bool(_mistake(error)) == bool(told)
+def test_what_the_user_can_mend_is_told_and_a_bug_is_not_hidden(error: Exception, message: str) -> None:
+    assert message in _mistake(error)
+    assert bool(_mistake(error)) == bool(message)
 
 
 @pytest.mark.parametrize("facts", [None, "[]", "{", '{"stage": "g2s"}', '{"ids": [1]}'])

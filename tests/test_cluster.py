@@ -243,10 +243,10 @@ def survivors(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     """SIGKILL of the first process, by which the others end; the groups that were there are left as they are."""
     process = start(tmp_path / "calm")
-    told = process.communicate()[1]
-    assert process.returncode == 0, told
-    assert told.count("dashboard http://127.0.0.1:") == 1
-    assert not re.search("distributed|Traceback|Warning", told), told
+    message = process.communicate()[1]
+    assert process.returncode == 0, message
+    assert message.count("dashboard http://127.0.0.1:") == 1
+    assert not re.search("distributed|Traceback|Warning", message), message
     calm = tokens_in(tmp_path / "calm")
 
     root = tmp_path / "shaken"
@@ -271,10 +271,10 @@ def test_nothing_is_left_running_after_ctrl_c(tmp_path: Path) -> None:
     process = start(tmp_path, "--data.train-images", "400")  # enough that it is still at work
     children = until_groups(tmp_path, 1, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
-    _, told = process.communicate(timeout=20)
-    assert process.returncode == 130, told
+    _, message = process.communicate(timeout=20)
+    assert process.returncode == 130, message
     assert not survivors(children)
-    assert not re.search("distributed|Traceback|KeyboardInterrupt", told), told
+    assert not re.search("distributed|Traceback|KeyboardInterrupt", message), message
     assert not list((tmp_path / "here").iterdir())
 
 

@@ -16,7 +16,7 @@ from models.projector import Projector
 from models.segmenter import Segmenter, SegmenterOutput, build_segmenter
 from pipeline.teacher.text_bank import TextBank
 from pipeline.training.config import V2CConfig
-from pipeline.training.criteria import V2CStep, freeze, one_hot, seen_rows
+from pipeline.training.criteria import V2CCriterion, freeze, one_hot, seen_rows
 from pipeline.training.loader import Batch
 
 SEEN = [True, False, True, True, False, False, True]  # 4 seen, 3 unseen
@@ -118,12 +118,12 @@ def given() -> Canned:
     return Canned(torch.randn(3, 3, QUERIES, DIM, generator=rng(6)), masks)
 
 
-def v2c(config: V2CConfig = V2C, texts: TextBank | None = None, segmenter: nn.Module | None = None) -> V2CStep:
+def v2c(config: V2CConfig = V2C, texts: TextBank | None = None, segmenter: nn.Module | None = None) -> V2CCriterion:
     used: Segmenter = segmenter or given()  # pyright: ignore[reportAssignmentType]
-    return V2CStep(used, projector(), texts or bank(), unit(IMAGES, TEXT_DIM, seed=8), config)
+    return V2CCriterion(used, projector(), texts or bank(), unit(IMAGES, TEXT_DIM, seed=8), config)
 
 
-def terms_of(step: V2CStep, data: Batch, seed: int) -> dict[str, Tensor]:
+def terms_of(step: V2CCriterion, data: Batch, seed: int) -> dict[str, Tensor]:
     """All images draw from one generator, one after the other."""
     return step.terms(data, [rng(seed)] * len(data.image_ids), totals=step.totals(data))
 
@@ -151,7 +151,7 @@ def info_nce(positive: float, negatives: list[float]) -> float:
 
 
 @torch.no_grad()
-def slow_v2c(step: V2CStep, seed: int) -> dict[str, float]:
+def slow_v2c(step: V2CCriterion, seed: int) -> dict[str, float]:
     """L_v2c image by image and layer by layer; the draws come from a generator of the same seed, in the step's order."""
     config, draws, data = step.config, rng(seed), batch()
     features, masks = step.segmenter(data.images)

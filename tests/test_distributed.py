@@ -19,11 +19,11 @@ from flows.cli import main
 from models.projector import Projector
 from pipeline import v2c
 from pipeline.inference.model import build_model, save_model
-from pipeline.line import Step, line
+from pipeline.line import Stage, line
 from pipeline.runtime import Runtime
 from pipeline.teacher.text_bank import open_text
 from pipeline.training.config import V2CConfig
-from pipeline.training.criteria import V2CStep
+from pipeline.training.criteria import V2CCriterion
 from pipeline.training.curves import MEASURED, read_curves
 from pipeline.training.distributed import ALONE, GlobalBatchNorm2d, Ranks, launch, share_batch_statistics
 from pipeline.training.loader import Batch, TrainingData
@@ -138,7 +138,7 @@ def _train(
     train(
         "v2c", folder=folder, schedule=config, modules=modules, groups=parameter_groups(modules, config),
         batches=lambda start: data.batches(config.batch, start=start, ranks=ranks),
-        losses=V2CStep(model.segmenter, model.projector, bank, data.global_tokens().double(), config, ranks),
+        losses=V2CCriterion(model.segmenter, model.projector, bank, data.global_tokens().double(), config, ranks),
         runtime=runtime, ranks=ranks,
     )  # fmt: skip
     if ranks.rank == 0:
@@ -156,14 +156,14 @@ def apart(one: Path, other: Path) -> tuple[float, float]:
 
 
 @pytest.fixture(scope="module")
-def cached(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, dict[str, Step]]:
+def cached(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, dict[str, Stage]]:
     store = Store(tmp_path_factory.mktemp("store"))
     return store, build(store, tiny_config(), until="queries", runtime=ONE)
 
 
 @pytest.mark.slow
 def test_two_processes_end_where_one_does_and_parts_where_one_piece_does(
-    tmp_path: Path, cached: tuple[Store, dict[str, Step]]
+    tmp_path: Path, cached: tuple[Store, dict[str, Stage]]
 ) -> None:
     """20 steps of 4 images; negatives come from the whole batch. Two processes: BatchNorm learns; parts: it is frozen."""
     store, steps = cached
@@ -185,7 +185,7 @@ def test_two_processes_end_where_one_does_and_parts_where_one_piece_does(
 
 @pytest.mark.slow
 def test_stages_2_and_3_take_one_process_whatever_devices_says(
-    cached: tuple[Store, dict[str, Step]], tmp_path: Path
+    cached: tuple[Store, dict[str, Stage]], tmp_path: Path
 ) -> None:
     store, steps = cached
     other = Store(tmp_path)
@@ -236,7 +236,7 @@ def test_under_torchrun_only_stage_1_runs(monkeypatch: pytest.MonkeyPatch, capsy
     assert "under torchrun only `zs-seg stage v2c --preset demo` runs" in capsys.readouterr().err
 
 
-def test_a_batch_that_cannot_be_split_is_refused(cached: tuple[Store, dict[str, Step]]) -> None:
+def test_a_batch_that_cannot_be_split_is_refused(cached: tuple[Store, dict[str, Stage]]) -> None:
     store, steps = cached
     shards, tokens, text = (store.path(steps[stage].recipe.ref) for stage in ("shard", "cache-clip", "text"))
     data = TrainingData(shards, tokens, open_text(text, ""), tiny_config().v2c.augment, seed=0, workers=1)

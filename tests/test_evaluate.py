@@ -22,7 +22,7 @@ from pipeline.evaluate import _require_same_segmenter
 from pipeline.inference.forward import outputs
 from pipeline.inference.maps import Output, classes_of, panoptic_map, semantic_map
 from pipeline.inference.model import Model, build_model, load_model, require_same_classes, save_model
-from pipeline.line import Step
+from pipeline.line import Stage
 from pipeline.report.page import SETTINGS
 from pipeline.scoring.metrics import ConfusionMatrix, PanopticQuality
 from pipeline.scoring.published import marks
@@ -235,19 +235,19 @@ def test_outputs_do_not_depend_on_their_neighbours() -> None:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, dict[str, Step]]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, dict[str, Stage]]:
     store = Store(tmp_path_factory.mktemp("store"))
     return store, build(store, tiny_config())
 
 
 @pytest.fixture(scope="module")
-def report(world: tuple[Store, dict[str, Step]]) -> dict[str, Any]:
+def report(world: tuple[Store, dict[str, Stage]]) -> dict[str, Any]:
     store, steps = world
     return json.loads((store.open(steps["evaluate"].recipe.ref).path / "report.json").read_text())
 
 
 @pytest.mark.slow
-def test_the_line_ends_in_a_report(world: tuple[Store, dict[str, Step]], report: dict[str, Any]) -> None:
+def test_the_line_ends_in_a_report(world: tuple[Store, dict[str, Stage]], report: dict[str, Any]) -> None:
     store, steps = world
     artefact = store.open(steps["evaluate"].recipe.ref)
     assert report["benchmark"] == "scenes-test" and report["marks"] == []
@@ -285,7 +285,7 @@ def test_losses_and_sweeps_end_in_the_headline(report: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_sweeps_see_only_their_images(world: tuple[Store, dict[str, Step]], report: dict[str, Any]) -> None:
+def test_sweeps_see_only_their_images(world: tuple[Store, dict[str, Stage]], report: dict[str, Any]) -> None:
     store, _ = world
     ref = evaluate_again(world, config=replace(tiny_config().evaluate, pictures=0, sweep_images=3))
     again = json.loads((store.open(ref).path / "report.json").read_text())
@@ -294,7 +294,7 @@ def test_sweeps_see_only_their_images(world: tuple[Store, dict[str, Step]], repo
 
 
 @pytest.mark.slow
-def test_each_setting_from_its_own_checkpoint(world: tuple[Store, dict[str, Step]], report: dict[str, Any]) -> None:
+def test_each_setting_from_its_own_checkpoint(world: tuple[Store, dict[str, Stage]], report: dict[str, Any]) -> None:
     """Once more, one image at a time. A few steps of training find no object, but the pixels' classes tell the settings apart."""
     store, steps = world
     bank = open_text(store.path(steps["text"].recipe.ref), "")
@@ -326,7 +326,7 @@ def test_each_setting_from_its_own_checkpoint(world: tuple[Store, dict[str, Step
 
 @pytest.fixture(scope="module", params=["the teacher's own tokens", "tokens of neighbours"])
 def judged(
-    request: pytest.FixtureRequest, world: tuple[Store, dict[str, Step]], report: dict[str, Any]
+    request: pytest.FixtureRequest, world: tuple[Store, dict[str, Stage]], report: dict[str, Any]
 ) -> tuple[Ref, dict[str, Any]]:
     """Tokens, and a report on them; of the second every other one is its neighbour's."""
     store, steps = world
@@ -346,7 +346,7 @@ def judged(
 
 
 def evaluate_again(
-    world: tuple[Store, dict[str, Step]], config: evaluate.EvaluateConfig | None = None, **others: Ref
+    world: tuple[Store, dict[str, Stage]], config: evaluate.EvaluateConfig | None = None, **others: Ref
 ) -> Ref:
     """The last stage once more with other inputs or settings."""
     store, steps = world
@@ -360,7 +360,7 @@ def evaluate_again(
 
 @pytest.mark.slow
 def test_the_ceiling_and_the_teachers_accuracy_from_the_artefacts(
-    world: tuple[Store, dict[str, Step]], judged: tuple[Ref, dict[str, Any]]
+    world: tuple[Store, dict[str, Stage]], judged: tuple[Ref, dict[str, Any]]
 ) -> None:
     """Once more from tokens and text rows, one instance at a time; with perfect masks PQ is counting names."""
     (store, steps), (tokens_ref, report) = world, judged
@@ -392,7 +392,7 @@ def test_the_ceiling_and_the_teachers_accuracy_from_the_artefacts(
 
 
 @pytest.mark.slow
-def test_the_two_settings_share_a_segmenter_and_a_threshold(world: tuple[Store, dict[str, Step]]) -> None:
+def test_the_two_settings_share_a_segmenter_and_a_threshold(world: tuple[Store, dict[str, Stage]]) -> None:
     store, steps = world
     one, other = (load_model(store.path(steps[stage].recipe.ref)) for stage in ("v2c", "cpa"))
     _require_same_segmenter(one, other)
@@ -402,7 +402,7 @@ def test_the_two_settings_share_a_segmenter_and_a_threshold(world: tuple[Store, 
 
 
 @pytest.mark.slow
-def test_checkpoints_of_different_runs_are_refused(world: tuple[Store, dict[str, Step]]) -> None:
+def test_checkpoints_of_different_runs_are_refused(world: tuple[Store, dict[str, Stage]]) -> None:
     """The transductive checkpoint beside a stage 1 that it did not start from, through the stage itself."""
     store, steps = world
     model = load_model(store.path(steps["v2c"].recipe.ref))

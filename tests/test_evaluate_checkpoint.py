@@ -130,11 +130,11 @@ def test_the_command_tells_and_exports_what_it_scored(
         str(tmp_path / "none"),
     ]
     assert main(words) == 0  # a checkpoint's folder needs no store
-    told = capsys.readouterr().out
+    message = capsys.readouterr().out
     result = json.loads((tmp_path / "scores.json").read_text())
     assert {**result["scores"], "per_class": result["per_class"]} == run.report["transductive"]
     for word in ("scenes-test", "hPQ", f"{result['scores']['PQ']:.1f}", "10 images"):
-        assert word in told
+        assert word in message
     assert Path(result["data"]["root"]) / result["data"]["list"] == run.data / "annotations/panoptic_val2017.json"
 
     truth = json.loads((run.data / result["data"]["list"]).read_text())["annotations"]
@@ -272,8 +272,8 @@ def test_the_checkpoints_own_classes_need_no_teacher(
     result = evaluate(run, run.benchmark, run.data, checkpoint=str(folder))
     assert result["scores"]["PQ"] == run.report["transductive"]["PQ"]
     data = make_layout(tmp_path / "data", LAYOUTS["voc20"][0], (1,))
-    told = fails(capsys, run, "--benchmark", "voc20", "--data", data, checkpoint=folder)
-    assert "teacher ViT-B-16 had local weights; pass --teacher.pretrained FILE" in told
+    message = fails(capsys, run, "--benchmark", "voc20", "--data", data, checkpoint=folder)
+    assert "teacher ViT-B-16 had local weights; pass --teacher.pretrained FILE" in message
 
 
 def test_another_order_of_the_same_classes_is_refused(
@@ -281,15 +281,15 @@ def test_another_order_of_the_same_classes_is_refused(
 ) -> None:
     c = BENCHMARK.categories
     swapped = write_benchmark(tmp_path / "swapped.json", (*c[:3], c[4], c[3], *c[5:]))
-    told = fails(capsys, run, "--benchmark", swapped, "--data", run.data)
+    message = fails(capsys, run, "--benchmark", swapped, "--data", run.data)
     ours, theirs = f"{c[3].name!r} (id 4) in the checkpoint", f"{c[4].name!r} (id 5) in the benchmark"
-    assert "benchmark swapped" in told and f"first at position 3: {ours}, {theirs}" in told
+    assert "benchmark swapped" in message and f"first at position 3: {ours}, {theirs}" in message
     maps = own_semantic(run, tmp_path, [Category(id=x.id - 1, name=x.name, isthing=x.isthing) for x in c])
     file = json.loads(maps.read_text()) | {"unseen_ids": []}
     maps.write_text(json.dumps(file))
     blank_maps(run, tmp_path, 0)
-    told = fails(capsys, run, "--benchmark", maps, "--data", tmp_path)
-    assert f"position 0: {c[0].name!r} (id 1) in the checkpoint, {c[0].name!r} (id 0) in the benchmark" in told
+    message = fails(capsys, run, "--benchmark", maps, "--data", tmp_path)
+    assert f"position 0: {c[0].name!r} (id 1) in the checkpoint, {c[0].name!r} (id 0) in the benchmark" in message
 
 
 # ------------------------------------------------------------------------------------------------ mistakes
@@ -319,8 +319,8 @@ def test_a_panoptic_image_that_cannot_be_used_is_named(
     shutil.copytree(run.data, data)
     png = data / "annotations/panoptic_val2017/000000000003.png"
     png.write_bytes(encode_ids(np.ones((96, 95), np.int32)))
-    told = fails(capsys, run, "--benchmark", run.benchmark, "--data", data)
-    assert "val2017 image 3 has a file 'annotations/panoptic_val2017/000000000003.png' that is 95 x 96" in told
+    message = fails(capsys, run, "--benchmark", run.benchmark, "--data", data)
+    assert "val2017 image 3 has a file 'annotations/panoptic_val2017/000000000003.png' that is 95 x 96" in message
     png.unlink()
     assert "lacks its file 'annotations/panoptic_val2017/000000000003.png'" in fails(
         capsys, run, "--benchmark", run.benchmark, "--data", data

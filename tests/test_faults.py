@@ -38,7 +38,7 @@ def test_no_fault_leads_to_a_wrong_result(tmp_path: Path) -> None:
     assert {trial["kind"] for trial in trials} == set(KINDS)
     assert Counter(bool(trial["wrong"] or trial["problem"]) for trial in trials) == {False: len(KINDS)}
     assert all(trial["repaired"] for trial in trials)
-    assert sum(bool(trial["told"]) for trial in trials) >= 9  # every damaged input and report at the least
+    assert sum(bool(trial["message"]) for trial in trials) >= 9  # every damaged input and report at the least
 
 
 def test_the_suite_does_what_it_says(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_the_suite_does_what_it_says(tmp_path: Path) -> None:
     assert a.startswith((tmp_path / "b.bin").read_bytes()) and len((tmp_path / "b.bin").read_bytes()) < len(a)
     assert attempt(lambda: 3).kind == "ok"
     assert attempt(lambda: {}["x"]).kind == "bug"
-    assert attempt(lambda: int("x")).kind == "told"
+    assert attempt(lambda: int("x")).kind == "message"
     child = Child(lambda: __import__("time").sleep(60))
     assert child.alive()
     child.kill()

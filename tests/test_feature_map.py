@@ -27,9 +27,9 @@ def test_distances_are_those_of_the_class_means() -> None:
 
     for i, k in enumerate(real):
         assert result.to_real[i] == pytest.approx(distance(centres[0][k], centres[1][k]))
-    for centre, told in zip(centres, (result.really_apart, result.apart), strict=True):
+    for centre, message in zip(centres, (result.really_apart, result.apart), strict=True):
         pairs = [distance(centre[a], centre[b]) for a, b in ((3, 7), (3, 8), (7, 8))]
-        assert told == pytest.approx(sum(pairs) / 3)
+        assert message == pytest.approx(sum(pairs) / 3)
     right = [min(real, key=lambda c: distance(row, centres[0][c])) == k for k, rows in made.items() for row in rows]
     assert result.nearest == pytest.approx(sum(right) / len(right)) and 0 < result.nearest < 1
 
@@ -43,10 +43,10 @@ def test_perfect_copies_are_right_and_at_no_distance() -> None:
 def test_the_picture_has_a_panel_each_and_the_same_seed_gives_the_same(tmp_path: Path) -> None:
     names = [f"class {k}" for k in range(9)]
     panels = {"one": (clouds(0, 1.0), clouds(1, 1.0)), "two": (clouds(0, 1.0), clouds(2, 0.5))}
-    told = draw(tmp_path / "a.png", panels, names)
+    message = draw(tmp_path / "a.png", panels, names)
     draw(tmp_path / "b.png", panels, names)
-    assert list(told) == ["one", "two"] and told["two"].apart == compare(*panels["two"]).apart
+    assert list(message) == ["one", "two"] and message["two"].apart == compare(*panels["two"]).apart
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     with Image.open(tmp_path / "a.png") as image:
         assert image.width > 1.8 * image.height
-    assert set(told["one"].as_dict(["x", "y", "z"])["to_real"]) == {"x", "y", "z"}
+    assert set(message["one"].as_dict(["x", "y", "z"])["to_real"]) == {"x", "y", "z"}

@@ -21,7 +21,7 @@ from tiny import QUIET
 
 from flows.presets import PRESETS
 from flows.request import Request, configure
-from pipeline.line import STAGES, Step, line
+from pipeline.line import STAGES, Stage, line
 from storage.checkpoints import load_training_state
 from storage.store import Store
 
@@ -49,11 +49,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_for(something: Callable[[], Any], seconds: float, told: Callable[[], object]) -> Any:
+def wait_for(something: Callable[[], Any], seconds: float, message: Callable[[], object]) -> Any:
     """What `something` returns, as soon as that is not false; fails with what `told` tells."""
     deadline = time.monotonic() + seconds
     while not (found := something()):
-        assert time.monotonic() < deadline, told()
+        assert time.monotonic() < deadline, message()
         time.sleep(0.2)
     return found
 
@@ -87,8 +87,8 @@ class Served:
         """`prefect deployment run zs-seg/DEPLOYMENT`, as a user would; the flow run's id."""
         parameters = {"store": str(self.store.root), "dask": "none", "overrides": list(OVERRIDES), **parameters}
         words = [word for name, value in parameters.items() for word in ("-p", f"{name}={_text(value)}")]
-        told = self.prefect("deployment", "run", f"zs-seg/{deployment}", *words)
-        return told.split("UUID: ")[1].split()[0]
+        message = self.prefect("deployment", "run", f"zs-seg/{deployment}", *words)
+        return message.split("UUID: ")[1].split()[0]
 
     def ended(self, run: str, seconds: float = 120) -> dict[str, Any]:
         """The flow run, when it has come to an end."""
@@ -122,7 +122,7 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def steps_of(overrides: tuple[str, ...]) -> dict[str, Step]:
+def steps_of(overrides: tuple[str, ...]) -> dict[str, Stage]:
     return {step.stage: step for step in line(configure(Request(preset="demo", overrides=overrides)))}
 
 
@@ -182,9 +182,9 @@ def test_every_deployment_completes_one_after_the_other(served: Served) -> None:
     """All are asked for at once, and each builds what the ones before it have not; `evaluate` alone is too early the first time."""
     early = served.start("evaluate")
     runs = {name: served.start(name) for name in DEPLOYMENTS}
-    told = served.ended(early)["state"]
-    assert told["type"] == "FAILED" and "reads what stage v2c makes" in told["message"], told
-    assert "`zs-seg run --until v2c " in told["message"]
+    message = served.ended(early)["state"]
+    assert message["type"] == "FAILED" and "reads what stage v2c makes" in message["message"], message
+    assert "`zs-seg run --until v2c " in message["message"]
     ended = {name: served.ended(run, 300) for name, run in runs.items()}
     assert {name: run["state_type"] for name, run in ended.items()} == dict.fromkeys(runs, "COMPLETED"), served.log()
     for first, second in zip(list(ended.values())[:-1], list(ended.values())[1:], strict=True):
@@ -232,9 +232,9 @@ def test_a_killed_and_a_cancelled_training_go_on_where_they_were(served: Served)
         killed.send_signal(signal.SIGKILL)
         killed.wait(10)
         done = saved()
-    told = served.ended(run)["state"]
-    assert told["type"] == "FAILED", told
-    assert f"the process of v2c ({step.recipe.ref}) was ended by SIGKILL" in told["message"]
+    message = served.ended(run)["state"]
+    assert message["type"] == "FAILED", message
+    assert f"the process of v2c ({step.recipe.ref}) was ended by SIGKILL" in message["message"]
     assert served.store.state(step.recipe.ref) == "partial"
     assert served.process.children() == workers and all(worker.is_running() for worker in workers)
 

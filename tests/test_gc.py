@@ -21,7 +21,7 @@ from many_artefacts import demo_line, fill, note
 
 from storage.collect import collect, survey
 from storage.keys import Recipe, Ref
-from storage.runs import Line, Runs
+from storage.runs import RunRecord, Runs
 from storage.store import Build, Store
 
 ROOT = Path(__file__).parents[1]
@@ -46,8 +46,8 @@ def cut_off(store: Store, one: Recipe, *, age: float) -> Path:
     return partial
 
 
-def line(name: str, *refs: Ref) -> Line:
-    return Line.now(name=name, command="zs-seg run", refs={f"stage-{i}": ref for i, ref in enumerate(refs)})
+def line(name: str, *refs: Ref) -> RunRecord:
+    return RunRecord.now(name=name, command="zs-seg run", refs={f"stage-{i}": ref for i, ref in enumerate(refs)})
 
 
 def record(store: Store, name: str, *refs: Ref) -> None:

@@ -161,14 +161,14 @@ MISSING: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
 
 @pytest.mark.parametrize("case", MISSING)
 def test_what_is_missing_is_named(tmp_path: Path, case: str) -> None:
-    name, harm, told = MISSING[case]
+    name, harm, message = MISSING[case]
     data = make_layout(tmp_path / "data", LAYOUTS[name][0], VALUES[name][:3])
     harm(data)
     with pytest.raises(ValueError) as caught:
         find(name, data)
     message = str(caught.value)
     assert "\n" not in message
-    for part in told:
+    for part in message:
         assert part in message
 
 
@@ -186,9 +186,9 @@ def test_values_mean_what_the_data_set_says(tmp_path: Path, name: str) -> None:
     save_labels(tmp_path / "b.png", stripes((first, strange)))
     with pytest.raises(
         ValueError, match=rf"b\.png has pixels of value {strange} \({HEIGHT * WIDTH // 2} of them\)"
-    ) as told:
+    ) as message:
         read_labels(tmp_path / "b.png", benchmark)
-    assert f"benchmark {name}" in str(told.value) and "\n" not in str(told.value)
+    assert f"benchmark {name}" in str(message.value) and "\n" not in str(message.value)
 
 
 def test_a_voc_png_has_its_values_as_palette_indices(tmp_path: Path) -> None:

@@ -283,14 +283,14 @@ def test_label_maps_start_at_shard_and_count_by_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("unseen", "told"), [([], "has no unseen class"), ([c["id"] for c in CATEGORIES], "has no seen class")]
+    ("unseen", "message"), [([], "has no unseen class"), ([c["id"] for c in CATEGORIES], "has no seen class")]
 )
 def test_a_benchmark_with_nothing_to_learn_from_or_for_is_refused(
-    coco: Path, tmp_path: Path, unseen: list[int], told: str
+    coco: Path, tmp_path: Path, unseen: list[int], message: str
 ) -> None:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"categories": CATEGORIES, "unseen_ids": unseen, "protocol": "none"}))
-    with pytest.raises(ValueError, match=f"benchmark mine {told} and is for `zs-seg evaluate`"):
+    with pytest.raises(ValueError, match=f"benchmark mine {message} and is for `zs-seg evaluate`"):
         line(replace(preset("coco-sample"), data=CocoConfig(root=str(coco), benchmark=str(path))))
 
 

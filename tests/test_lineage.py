@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from many_artefacts import demo_line, fill
 
 from flows.request import Request, configure
-from pipeline.line import Step, line
+from pipeline.line import Stage, line
 from storage.differences import ABSENT, Explainer, differences
 from storage.keys import Recipe, Ref
 from storage.lineage import Lineage, Node, ancestry
@@ -26,7 +26,7 @@ def recipe(name: int, config: Any = None, **inputs: Ref) -> Recipe:
     return Recipe(kind="text", stage=f"stage-{name}", version=1, config=[name, config], inputs=inputs)
 
 
-def overridden(*flags: str) -> list[Step]:
+def overridden(*flags: str) -> list[Stage]:
     return line(configure(Request(preset="demo", overrides=flags)))
 
 
@@ -96,7 +96,7 @@ def test_users_reach_and_ancestry_of_any_graph(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (("--v2c.lr", "2e-4"), {"v2c": "v2c.lr 0.001 -> 0.0002", "queries": "via checkpoint: v2c.lr 0.001 -> 0.0002",
                                 "cpa": "via checkpoint: v2c.lr 0.001 -> 0.0002", "evaluate": "via inductive: v2c.lr 0.001 -> 0.0002"}),
@@ -111,12 +111,12 @@ def test_users_reach_and_ancestry_of_any_graph(data: st.DataObject) -> None:
         (("--g2s.steps", "3", "--v2c.lr", "2e-4"), {"v2c": "v2c.lr 0.001 -> 0.0002", "g2s": "g2s.steps 1000 -> 3 and 1 more"}),
     ],
 )  # fmt: skip
-def test_plan_says_which_field_moved_the_key(demo: Store, flags: tuple[str, ...], told: dict[str, str]) -> None:
+def test_plan_says_which_field_moved_the_key(demo: Store, flags: tuple[str, ...], message: dict[str, str]) -> None:
     steps = overridden(*flags)
     explainer = Explainer((step.recipe for step in steps), Lineage(demo))
     why = {step.stage: explainer.why(step.recipe.ref) for step in steps if demo.state(step.recipe.ref) == "missing"}
-    assert {stage: why[stage] for stage in told} == told
-    first = next(iter(told))
+    assert {stage: why[stage] for stage in message} == message
+    first = next(iter(message))
     assert next(iter(why)) == first  # what comes before is fresh
 
 
@@ -136,9 +136,9 @@ def test_plan_when_an_input_of_the_nearest_is_gone(demo: Store, tmp_path: Path) 
     shards = demo_line()[1].recipe.ref
     store.remove(shards)
     steps = overridden("--tokens.crop", "box")
-    told = Explainer([step.recipe for step in steps], Lineage(store)).why(steps[3].recipe.ref)
+    message = Explainer([step.recipe for step in steps], Lineage(store)).why(steps[3].recipe.ref)
     assert (
-        told == "cache-clip.crop full -> box and 2 more"
+        message == "cache-clip.crop full -> box and 2 more"
     )  # shards, and with them the scenes, that nobody knows any more
     (gone,) = differences(
         ancestry(demo_line()[3].recipe.ref, Lineage(store).node), {"shard": Node.planned(steps[1].recipe)}

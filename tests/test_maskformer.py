@@ -15,7 +15,7 @@ from models.projector import Projector
 from models.segmenter import Segmenter, build_segmenter
 from pipeline.teacher.text_bank import TextBank
 from pipeline.training.config import MASKFORMER, SegmenterConfig, V2CConfig
-from pipeline.training.criteria import V2CStep
+from pipeline.training.criteria import V2CCriterion
 from pipeline.training.loader import Batch
 
 SMALL = SegmenterConfig(
@@ -133,7 +133,7 @@ def test_stage_1_trains_it(mask_loss: str) -> None:
         instance_tokens=[unit[4:6], unit[6:7]],
     )
     projector = Projector(dim=32, text_dim=8, hidden=16, layers=2)
-    step = V2CStep(small_segmenter(), projector, bank, unit[:4], config)
+    step = V2CCriterion(small_segmenter(), projector, bank, unit[:4], config)
     optimiser = torch.optim.AdamW([*step.segmenter.parameters(), *projector.parameters()], lr=1e-3)
 
     one, other = (next(iter(step(batch, seed))) for seed in (3, 4))

@@ -357,7 +357,7 @@ def test_a_mistake_is_told_in_one_line(files: Files, capsys: pytest.CaptureFixtu
     make(files)
     with pytest.raises((ValueError, OSError), match=message):
         save(files, check_ground_truth=True)
-    line = told(capsys, *arguments(files), "--check-ground-truth")
+    line = message_of(capsys, *arguments(files), "--check-ground-truth")
     assert "1.png" in line or ".json" in line or "folder" in line
 
 
@@ -366,7 +366,7 @@ def arguments(files: Files) -> list[str]:
     return ["pq", *(str(folder / name) for name in ("gt.json", "gt", "guess.json", "guess"))]
 
 
-def told(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+def message_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """The one line on stderr of a command that must exit with status 2."""
     assert main(words) == 2
     lines = capsys.readouterr().err.strip().splitlines()
@@ -395,9 +395,9 @@ def test_command_prints_and_writes_what_it_found(
 
 
 def test_command_refuses_wrong_flags(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--unseen: category 77 is not in" in told(capsys, *arguments(files), "--unseen", "1,77")
-    assert "--unseen 'cat' is no list" in told(capsys, *arguments(files), "--unseen", "cat")
-    assert "missing not found" in told(capsys, *arguments(files), "--json", str(tmp_path / "missing" / "a.json"))
+    assert "--unseen: category 77 is not in" in message_of(capsys, *arguments(files), "--unseen", "1,77")
+    assert "--unseen 'cat' is no list" in message_of(capsys, *arguments(files), "--unseen", "cat")
+    assert "missing not found" in message_of(capsys, *arguments(files), "--json", str(tmp_path / "missing" / "a.json"))
 
 
 def test_import_is_light() -> None:

@@ -56,9 +56,9 @@ def test_the_published_numbers(name: str) -> None:
 def test_steps_are_epochs_of_the_images_left(name: str, steps: tuple[int, int]) -> None:
     config = preset(name)
     assert (config.v2c.steps, config.g2s.steps, config.cpa.steps) == (steps[0], steps[1], steps[1])
-    told = PRESETS[name].__doc__ or ""
+    message = PRESETS[name].__doc__ or ""
     if name != "coco-zss-r101c":  # which says that it is coco-zss-r50 with another backbone
-        assert f"{steps[1]:,}" in told
+        assert f"{steps[1]:,}" in message
     assert epochs(12, images=36_700, batch=16) == 27_525
 
 

@@ -204,12 +204,12 @@ WRONG: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_layout_is_said_before_anything_runs(data: Path, benchmark: Benchmark, name: str) -> None:
-    spoil, told = WRONG[name]
+    spoil, message = WRONG[name]
     spoil(data)
     with pytest.raises(ValueError) as caught:
         label_source(data, benchmark)
     assert "\n" not in str(caught.value)
-    for part in told:
+    for part in message:
         assert part in str(caught.value)
 
 

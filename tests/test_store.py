@@ -318,11 +318,11 @@ def test_hashing_a_large_artefact_is_said(store: Store, caplog: pytest.LogCaptur
             file.truncate(size)  # a hole, quickly read
 
     caplog.set_level("INFO", logger="storage")
-    for size, told in ((1000, False), (LARGE + 10**8, True)):
+    for size, message in ((1000, False), (LARGE + 10**8, True)):
         caplog.clear()
         recipe = Recipe(kind="tokens", stage="cache-clip", version=3, config={"size": size}, inputs={})
         store.build(recipe, partial(write, size))
-        assert ("cache-clip: hashing 1.1 GB" in caplog.messages) == told
+        assert ("cache-clip: hashing 1.1 GB" in caplog.messages) == message
 
 
 def test_an_unreadable_file_elsewhere_is_not_blamed_on_the_store(store: Store, tmp_path: Path) -> None:

@@ -69,8 +69,8 @@ def test_who_comes_second_waits_and_says_for_whom(tmp_path: Path) -> None:
         time.sleep(0.01)
     second = build(tmp_path / "store", str(go))
     assert second.stderr
-    told = second.stderr.readline()
-    assert re.fullmatch(rf"waiting for {REF}, held by process {first.pid} on \S+ since 20\S+\n", told)
+    message = second.stderr.readline()
+    assert re.fullmatch(rf"waiting for {REF}, held by process {first.pid} on \S+ since 20\S+\n", message)
     go.touch()
     _, rest = second.communicate(timeout=20)
     assert f"{REF} is complete now, somebody else built it" in rest and "building" not in rest
@@ -94,8 +94,8 @@ def shared() -> Iterator[Path]:
 def as_user(store: Path, number: int, then: str = "", *, umask: int = 0o002) -> tuple[int, str]:
     """Exit status and stderr of a user's build."""
     process = build(store, then, number, GROUP, umask)
-    _, told = process.communicate(timeout=30)
-    return process.returncode, told
+    _, message = process.communicate(timeout=30)
+    return process.returncode, message
 
 
 def test_a_user_goes_on_with_the_partial_build_of_another_of_the_group(shared: Path) -> None:
@@ -115,8 +115,8 @@ def as_told(store: Path) -> str:
 
 def test_a_user_whom_the_other_keeps_out_is_told_who_and_where(shared: Path) -> None:
     assert as_user(shared / "store", 64001, "die", umask=0o022)[0] == 9
-    status, told = as_user(shared / "store", 64002)
-    *warned, last = told.splitlines()
+    status, message = as_user(shared / "store", 64002)
+    *warned, last = message.splitlines()
     assert status == 1 and last.startswith(f"told: store {shared}/store cannot be used: {shared}/store")
     assert "belongs to user 64001, who must let the group write" in last and "--store" in last
     assert len(warned) == 1 and "this run is not noted" in warned[0]
@@ -124,5 +124,5 @@ def test_a_user_whom_the_other_keeps_out_is_told_who_and_where(shared: Path) -> 
 
 def test_who_may_only_read_uses_what_is_complete(shared: Path) -> None:
     assert as_user(shared / "store", 64001, umask=0o022)[0] == 0
-    status, told = as_user(shared / "store", 64002)
-    assert status == 0 and told.startswith("this run is not noted, so that `zs-seg gc` does not know of it")
+    status, message = as_user(shared / "store", 64002)
+    assert status == 0 and message.startswith("this run is not noted, so that `zs-seg gc` does not know of it")

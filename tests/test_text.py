@@ -22,7 +22,7 @@ from pipeline.inference.model import load_model
 from pipeline.inference.vocabulary import extend
 from pipeline.runtime import Runtime
 from pipeline.teacher.config import TeacherConfig, TextConfig
-from pipeline.teacher.prompts import spoken
+from pipeline.teacher.prompts import synonyms
 from pipeline.teacher.text_bank import TextBank, join, open_text
 from storage.store import Store
 
@@ -164,7 +164,7 @@ def test_classes_with_and_without_synonyms_can_be_joined() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "clean", "told"),
+    ("names", "clean", "message"),
     [
         (
             ("floor-other", "wall", "floor-merged"),
@@ -176,15 +176,15 @@ def test_classes_with_and_without_synonyms_can_be_joined() -> None:
         (("-other", "man"), True, "'-other' has an empty part"),
     ],
 )
-def test_names_that_cannot_be_told_apart_are_refused(names: tuple[str, ...], clean: bool, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_names_that_cannot_be_told_apart_are_refused(names: tuple[str, ...], clean: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         key(replace(CONFIG, clean_names=clean), benchmark=named(*names))
 
 
 def test_the_published_benchmarks_stay_apart_when_cleaned() -> None:
     for name in ("coco-panoptic-zps", "coco-stuff-zss", "voc20", "pc59"):
         names = load_benchmark(name).names
-        said = dict(zip(names, spoken(names, clean_names=True), strict=True))
+        said = dict(zip(names, synonyms(names, clean_names=True), strict=True))
         assert not any("-" in part for parts in said.values() for part in parts)
         if name == "coco-panoptic-zps":
             assert said["sky-other-merged"] == ("sky",) and said["wall-brick"] == ("wall brick",)
@@ -223,7 +223,7 @@ def test_imported_rows_count_by_content_not_by_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "names", "told"),
+    ("rows", "names", "message"),
     [
         (ROWS, ["red circle", "fog", "blue star"], "name 2 is 'fog', but class 2 of benchmark named is 'blue star'"),
         (ROWS, ["red circle", "blue star"], "name 3 is None, but class 3 of benchmark named is 'fog'"),
@@ -240,8 +240,8 @@ def test_imported_rows_count_by_content_not_by_path(tmp_path: Path) -> None:
         (ROWS.astype(np.int32), THREE.names, "holds no floating-point array"),
     ],
 )
-def test_rows_that_do_not_fit_are_refused(tmp_path: Path, rows: np.ndarray, names: list[str], told: str) -> None:
-    with pytest.raises(ValueError, match=told) as caught:
+def test_rows_that_do_not_fit_are_refused(tmp_path: Path, rows: np.ndarray, names: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
         make(tmp_path / "store", files(tmp_path, rows, names), THREE)
     assert "\n" not in str(caught.value)
 

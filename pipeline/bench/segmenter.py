@@ -26,7 +26,7 @@ from pipeline.bench.reference import build_mask2former, ours_of_mask2former
 from pipeline.runtime import Runtime
 from pipeline.teacher.text_bank import TextBank
 from pipeline.training.config import V2CConfig
-from pipeline.training.criteria import V2CStep
+from pipeline.training.criteria import V2CCriterion
 from pipeline.training.loader import Batch
 
 CLASSES, SEGMENTS, TEXT_DIM = 133, 12, 512
@@ -141,7 +141,7 @@ def _our_training(images: Tensor, *, compiled: bool) -> Callable[[], None]:
     network: Any = _compile(segmenter, compiled)
     precision: Any = "bfloat16" if images.is_cuda else "float32"
     config = V2CConfig(steps=1, batch=len(images), lr=1e-6, global_weight=0.0, instance_weight=0.0, precision=precision)
-    stage_1 = V2CStep(network, projector, bank, torch.zeros(1, TEXT_DIM, device=device), config)
+    stage_1 = V2CCriterion(network, projector, bank, torch.zeros(1, TEXT_DIM, device=device), config)
     labels, masks = _targets(images)
     batch = Batch(
         image_ids=list(range(len(images))), images=images, global_rows=torch.zeros(len(images), dtype=torch.int64),

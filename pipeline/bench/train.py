@@ -33,7 +33,7 @@ from pipeline.runtime import Runtime
 from pipeline.teacher.config import TeacherConfig
 from pipeline.teacher.text_bank import TextBank, open_text
 from pipeline.training.config import CPAConfig, G2SConfig, SegmenterConfig, V2CConfig
-from pipeline.training.criteria import CPAStep, G2SStep, freeze
+from pipeline.training.criteria import CPACriterion, G2SCriterion, freeze
 from pipeline.training.curves import read_curves
 from pipeline.training.distributed import launch
 from pipeline.training.loader import TrainingData
@@ -154,8 +154,13 @@ def _epochs(folder: Path, runtime: Runtime, *, views: int, steps: int) -> Iterat
     over_images = COCO_IMAGES * min(passes[1:])
     known: Any = {"reference": over_images, "unit": "s", "device": machine(device), "dtype": "float32"}
     for stage, config, module, step in (
-        ("2", G2SConfig(), generator, lambda c: G2SStep(generator, freeze(projector), bank, c)),
-        ("3", CPAConfig(), projector, lambda c: CPAStep(projector, freeze(generator), bank, c, text=bank.embedding)),
+        ("2", G2SConfig(), generator, lambda c: G2SCriterion(generator, freeze(projector), bank, c)),
+        (
+            "3",
+            CPAConfig(),
+            projector,
+            lambda c: CPACriterion(projector, freeze(generator), bank, c, text=bank.embedding),
+        ),
     ):
         module.train().requires_grad_(True)
         epoch = -(-COCO_IMAGES // config.batch)

@@ -155,10 +155,10 @@ def _check_categories(path: Path, data: dict[str, Any], benchmark: Benchmark) ->
             continue
         known = benchmark.categories[position]
         name = known.name.partition(",")[0].strip()  # synonyms may follow
-        told = (category.get("name", name), bool(category.get("isthing", known.isthing)))
-        if told != (name, known.isthing):
+        message = (category.get("name", name), bool(category.get("isthing", known.isthing)))
+        if message != (name, known.isthing):
             raise ValueError(
-                f"{path}: category {known.id} is {told[0]!r} (isthing {told[1]:d}), but {name!r} "
+                f"{path}: category {known.id} is {message[0]!r} (isthing {message[1]:d}), but {name!r} "
                 f"(isthing {known.isthing:d}) in benchmark {benchmark.name}; choose the benchmark that fits the data"
             )
 

@@ -12,7 +12,7 @@ from pipeline.data.benchmarks import Benchmark, Category
 from pipeline.inference.model import Model
 from pipeline.runtime import Runtime
 from pipeline.teacher.config import teacher_of
-from pipeline.teacher.prompts import spoken
+from pipeline.teacher.prompts import synonyms
 from pipeline.teacher.text_bank import embed_names, join
 
 
@@ -42,7 +42,7 @@ def extend(model: Model, names: Sequence[str], teacher_weights: str, runtime: Ru
         for column, value in (("ids", max(columns["ids"]) + 1), ("names", name), ("isthing", True), ("seen", False)):
             columns[column].append(value)
     if names:
-        spoken(columns["names"], clean_names=facts["clean_names"])
+        synonyms(columns["names"], clean_names=facts["clean_names"])
         embedding = join(embedding, _embed(model, list(names), teacher_weights, runtime))
     return Vocabulary(embedding=embedding, facts=columns)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.data.benchmarks import Benchmark, load_benchmark
 from pipeline.data.coco import read_split
 from pipeline.data.config import CocoConfig
-from pipeline.line import Config, Step
+from pipeline.line import Config, Stage
 from pipeline.scenes import benchmark as benchmark_of_scenes
 from storage.store import Store
 
@@ -37,17 +37,17 @@ class Counts:
         return self.left + self.val + self.train_instances + self.val_instances
 
     def __str__(self) -> str:
-        def told(instances: int | None) -> str:
+        def message(instances: int | None) -> str:
             return "an unknown number of instances" if instances is None else f"{instances:,} instances"
 
         left = "an unknown number" if self.left is None else f"{self.left:,}"
         return (
-            f"{self.train:,} training images, of which the protocol leaves {left} with {told(self.train_instances)}; "
-            f"{self.val:,} validation images with {told(self.val_instances)}"
+            f"{self.train:,} training images, of which the protocol leaves {left} with {message(self.train_instances)}; "
+            f"{self.val:,} validation images with {message(self.val_instances)}"
         )
 
 
-def count(config: Config, steps: list[Step], store: Store) -> Counts:
+def count(config: Config, steps: list[Stage], store: Store) -> Counts:
     """Count what the line reads. Takes seconds for the JSON of all of COCO.
 
     Raises ValueError as `read_split` and `find_split`.

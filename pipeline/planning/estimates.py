@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from models.teacher_files import SMALL_CLIP
-from pipeline.line import Config, Step
+from pipeline.line import Config, Stage
 from pipeline.planning.counts import Counts
 from storage.keys import canonical
 from storage.lineage import Lineage, Node
@@ -48,7 +48,14 @@ class Estimator:
     """
 
     def __init__(
-        self, config: Config, steps: list[Step], lineage: Lineage, counts: Counts, *, tflops: float, step_seconds: float
+        self,
+        config: Config,
+        steps: list[Stage],
+        lineage: Lineage,
+        counts: Counts,
+        *,
+        tflops: float,
+        step_seconds: float,
     ) -> None:
         self.config, self.lineage, self.counts = config, lineage, counts
         self.tflops, self.step_seconds = tflops, step_seconds
@@ -60,7 +67,7 @@ class Estimator:
             "v2c": config.v2c.steps, "g2s": config.g2s.steps, "cpa": config.cpa.steps,
         }  # fmt: skip
 
-    def estimate(self, step: Step) -> Estimate:
+    def estimate(self, step: Stage) -> Estimate:
         """What building this stage would take."""
         stage, amount = step.stage, self.amounts[step.stage]
         size = self._bytes(stage)
@@ -94,7 +101,7 @@ class Estimator:
             return self.amounts["queries"] * segmenter.queries * (segmenter.dim * 2 + 8)
         return None
 
-    def _newest_alike(self, step: Step) -> Node | None:
+    def _newest_alike(self, step: Stage) -> Node | None:
         """The newest artefact of the stage that was made under the same conditions, in one go."""
         wanted = _conditions(step.stage, self.configs)
         nodes = [node for node in self.lineage.nodes(step.recipe.kind) if node.stage == step.stage]

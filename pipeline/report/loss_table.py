@@ -30,7 +30,7 @@ COLUMNS = [(checkpoint, key) for checkpoint in ("inductive", "transductive") for
 
 
 def loss_table(losses: Mapping[str, Any], left_out: Mapping[str, int]) -> str:
-    """HTML of the table and of what it says in words; arguments as in `Judge.results`."""
+    """HTML of the table and of what it says in words; arguments as in `Evaluator.results`."""
     heads = "".join(f'<th class="number{" first" if key == "sPQ" else ""}">{key}' for _, key in COLUMNS)
     rows = _row("the truth", "", [(0.0, 100.0, "100.0") for _ in COLUMNS], "level")
     for name, (title, meaning) in ROWS.items():

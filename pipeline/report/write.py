@@ -36,7 +36,7 @@ def write_report(
 
     Args:
         folder: where to.
-        report: `benchmark`; `marks`, warnings shown as a banner; what `Judge.results` gives, though rows of `SETTINGS` may be
+        report: `benchmark`; `marks`, warnings shown as a banner; what `Evaluator.results` gives, though rows of `SETTINGS` may be
             missing; `published`, see `beside_the_paper`; `settings` {name: value}. What is known only outside of the artefact
             may be added by `publish`.
         curves: training stage -> rows with `step`, `total` and the stage's other losses by name (`lr` is not drawn).

@@ -181,8 +181,8 @@ def _count(
         try:
             PanopticEval(predicted, gt, gt_folder=str(folder), pred_folder=str(gt_folder)).evaluate()
         except ValueError as error:
-            told = _told(error, image_ids).replace("predicted", "ground truth's")
-            raise ValueError(f"{told}; mend {truth.path} or the PNG") from error
+            message = _told(error, image_ids).replace("predicted", "ground truth's")
+            raise ValueError(f"{message}; mend {truth.path} or the PNG") from error
     per_class = evaluation.results()["per_class"]
     counts = [per_class[category] for category in truth.categories]
     tp, fp, fn = (np.array([count[name] for count in counts], np.int64) for name in ("tp", "fp", "fn"))

@@ -213,15 +213,15 @@ def _task(
     """One job on a worker; its progress goes out at most twice a second."""
     from distributed import get_worker
 
-    worker, images, instances, told = get_worker(), 0, 0, time.monotonic()
+    worker, images, instances, message = get_worker(), 0, 0, time.monotonic()
     if gpus:
         runtime = replace(runtime, device=f"cuda:{int(worker.name) % gpus}")
 
     def progress(more_images: int, more_instances: int) -> None:
-        nonlocal images, instances, told
+        nonlocal images, instances, message
         images, instances = images + more_images, instances + more_instances
-        if time.monotonic() - told > 0.5:
-            told = time.monotonic()
+        if time.monotonic() - message > 0.5:
+            message = time.monotonic()
             worker.log_event(TOPIC, [run, number, images, instances])
 
     return function(job, runtime, progress), (images, instances)

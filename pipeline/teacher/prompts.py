@@ -24,7 +24,7 @@ def clean(name: str) -> str:
     return " ".join(re.sub(r"[-_]", " ", _FILLER.sub("", name)).split())
 
 
-def spoken(names: Sequence[str], *, clean_names: bool = False) -> list[tuple[str, ...]]:
+def synonyms(names: Sequence[str], *, clean_names: bool = False) -> list[tuple[str, ...]]:
     """For each class the names it is known by, its own first: "person, human" -> ("person", "human").
 
     Raises ValueError when nothing is left of a name, and when two classes would be called the same.

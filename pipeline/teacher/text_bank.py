@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.teacher.prompts import spoken
+from pipeline.teacher.prompts import synonyms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +67,7 @@ def embed_names(
     import torch
     from torch.nn.functional import normalize
 
-    known_as = spoken(names, clean_names=clean_names)
+    known_as = synonyms(names, clean_names=clean_names)
     rows = [
         torch.stack([teacher.encode_texts([t.replace("{}", part) for t in templates]).mean(0) for part in parts])
         for parts in known_as

@@ -45,7 +45,7 @@ def one_hot(rows: Tensor, classes: int) -> Tensor:
     return targets[..., :classes]
 
 
-class V2CStep:
+class V2CCriterion:
     """L_v2c = L_match + w_g L_g + w_l L_l (paper Eq. 5): L_match on every decoder output, L_g and L_l on the last (D4).
 
     A global batch may be spread over processes, and over `accumulate` parts one after the other: every sum is divided by a number of
@@ -175,7 +175,7 @@ class V2CStep:
         return (own - image)[:, None] + (drawn + (drawn >= image[:, None])).clamp(max=others)
 
 
-class G2SStep:
+class G2SCriterion:
     """L_g2s = L_mmd + lambda_s L_div + lambda_v L_gv2s + beta KL (paper Eq. 8, read as D6), from cached queries alone."""
 
     def __init__(
@@ -211,7 +211,7 @@ class G2SStep:
         return terms
 
 
-class CPAStep:
+class CPACriterion:
     """L_f = focal(P(F) over A_s) + focal(P(F'_u) over A) (paper Eq. 9): real seen and made-up unseen features, projector alone.
 
     `text`: what the classifier tells the classes by, `Model.text`: A, or of a linear classifier the identity.

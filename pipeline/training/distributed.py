@@ -109,8 +109,8 @@ def launch(function: Callable[..., None], *arguments: Any, runtime: Runtime) -> 
             raise KeyboardInterrupt from stopped
         except ChildFailedError as error:
             # any will do: a process that fails only because another has gone leaves none
-            for told in sorted(Path(folder).iterdir()):
-                kind, what = json.loads(told.read_text())
+            for message in sorted(Path(folder).iterdir()):
+                kind, what = json.loads(message.read_text())
                 raise (OSError if kind == "OSError" else ValueError)(*what) from error
             raise
         finally:  # the launcher leaves its own behind

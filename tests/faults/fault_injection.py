@@ -126,12 +126,12 @@ class Child:
                 self.kill()
             time.sleep(0.002)
         with os.fdopen(self._read) as pipe:
-            told = pipe.read()
+            message = pipe.read()
         os.waitpid(self.pid, 0)
         self.ended = True
         if hung:
             return Ending("hung")
-        return Ending(**json.loads(told)) if told else Ending("killed")
+        return Ending(**json.loads(message)) if message else Ending("killed")
 
 
 def attempt(work: Callable[[], Any]) -> Ending:
@@ -139,9 +139,9 @@ def attempt(work: Callable[[], Any]) -> Ending:
     try:
         return Ending("ok", value=work())
     except BaseException as error:
-        told = _mistake(error) if isinstance(error, Exception) else ""
-        if told and "\n" not in told:
-            return Ending("told", told)
+        message = _mistake(error) if isinstance(error, Exception) else ""
+        if message and "\n" not in message:
+            return Ending("message", message)
         return Ending("bug", traceback.format_exc()[-1500:])
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from flows.request import Request, configure
-from pipeline.line import STAGES, Step, line
+from pipeline.line import STAGES, Stage, line
 from storage.keys import sha256_file
 from storage.store import Store
 
@@ -55,7 +55,7 @@ def server(home: Path, port: int) -> Iterator[tuple[psutil.Process, dict[str, st
         process.wait()
 
 
-def trial(folder: Path, stage: str, calm: Store, steps: list[Step]) -> None:
+def trial(folder: Path, stage: str, calm: Store, steps: list[Stage]) -> None:
     """Kill the server as soon as `stage` is complete, and see what becomes of the flow, of the store, and of the next run."""
     store, port = Store(folder / "store"), _free_port()
     ref = next(step.recipe.ref for step in steps if step.stage == stage)
@@ -89,7 +89,7 @@ def trial(folder: Path, stage: str, calm: Store, steps: list[Step]) -> None:
     print("the next run completed the rest, with the bytes of an undisturbed one", flush=True)
 
 
-def _require_right(store: Store, calm: Store, steps: list[Step]) -> None:
+def _require_right(store: Store, calm: Store, steps: list[Stage]) -> None:
     for step in steps:
         ref = step.recipe.ref
         assert store.verify(ref) == [], ref

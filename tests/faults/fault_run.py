@@ -89,7 +89,7 @@ class Faults(Suite):
         self._damage(trial, store.path(victim), ("flipped", "cut", "missing", "swapped")[int(rng.integers(4))], rng)
         self.expect_told(trial, child.wait(), str(victim), or_right=True)
         trial.wrong = self.wrong(store, step)
-        if not trial.told and not trial.problem:  # the build had read it: the next reader says so
+        if not trial.message and not trial.problem:  # the build had read it: the next reader says so
             self.expect_told(trial, attempt(lambda: store.require_intact(victim)), str(victim), or_right=False)
         self.repair(trial, store, step, victim)
 
@@ -106,7 +106,7 @@ class Faults(Suite):
         self.expect_told(trial, Child(work).wait(), str(victim), or_right=False)
         if runs.exists() and any(runs.iterdir()):
             trial.wrong = "a damaged report was published"
-        assert gone or trial.told or trial.problem or trial.wrong
+        assert gone or trial.message or trial.problem or trial.wrong
         self.repair(trial, store, last, victim)
 
     def full_disk(self, trial: Trial, rng: np.random.Generator) -> None:
@@ -247,10 +247,10 @@ def table(trials: Sequence[Trial]) -> str:
         "all",
     ]:
         mine = [trial for trial in trials if kind in (trial.kind, "all")]
-        told = sum(bool(trial.told) for trial in mine)
+        message = sum(bool(trial.message) for trial in mine)
         right = sum(trial.repaired and not trial.wrong for trial in mine)
-        silent = sum(not trial.told and not trial.problem for trial in mine)
-        rows.append((kind, *map(str, (len(mine), told, silent, right, sum(bool(trial.wrong) for trial in mine)))))
+        silent = sum(not trial.message and not trial.problem for trial in mine)
+        rows.append((kind, *map(str, (len(mine), message, silent, right, sum(bool(trial.wrong) for trial in mine)))))
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "| --- " * len(rows[0]) + "|", *lines[1:]]) + "\n"
 

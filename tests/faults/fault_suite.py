@@ -17,7 +17,7 @@ from fault_injection import DAMAGES, Child, Ending, files_of, link_tree
 from tiny import tiny_config
 
 from flows import runs
-from pipeline.line import STAGES, Config, Step, line
+from pipeline.line import STAGES, Config, Stage, line
 from pipeline.runtime import Runtime
 from storage.keys import Ref, sha256_file
 from storage.provenance import provenance
@@ -27,7 +27,7 @@ RUNTIME = Runtime(device="cpu", threads=1, progress=False, dask="none", checkpoi
 MEASURED = re.compile(r"(.*/)?(curves\.jsonl|events\.out\.tfevents\..*)")  # hold seconds: no two runs agree
 WARM = (  # what stages import when they run
     "open_clip", "timm", "zarr", "webdataset", "matplotlib.pyplot", "scipy.optimize", "torch.utils.tensorboard", "pipeline.world.draw",
-    "pipeline.teacher.encode", "pipeline.training.loop", "pipeline.training.criteria", "pipeline.inference.model", "pipeline.scoring.judge", "pipeline.report.write",
+    "pipeline.teacher.encode", "pipeline.training.loop", "pipeline.training.criteria", "pipeline.inference.model", "pipeline.scoring.evaluator", "pipeline.report.write",
     "pipeline.report.plots", "pipeline.training.query_loader", "models.teacher", "models.generator", "storage.queries", "storage.tokens",
 )  # fmt: skip
 
@@ -53,7 +53,7 @@ class Trial:
     kind: str
     place: str
     detail: str = ""
-    told: str = ""
+    message: str = ""
     repaired: bool = False
     wrong: str = ""
     problem: str = ""
@@ -65,7 +65,7 @@ class Suite:
     """The undisturbed store, and how long each of its stages took."""
 
     folder: Path
-    steps: list[Step] = field(default_factory=lambda: line(small_config()))
+    steps: list[Stage] = field(default_factory=lambda: line(small_config()))
     seconds: dict[str, float] = field(default_factory=dict)
 
     def prepare(self) -> None:
@@ -81,7 +81,7 @@ class Suite:
             self.seconds[step.stage] = time.monotonic() - started
         self.bytes = {step.recipe.ref: content(self.calm, step.recipe.ref) for step in self.steps}
 
-    def child(self, store: Store, steps: Sequence[Step], before: Callable[[], object] = lambda: None) -> Child:
+    def child(self, store: Store, steps: Sequence[Stage], before: Callable[[], object] = lambda: None) -> Child:
         """A process that builds these stages."""
 
         def work() -> None:
@@ -92,7 +92,7 @@ class Suite:
 
         return Child(work)
 
-    def copy(self, name: str, *, without: Step | None = None) -> Store:
+    def copy(self, name: str, *, without: Stage | None = None) -> Store:
         """The undisturbed store's artefacts, hard links, up to but without that of a stage."""
         store = Store(self.folder / name)
         shutil.rmtree(store.root, ignore_errors=True)
@@ -103,7 +103,7 @@ class Suite:
             link_tree(self.calm.path(ref), store.path(ref))
         return store
 
-    def wrong(self, store: Store, step: Step) -> str:
+    def wrong(self, store: Store, step: Stage) -> str:
         """Which file of a stage's complete artefact is not the undisturbed run's; "" when none, or when it is not complete."""
         ref = step.recipe.ref
         if store.state(ref) != "fresh":
@@ -115,17 +115,17 @@ class Suite:
     def ref(self, stage: str) -> Ref:
         return self.steps[runs.find(self.steps, stage)].recipe.ref
 
-    def until(self, step: Step) -> list[Step]:
+    def until(self, step: Stage) -> list[Stage]:
         return self.steps[: self.steps.index(step) + 1]
 
-    def repair(self, trial: Trial, store: Store, last: Step, *damaged: Ref) -> None:
+    def repair(self, trial: Trial, store: Store, last: Stage, *damaged: Ref) -> None:
         """Do what `trial.told` says, if anything, then run again; is everything right then?"""
         selected = self.until(last)
-        if forced := re.search(r"`zs-seg run --force (\S+)`", trial.told):
+        if forced := re.search(r"`zs-seg run --force (\S+)`", trial.message):
             runs.remove(store, runs.forced(selected, [forced[1]]))
-        elif delete := re.search(r"delete the folder (\S+) and run again", trial.told):
+        elif delete := re.search(r"delete the folder (\S+) and run again", trial.message):
             shutil.rmtree(delete[1])
-        elif delete := re.search(r"(/\S+) is damaged.*; delete it to", trial.told):
+        elif delete := re.search(r"(/\S+) is damaged.*; delete it to", trial.message):
             Path(delete[1]).unlink()
         ending = self.child(store, selected).wait()
         if ending.kind != "ok":
@@ -138,11 +138,11 @@ class Suite:
             if problems := store.verify(step.recipe.ref):
                 trial.problem = f"after the cure: {step.recipe.ref}: {problems[0]}"
 
-    def draw_step(self, trial: Trial, rng: np.random.Generator, among: Sequence[str] = STAGES) -> Step:
+    def draw_step(self, trial: Trial, rng: np.random.Generator, among: Sequence[str] = STAGES) -> Stage:
         trial.place = among[int(rng.integers(len(among)))]
         return self.steps[runs.find(self.steps, trial.place)]
 
-    def draw_input(self, trial: Trial, rng: np.random.Generator) -> tuple[Step, Ref]:
+    def draw_input(self, trial: Trial, rng: np.random.Generator) -> tuple[Stage, Ref]:
         """An artefact that is read, and a stage that reads it."""
         pairs = [(step, ref) for step in self.steps for ref in step.recipe.inputs.values()]
         kinds = sorted({ref.kind for _, ref in pairs})
@@ -154,8 +154,8 @@ class Suite:
 
     def expect_told(self, trial: Trial, ending: Ending, name: str, *, or_right: bool) -> None:
         """It was said, in one line that names the artefact and a command or a deed; or else all went well."""
-        if ending.kind == "told" and name in ending.text and re.search("`zs-seg |delete ", ending.text):
-            trial.told = ending.text
+        if ending.kind == "message" and name in ending.text and re.search("`zs-seg |delete ", ending.text):
+            trial.message = ending.text
         elif not (or_right and ending.kind == "ok"):
             trial.problem = str(ending)
 
@@ -163,7 +163,7 @@ class Suite:
         if ending.kind not in ("ok", "killed"):
             trial.problem = str(ending)
 
-    def _kill(self, trial: Trial, store: Store, step: Step, rng: np.random.Generator) -> None:
+    def _kill(self, trial: Trial, store: Store, step: Stage, rng: np.random.Generator) -> None:
         after = float(rng.uniform(0, self.seconds[step.stage]))
         child = self.child(store, [step])
         time.sleep(after)
@@ -185,10 +185,10 @@ class Suite:
             return
         kind, text, wrong, trial.wrong = ending.value
         trial.wrong = wrong or trial.wrong
-        trial.told = text if kind == "told" else ""
+        trial.message = text if kind == "message" else ""
         trial.repaired = not trial.wrong
         named = f"store {self.folder}" in text and str(self.ref(trial.place)) in text
-        if kind != "ok" and not (trial.told and named):
+        if kind != "ok" and not (trial.message and named):
             trial.problem = f"{kind}: {text}"
 
 

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from flows.presets import preset
-from pipeline.line import Step, line
-from storage.runs import Line, Runs
+from pipeline.line import Stage, line
+from storage.runs import RunRecord, Runs
 from storage.store import Build, Store
 
 FILES = 50
@@ -24,13 +24,13 @@ COUNTS = {
 """What `plan` reads of a stage's counts."""
 
 
-def demo_line(number: int = 0) -> list[Step]:
+def demo_line(number: int = 0) -> list[Stage]:
     """Number 0 is the demo; every other one has its own setting in v2c and shares what comes before."""
     demo = preset("demo")
     return line(replace(demo, v2c=replace(demo.v2c, lr=demo.v2c.lr * (1 + number / 1000))))
 
 
-def fill(store: Store, steps: list[Step], *, files: int = 1) -> None:
+def fill(store: Store, steps: list[Stage], *, files: int = 1) -> None:
     """Build every stage of the line with small files instead of its work."""
 
     def work(stage: str, build: Build) -> None:
@@ -42,9 +42,11 @@ def fill(store: Store, steps: list[Step], *, files: int = 1) -> None:
         store.build(step.recipe, partial(work, step.stage))
 
 
-def note(store: Store, name: str, steps: list[Step]) -> Line:
+def note(store: Store, name: str, steps: list[Stage]) -> RunRecord:
     """A run of the line that has ended."""
-    made = Line.now(name=name, command="zs-seg run --preset demo", refs={step.stage: step.recipe.ref for step in steps})
+    made = RunRecord.now(
+        name=name, command="zs-seg run --preset demo", refs={step.stage: step.recipe.ref for step in steps}
+    )
     with Runs(store).running(made):
         return made
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flows.presets import preset
-from pipeline.line import Config, Step, line
+from pipeline.line import Config, Stage, line
 from pipeline.runtime import Runtime
 from storage.store import Store
 
@@ -27,9 +27,9 @@ def tiny_config() -> Config:
     )
 
 
-def build(store: Store, config: Config, *, until: str = "evaluate", runtime: Runtime = QUIET) -> dict[str, Step]:
+def build(store: Store, config: Config, *, until: str = "evaluate", runtime: Runtime = QUIET) -> dict[str, Stage]:
     """Run the line up to and including the stage `until`; its steps by stage."""
-    steps: dict[str, Step] = {}
+    steps: dict[str, Stage] = {}
     for step in line(config):
         step.run(store=store, runtime=runtime)
         steps[step.stage] = step

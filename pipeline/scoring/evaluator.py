@@ -23,7 +23,7 @@ CHECKPOINTS = ("inductive", "transductive")
 Map = tuple[np.ndarray, list[PredictedSegment]]
 
 
-class Judge:
+class Evaluator:
     """Counts the images given to `update`, in their order; `results` is the report's part so far.
 
     Args:

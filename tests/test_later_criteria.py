@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_steps import (
+from test_criteria import (
     DIM,
     QUERIES,
     SEEN,
@@ -29,7 +29,7 @@ from models.generator import Generator
 from models.projector import Projector
 from pipeline.teacher.text_bank import TextBank
 from pipeline.training.config import CPAConfig, G2SConfig
-from pipeline.training.criteria import CPAStep, G2SStep, freeze
+from pipeline.training.criteria import CPACriterion, G2SCriterion, freeze
 from pipeline.training.query_loader import QueryBatch
 
 G2S = G2SConfig(hidden=12, tau=0.3, diversity_weight=0.5, semantic_weight=2.0, kl_weight=0.25)
@@ -49,10 +49,10 @@ def generator() -> Generator:
     return made
 
 
-def g2s(config: G2SConfig = G2S, texts: TextBank | None = None) -> G2SStep:
+def g2s(config: G2SConfig = G2S, texts: TextBank | None = None) -> G2SCriterion:
     frozen = projector()
     freeze(frozen)
-    return G2SStep(generator().train(), frozen, texts or bank(), config)
+    return G2SCriterion(generator().train(), frozen, texts or bank(), config)
 
 
 def test_stage_2_is_the_sum_of_its_terms() -> None:
@@ -125,10 +125,12 @@ def test_stage_2_knows_nothing_of_unseen_classes() -> None:
     )
 
 
-def cpa(config: CPAConfig = CPA, texts: TextBank | None = None, *, training: bool = False) -> CPAStep:
+def cpa(config: CPAConfig = CPA, texts: TextBank | None = None, *, training: bool = False) -> CPACriterion:
     made = generator()
     freeze(made)
-    return CPAStep(projector().train(), made.train(training), texts or bank(), config, text=(texts or bank()).embedding)
+    return CPACriterion(
+        projector().train(), made.train(training), texts or bank(), config, text=(texts or bank()).embedding
+    )
 
 
 @pytest.mark.parametrize("noise_into", ["encoder", "latent"])
