@@ -22,6 +22,7 @@ from pipeline.line import Config, Stage, benchmark_of, line
 from pipeline.runtime import Runtime
 from pipeline.world.config import ScenesConfig
 from storage.atomic import write_text
+from storage.errors import UserError
 from storage.keys import Ref
 from storage.runs import RunRecord, Runs
 from storage.store import Store
@@ -50,7 +51,7 @@ class Run:
 def ablate(options: argparse.Namespace) -> int:
     """Plan, build what is missing, and write the tables; a run that was stopped goes on where it was."""
     if options.seeds < 1 or options.jobs < 1:
-        raise ValueError("--seeds and --jobs must be at least 1")
+        raise UserError("--seeds and --jobs must be at least 1")
     request = open_request(options)
     config = configure(request)
     tables = _tables(options.tables or list(TABLES), config)
@@ -85,10 +86,10 @@ def ablate(options: argparse.Namespace) -> int:
 
 
 def _tables(names: Sequence[str], config: Config) -> list[Table]:
-    """The tables by name. Raises ValueError for one that there is not."""
+    """The tables by name. Raises UserError for one that there is not."""
     for name in names:
         if name not in NAMES:
-            raise ValueError(f"table {name!r} is unknown; use some of {', '.join(NAMES)}")
+            raise UserError(f"table {name!r} is unknown; use some of {', '.join(NAMES)}")
     return [sweep(config) if name == "sweep" else TABLES[name] for name in dict.fromkeys(names)]
 
 

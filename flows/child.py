@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import IO
 
 from flows import cli
+from storage.errors import UserError
 
 GRACE = 25  # seconds to save a state; Prefect kills a cancelled run's processes after 30
 CAUSES = {
@@ -36,7 +37,7 @@ def run(name: str, arguments: Sequence[str], say: Callable[[str], None]) -> None
     When this is interrupted, the process is asked to end, and killed after `GRACE` seconds. A training stage that is asked
     saves its state first.
 
-    Raises ValueError for a mistake of the user's, with the line that says so, and `Died` when the process ended in any
+    Raises UserError for a mistake of the user's, with the line that says so, and `Died` when the process ended in any
     other way.
     """
     command = [sys.executable, "-X", "faulthandler", "-m", "flows.child", *arguments]
@@ -61,7 +62,7 @@ def run(name: str, arguments: Sequence[str], say: Callable[[str], None]) -> None
         return
     message = last[0] if last else "it said nothing"
     if process.returncode == 2:
-        raise ValueError(message.removeprefix("zs-seg: "))
+        raise UserError(message.removeprefix("zs-seg: "))
     if process.returncode > 0:
         raise Died(f"the process of {name} ended with status {process.returncode}: {message}")
     number = signal.Signals(-process.returncode)

@@ -15,7 +15,9 @@ from typing import Any, NoReturn
 from flows import ablate, commands, store_commands
 from flows.presets import PRESETS, preset
 from flows.request import print_override_help
+from models.errors import ModelError
 from pipeline.line import STAGES
+from storage.errors import UserError
 
 TREE_COMMANDS = ("plan", "run", "stage", "ablate")  # those that take flags of the config tree
 BENCHES = ("segmenter", "evaluate", "cache", "train")
@@ -28,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, overrides = parser().parse_known_args(argv)
         if overrides and options.command not in TREE_COMMANDS:
-            raise ValueError(f"{overrides[0]!r} is unknown; `zs-seg {options.command} --help` lists the flags")
+            raise UserError(f"{overrides[0]!r} is unknown; `zs-seg {options.command} --help` lists the flags")
         if getattr(options, "skip_bad", False):
             overrides.append("--shard.skip-bad")
         options.overrides = tuple(overrides)
@@ -56,7 +58,7 @@ def _mistake(error: Exception) -> str:
         return "the device has too little memory; lower --v2c.batch or --v2c.augment.size, or pass --device cpu"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; mend that and run again"
-    return str(error) if isinstance(error, ValueError | OSError) else ""
+    return str(error) if isinstance(error, UserError | ModelError) else ""
 
 
 def _set_up_logging() -> None:

@@ -14,6 +14,7 @@ from pipeline import v2c
 from pipeline.line import Stage, line
 from pipeline.runtime import Runtime, torchrun_rank, under_torchrun
 from storage.differences import Explainer
+from storage.errors import UserError
 from storage.lineage import Lineage
 from storage.store import State, Store
 
@@ -24,7 +25,7 @@ def plan(options: argparse.Namespace) -> int:
 
     for flag, value in (("--tflops", options.tflops), ("--step-seconds", options.step_seconds)):
         if value < 0 or (value == 0 and flag == "--tflops"):
-            raise ValueError(f"{flag} must be above 0, not {value:g}")
+            raise UserError(f"{flag} must be above 0, not {value:g}")
     request = open_request(options)
     config = configure(request)
     steps, store = line(config), request.open_store()
@@ -81,7 +82,7 @@ def stage(options: argparse.Namespace) -> int:
 
 def _walk(request: Request, runtime: Runtime, first: str, last: str, force: Sequence[str]) -> int:
     if under_torchrun() and not (first == last == v2c.STAGE and not force):
-        raise ValueError(
+        raise UserError(
             f"under torchrun only `{request.command('stage', v2c.STAGE)}` runs; start the others without it"
         )
     steps, store = line(configure(request)), request.open_store()
@@ -137,7 +138,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from storage.atomic import write_text
 
     if options.json and not Path(options.json).parent.is_dir():
-        raise ValueError(f"--json {options.json}: folder {Path(options.json).parent} not found; make it first")
+        raise UserError(f"--json {options.json}: folder {Path(options.json).parent} not found; make it first")
     result = evaluate_checkpoint.run(
         checkpoint=options.checkpoint,
         benchmark=options.benchmark,
@@ -167,9 +168,9 @@ def panoptic_quality(options: argparse.Namespace) -> int:
 
     for flag, file in (("--json", options.json), ("--csv", options.csv)):
         if file and not Path(file).parent.is_dir():
-            raise ValueError(f"{flag} {file}: folder {Path(file).parent} not found; make it first")
+            raise UserError(f"{flag} {file}: folder {Path(file).parent} not found; make it first")
     if (unseen := _numbers(options.unseen)) is None:
-        raise ValueError(f"--unseen {options.unseen!r} is no list of category ids; write it as 5,24,93")
+        raise UserError(f"--unseen {options.unseen!r} is no list of category ids; write it as 5,24,93")
     files = (options.gt_json, options.gt_folder, options.pred_json, options.pred_folder)
     scores = pq.evaluate(*map(Path, files), unseen=unseen, check_ground_truth=options.check_ground_truth)
     Console().print(pq.table(scores))
@@ -202,6 +203,6 @@ def bench(options: argparse.Namespace) -> int:
             if options.json:  # whole after every row: a long run may be cut off
                 harness.write_rows(Path(options.json), rows)
     except ModuleNotFoundError as error:
-        raise ValueError(f"the reference {error.name} is not installed; `make install` brings it") from error
+        raise UserError(f"the reference {error.name} is not installed; `make install` brings it") from error
     Console().print(harness.table(rows))
     return 0

@@ -11,6 +11,7 @@ from pipeline.scoring.config import EvaluateConfig
 from pipeline.teacher.config import TeacherConfig, TextConfig
 from pipeline.training.config import MASKFORMER, CPAConfig, G2SConfig, ProjectorConfig, SegmenterConfig, V2CConfig
 from pipeline.world.config import ScenesConfig
+from storage.errors import UserError
 
 SMALL_TEACHER = TeacherConfig(name="small", pretrained="shipped", fill="mean")
 SMALL_SEGMENTER = SegmenterConfig(
@@ -211,7 +212,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
 
 
 def preset(name: str) -> Config:
-    """The preset of that name. Raises ValueError with the names there are."""
+    """The preset of that name. Raises UserError with the names there are."""
     if name not in PRESETS:
-        raise ValueError(f"preset {name!r} is unknown; use one of {', '.join(PRESETS)}")
+        raise UserError(f"preset {name!r} is unknown; use one of {', '.join(PRESETS)}")
     return PRESETS[name]()

@@ -17,6 +17,7 @@ from flows.presets import preset
 from pipeline.data.config import CocoConfig
 from pipeline.line import Config
 from pipeline.runtime import Runtime
+from storage.errors import UserError
 from storage.store import Store
 
 
@@ -79,7 +80,7 @@ def open_runtime(options: argparse.Namespace) -> Runtime:
 
 
 def configure(request: Request) -> Config:
-    """The preset with the overrides in place. Raises ValueError for an unknown preset or flag and for a wrong value."""
+    """The preset with the overrides in place. Raises UserError for an unknown preset or flag and for a wrong value."""
     config = preset(request.preset)
     if request.overrides:
         config = override(config, request.overrides)
@@ -88,10 +89,10 @@ def configure(request: Request) -> Config:
     if isinstance(config.data, CocoConfig):
         root = request.coco or config.data.root or os.environ.get("COCO_ROOT", "")
         if not root:
-            raise ValueError(f"preset {request.preset} reads real images; pass --coco FOLDER or set COCO_ROOT")
+            raise UserError(f"preset {request.preset} reads real images; pass --coco FOLDER or set COCO_ROOT")
         return replace(config, data=replace(config.data, root=root))
     if request.coco:
-        raise ValueError(
+        raise UserError(
             f"preset {request.preset} draws its own scenes and reads no COCO folder; "
             "leave --coco out, or use --preset coco-sample"
         )
@@ -99,9 +100,9 @@ def configure(request: Request) -> Config:
 
 
 def shorten(config: Config, steps: int) -> Config:
-    """`config` with at most so many steps in every training stage, for trials. Raises ValueError for a negative number."""
+    """`config` with at most so many steps in every training stage, for trials. Raises UserError for a negative number."""
     if steps < 0:
-        raise ValueError(f"--max-steps must be 1 or more, or 0 for all, not {steps}")
+        raise UserError(f"--max-steps must be 1 or more, or 0 for all, not {steps}")
     return replace(
         config,
         v2c=replace(config.v2c, steps=min(config.v2c.steps, steps)),
@@ -113,7 +114,7 @@ def shorten(config: Config, steps: int) -> Config:
 def override(config: Config, flags: Sequence[str]) -> Config:
     """`config` with single fields replaced by flags such as "--v2c.lr", "2e-4"; tyro derives them from the fields.
 
-    Raises ValueError, in one line, where tyro would print a box of its own and exit.
+    Raises UserError, in one line, where tyro would print a box of its own and exit.
     """
     import tyro
 
@@ -128,14 +129,14 @@ def override(config: Config, flags: Sequence[str]) -> Config:
         reason = " ".join(line.strip() for line in takewhile(lambda line: set(line) - set(" -"), lines))
         reason = reason.rstrip(". ").removeprefix("Error parsing ")
         reason = re.sub(r"^(\S+: )\1", r"\1", reason)  # tyro names the part of the tree, and so do we
-        raise ValueError(f"{reason}; `zs-seg run --preset {config.preset} --help` lists the flags") from error
+        raise UserError(f"{reason}; `zs-seg run --preset {config.preset} --help` lists the flags") from error
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"{unknown[0]!r} is not a flag of preset {config.preset}; "
             f"`zs-seg run --preset {config.preset} --help` lists them"
         )
     if changed.preset != config.preset:
-        raise ValueError("the preset cannot be overridden; choose another with --preset")
+        raise UserError("the preset cannot be overridden; choose another with --preset")
     return changed
 
 

@@ -14,6 +14,7 @@ from flows.request import Request
 from flows.tables import duration
 from pipeline.line import Stage
 from pipeline.runtime import Runtime, torchrun_rank
+from storage.errors import UserError
 from storage.keys import Ref
 from storage.runs import RunRecord, Runs
 from storage.store import Store
@@ -24,20 +25,20 @@ log = logging.getLogger(__name__)
 def select(steps: Sequence[Stage], *, first: str = "", last: str = "") -> list[Stage]:
     """The steps from stage `first` to stage `last`, both included; "" = from the beginning, to the end.
 
-    Raises ValueError for a stage that is not in this line, or when `last` comes before `first`.
+    Raises UserError for a stage that is not in this line, or when `last` comes before `first`.
     """
     start = find(steps, first) if first else 0
     stop = find(steps, last) if last else len(steps) - 1
     if stop < start:
-        raise ValueError(f"stage {last} comes before {first}; swap --from and --until")
+        raise UserError(f"stage {last} comes before {first}; swap --from and --until")
     return list(steps[start : stop + 1])
 
 
 def find(steps: Sequence[Stage], stage: str) -> int:
-    """The position of a stage. Raises ValueError when it is not in this line."""
+    """The position of a stage. Raises UserError when it is not in this line."""
     names = [step.stage for step in steps]
     if stage not in names:
-        raise ValueError(f"there is no stage {stage!r} here; the stages are {', '.join(names)}")
+        raise UserError(f"there is no stage {stage!r} here; the stages are {', '.join(names)}")
     return names.index(stage)
 
 
@@ -45,7 +46,7 @@ def forced(selected: Sequence[Stage], stages: Collection[str]) -> list[Stage]:
     """`stages` and all selected steps that read what they make, directly or not; they keep their keys, so only this tells
     that they are out of date.
 
-    Raises ValueError for a stage that is not selected.
+    Raises UserError for a stage that is not selected.
     """
     named = {selected[find(selected, stage)].recipe.ref for stage in stages}
     again: dict[Ref, Stage] = {}
@@ -68,7 +69,7 @@ def require_inputs(
 ) -> None:
     """Is everything there that the selected steps read and do not make themselves? Those of `again` are built even if complete.
 
-    Raises ValueError that names the first missing stage and the command that makes it.
+    Raises UserError that names the first missing stage and the command that makes it.
     """
     maker = {step.recipe.ref: step.stage for step in steps}
     made = {step.recipe.ref for step in selected}
@@ -78,7 +79,7 @@ def require_inputs(
         for ref in step.recipe.inputs.values():
             if ref not in made and (state := store.state(ref)) != "fresh":
                 stage = maker[ref]
-                raise ValueError(
+                raise UserError(
                     f"stage {step.stage} reads what stage {stage} makes, and {ref} is {state} in {store.root}; "
                     f"make it with `{request.command('run', '--until', stage)}`"
                 )
@@ -87,7 +88,7 @@ def require_inputs(
 def noted(request: Request, steps: Sequence[Stage], store: Store) -> contextlib.AbstractContextManager[None]:
     """Notes the whole line under the run's name before anything is built; inside, it is under way, and `zs-seg gc` spares it.
 
-    Raises ValueError for a name that is no file name.
+    Raises UserError for a name that is no file name.
     """
     if torchrun_rank():  # the first process does
         return contextlib.nullcontext()
@@ -112,7 +113,7 @@ class Outcome:
 def build(step: Stage, store: Store, runtime: Runtime) -> Outcome:
     """Build one stage from its cached inputs unless it is complete, and warn of images that it leaves out.
 
-    Raises ValueError for whatever its user can mend.
+    Raises UserError for whatever its user can mend.
     """
     ref, started = step.recipe.ref, time.monotonic()
     built = store.state(ref) != "fresh"
@@ -136,7 +137,7 @@ def publish(preset: str, steps: Sequence[Stage], store: Store, runs: Path = Path
     try:
         write.publish(store.path(ref), folder, preset=preset, lineage=lineage(steps, store))
     except OSError as error:
-        raise ValueError(f"folder {folder} cannot be written ({error.strerror}); mend that or run elsewhere") from error
+        raise UserError(f"folder {folder} cannot be written ({error.strerror}); mend that or run elsewhere") from error
     return folder
 
 

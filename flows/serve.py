@@ -18,6 +18,8 @@ from pathlib import Path
 
 import psutil
 
+from storage.errors import UserError
+
 POOL = "zs-seg"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATIENCE = 10  # seconds between a polite and a firm end
@@ -34,7 +36,7 @@ def main() -> int:
         return stop(home)
     try:
         return serve(home, options.port, options.runs)
-    except (ValueError, subprocess.CalledProcessError) as error:
+    except (UserError, subprocess.CalledProcessError) as error:
         print(f"serve: {error}", file=sys.stderr)
         return 2
 
@@ -45,10 +47,10 @@ def serve(home: Path, port: int, runs: int) -> int:
     The worker takes `runs` flow runs at a time, so that no two share a GPU by accident; the others wait for their turn.
     """
     if runs < 1:
-        raise ValueError(f"--runs must be 1 or more, not {runs}")
+        raise UserError(f"--runs must be 1 or more, not {runs}")
     home.mkdir(parents=True, exist_ok=True)
     if running := _recorded(home):
-        raise ValueError(f"already running ({', '.join(running)}); stop it with `make stop`")
+        raise UserError(f"already running ({', '.join(running)}); stop it with `make stop`")
     os.environ |= {
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -115,7 +117,7 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], port: int, patience: fl
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise ValueError(
+            raise UserError(
                 f"the server did not start; is port {port} taken? Pass another: make serve PREFECT_PORT=4201"
             )
         try:
@@ -123,7 +125,7 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], port: int, patience: fl
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.3)
-    raise ValueError(f"the server does not answer on port {port} after {patience:.0f} s")
+    raise UserError(f"the server does not answer on port {port} after {patience:.0f} s")
 
 
 def _record(home: Path, name: str, pid: int) -> None:

@@ -13,6 +13,7 @@ from flows.tables import age, print_table, print_tree, size
 from pipeline.line import STAGES
 from storage.collect import collect, survey
 from storage.differences import differences
+from storage.errors import UserError
 from storage.keys import Ref
 from storage.lineage import Lineage, Node
 from storage.runs import Runs
@@ -26,9 +27,7 @@ def list_artefacts(options: argparse.Namespace) -> int:
     lineage, runs, refs = Lineage(store), Runs(store), store.refs()
     kinds = sorted({ref.kind for ref in refs})
     if options.kind not in ("", *kinds):
-        raise ValueError(
-            f"no artefact of kind {options.kind!r} in {store.root}; there are {', '.join(kinds) or 'none'}"
-        )
+        raise UserError(f"no artefact of kind {options.kind!r} in {store.root}; there are {', '.join(kinds) or 'none'}")
     refs = [ref for ref in refs if options.kind in ("", ref.kind)]
     reached: dict[Ref, list[str]] = {}
     for name in runs.names():
@@ -139,7 +138,7 @@ def _print_users(lineage: Lineage, ref: Ref) -> None:
 def verify_artefacts(options: argparse.Namespace) -> int:
     for flag, value in (("--rows", options.rows), ("--sample", options.sample)):
         if value < 0:
-            raise ValueError(f"{flag} must be 0 or more, not {value}")
+            raise UserError(f"{flag} must be 0 or more, not {value}")
     store = open_store(options)
     refs: list[Ref] = [store.find(options.key)] if options.key else store.refs()
     drawn = _draw(store, refs, options) if options.sample else None
@@ -163,7 +162,7 @@ def verify_artefacts(options: argparse.Namespace) -> int:
             damaged.append(ref)
     if damaged:
         named = ", ".join(map(str, damaged))
-        raise ValueError(
+        raise UserError(
             f"{len(damaged)} of {len(refs)} artefacts are damaged ({named}); rebuild with `zs-seg run --force STAGE`"
         )
     if drawn is None:
@@ -202,19 +201,19 @@ def _line(name: str, store: Store, lineage: Lineage) -> tuple[dict[str, Node], s
     if name not in runs.names():
         ref = store.find(name)
         if not lineage.node(ref):
-            raise ValueError(f"{ref} is damaged; `zs-seg verify {ref.key}` says how")
+            raise UserError(f"{ref} is damaged; `zs-seg verify {ref.key}` says how")
         return lineage.line(ref), str(ref)
     refs = runs.lines(name)[-1].refs
     line = {stage: node for stage, ref in refs.items() if (node := lineage.node(ref))}
     if not line:
-        raise ValueError(f"nothing of run {name} is built in {store.root}; run it, or give keys")
+        raise UserError(f"nothing of run {name} is built in {store.root}; run it, or give keys")
     return line, name
 
 
 def gc(options: argparse.Namespace) -> int:
     store = open_store(options)
     if options.partial_age < 0:
-        raise ValueError(f"--partial-age must be 0 days or more, not {options.partial_age:g}")
+        raise UserError(f"--partial-age must be 0 days or more, not {options.partial_age:g}")
     work = collect if options.delete else survey
     found = work(store, keep=options.keep, forget=options.forget, partial_age=options.partial_age * 86400)
     if found.waste:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.backbone_weights import read_weights
+from models.errors import ModelError
 from models.teacher_files import SMALL_BACKBONE
 
 STRIDES = (4, 8, 16, 32)
@@ -33,19 +34,19 @@ class Backbone(nn.Module):
     With `frozen_batchnorm` the affine parameters and running statistics of every BatchNorm stay as loaded, also after
     `.train()`, as in the published ResNet settings; on a network without BatchNorm it changes nothing.
 
-    Raises ValueError for a name that timm does not know, a network without these strides, weights that cannot be
+    Raises ModelError for a name that timm does not know, a network without these strides, weights that cannot be
     downloaded, and a file that is missing, unreadable, made for another network, or trained on COCO's categories.
     """
 
     def __init__(self, name: str, *, weights: str | None = None, frozen_batchnorm: bool = False) -> None:
         super().__init__()
         if not timm.is_model(name):
-            raise ValueError(f"backbone {name!r} is not a timm model; timm.list_models() prints their names")
+            raise ModelError(f"backbone {name!r} is not a timm model; timm.list_models() prints their names")
         self.net = _create(name, weights)
         info: Any = self.net.feature_info
         strides = tuple(info.reduction())
         if strides != STRIDES:
-            raise ValueError(
+            raise ModelError(
                 f"backbone {name!r} has feature strides {strides}, not {STRIDES}; "
                 f"choose a timm model with four stages, such as resnet50"
             )
@@ -108,7 +109,7 @@ def _create_features(name: str, weights: str | None, **arguments: Any) -> nn.Mod
     except Exception as error:  # offline, timm and its hub client raise a dozen unrelated types
         config = timm.get_pretrained_cfg(name)
         source = (config and (config.hf_hub_id or config.url)) or "none published"
-        raise ValueError(
+        raise ModelError(
             f"backbone_weights 'imagenet' of {name!r} ({source}) could not be loaded ({type(error).__name__}); fetch "
             f"them on a connected machine and set backbone_weights to that local .safetensors or .pth file"
         ) from error

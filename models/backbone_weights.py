@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from timm.models import load_state_dict
 from torch import Tensor
 
+from models.errors import ModelError
+
 # how the parts of detectors and segmenters are called: Detectron2, torchvision, mmdetection, transformers, DETR, timm, ours
 PARTS = re.compile(
     r"(^|\.)(roi_heads?|rpn(_head)?|proposal_generator|anchor_generator|bbox\w*|box_(head|net|predictor)|class_net|classification_head|regression_head"
@@ -28,18 +30,18 @@ COCO_OUTPUTS = {80, 81, 90, 91, 133, 134, 171, 172, 182, 183}
 def read_weights(name: str, path: Path) -> dict[str, Tensor]:
     """The tensors of a local weights file for timm's network `name`, checked against it.
 
-    Raises ValueError for a file that is missing, unreadable or for another network, and for one that shows a network
+    Raises ModelError for a file that is missing, unreadable or for another network, and for one that shows a network
     trained on COCO's categories: a detector's or segmenter's parts, a classifier with as many outputs as COCO has classes,
     or zs-seg's own checkpoint. Such weights have seen the unseen classes. A bare backbone that somebody cut out of such a
     network cannot be told from an ImageNet one.
     """
     if not path.is_file():
-        raise ValueError(f"backbone_weights {path}: no such file; use 'imagenet', none, or the path of a weights file")
+        raise ModelError(f"backbone_weights {path}: no such file; use 'imagenet', none, or the path of a weights file")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         weights = load_state_dict(str(path), weights_only=True)
     except Exception as error:  # safetensors, zip, pickle and key errors alike: the file is not what it should be
-        raise ValueError(
+        raise ModelError(
             f"backbone_weights {path}: not readable as .safetensors or a torch file of plain tensors "
             f"({type(error).__name__}); save timm.create_model({name!r}).state_dict() there"
         ) from error
@@ -52,7 +54,7 @@ def read_weights(name: str, path: Path) -> dict[str, Tensor]:
         if not key.endswith("num_batches_tracked") and (key not in weights or weights[key].shape != tensor.shape)
     ]
     if wrong:
-        raise ValueError(
+        raise ModelError(
             f"backbone_weights {path}: {len(wrong)} of {len(expected)} tensors of {name!r} are missing or of another "
             f"shape, the first is {wrong[0]!r}; save timm.create_model({name!r}).state_dict() there"
         )
@@ -72,7 +74,7 @@ def _refuse_leak(path: Path, content: Any, backbone: Mapping[str, Tensor]) -> No
             what = f"is a classifier of {tensor.shape[0]} outputs, as many as COCO has classes"
         else:
             continue
-        raise ValueError(
+        raise ModelError(
             f"backbone_weights {path}: {key!r} {what}, so these weights have seen the unseen classes and zero-shot scores "
             f"would mean nothing; use weights trained on ImageNet alone, such as backbone_weights 'imagenet'"
         )

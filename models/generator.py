@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from models.errors import ModelError
 from models.vision_centric import PrimitiveGenerator
 
 LAYERS = 4  # the paper's, in the encoder and in the decoder
@@ -88,7 +89,7 @@ class Generator(nn.Module):
                 return self(normal(self.dim), text, normal(self.text_dim))[0]
             if noise_into == "latent":
                 return self.decode(normal(self.text_dim), text)
-            raise ValueError(f"noise_into is {noise_into!r}; use 'encoder' or 'latent'")
+            raise ModelError(f"noise_into is {noise_into!r}; use 'encoder' or 'latent'")
         finally:
             for module, mode in modes:
                 module.training = mode

@@ -15,21 +15,23 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor
 
+from models.errors import ModelError
+
 CURE = "use --tokens.method pixels, or an open_clip ViT or ResNet as the teacher"
 
 
 def patch_grid(visual: Any) -> tuple[int, int]:
-    """Rows and columns of an image tower's patches. Raises ValueError where the tower cannot attend by instance."""
+    """Rows and columns of an image tower's patches. Raises ModelError where the tower cannot attend by instance."""
     if isinstance(visual, ModifiedResNet):
         side = int(visual.image_size) // 32  # the stride of its last layer
         return side, side
     if not isinstance(visual, VisionTransformer):
-        raise ValueError(
+        raise ModelError(
             f"method 'attention' needs patches and a CLS token, which a {type(visual).__name__} tower has not; {CURE}"
         )
     blocks = visual.transformer.resblocks
     if visual.pool_type != "tok" or visual.attn_pool or not all(type(b) is ResidualAttentionBlock for b in blocks):
-        raise ValueError(
+        raise ModelError(
             f"method 'attention' needs a ViT with plain blocks and a CLS token, and this one differs; {CURE}"
         )
     return visual.grid_size

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from models.errors import ModelError
 from models.losses import at_least_float32, sample_logits, sample_masks
 from models.mask_logits import MaskLogits
 
@@ -49,7 +50,7 @@ def match(
         exactly one query in every layer while O_b <= Q; else Q of the segments have.
 
     Raises:
-        ValueError: the predictions are not finite.
+        ModelError: the predictions are not finite.
     """
     layers, batch, queries = class_logits.shape[:3]
     device = class_logits.device
@@ -87,7 +88,7 @@ def match(
             costs.append(cost + class_weight * _focal_cost(own, alpha, gamma))
     cost = torch.stack(costs).cpu().numpy()  # (L, B, Q, most), the only copy from the device
     if not np.isfinite(cost).all():
-        raise ValueError("predictions hold NaN or infinity: training has diverged; lower the learning rate")
+        raise ModelError("predictions hold NaN or infinity: training has diverged; lower the learning rate")
 
     for layer in range(layers):
         for b, count in enumerate(counts):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.errors import ModelError
+
 MAX_SCALE = 100.0  # CLIP's own limit
 
 
@@ -41,7 +43,7 @@ class Projector(nn.Module):
     def __init__(self, *, dim: int, text_dim: int, hidden: int, layers: int) -> None:
         super().__init__()
         if layers < 1:
-            raise ValueError(f"layers is {layers}; a projector needs 1 or more")
+            raise ModelError(f"layers is {layers}; a projector needs 1 or more")
         widths = [dim, *[hidden] * (layers - 1), text_dim]
         mlp: list[nn.Module] = []
         for before, after in pairwise(widths):

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from models.backbone import Backbone
+from models.errors import ModelError
 from models.mask_logits import MaskLogits
 from models.maskformer import DETRDecoder, FPNPixelDecoder
 from models.pixel_decoder import PixelDecoder
@@ -63,17 +64,17 @@ def build_segmenter(
 
     backbone_weights: None (random), "imagenet", "shipped" or a local file, see `Backbone`.
     encoder_points: points a level of Mask2Former's deformable attention; MaskFormer's encoder has none.
-    Raises ValueError for another architecture, for a width that the heads or the norms cannot divide, and what `Backbone`
+    Raises ModelError for another architecture, for a width that the heads or the norms cannot divide, and what `Backbone`
     raises.
     """
     if architecture not in ("mask2former", "maskformer"):
-        raise ValueError(
+        raise ModelError(
             f"architecture {architecture!r} is not one of 'mask2former' and 'maskformer'; choose one of them"
         )
     if dim % 8 or (dim > 256 and dim % 32):
-        raise ValueError(f"dim {dim} must be a multiple of 8, and of 32 above 256, for GroupNorm; choose such a width")
+        raise ModelError(f"dim {dim} must be a multiple of 8, and of 32 above 256, for GroupNorm; choose such a width")
     if dim % heads:
-        raise ValueError(f"dim {dim} must be a multiple of heads {heads}; choose another number of heads")
+        raise ModelError(f"dim {dim} must be a multiple of heads {heads}; choose another number of heads")
     body = Backbone(backbone, weights=backbone_weights, frozen_batchnorm=frozen_batchnorm)
     pixels: Any = {
         "channels": body.channels, "dim": dim, "heads": heads, "layers": encoder_layers, "ffn": encoder_ffn,

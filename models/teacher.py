@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.errors import ModelError
 from models.masked_attention import embed_by_instance, patch_grid
 from models.teacher_files import CONFIG, SMALL_CLIP, TOKENIZER, WEIGHTS, is_teacher_folder
 
@@ -103,7 +104,7 @@ class Teacher(nn.Module):
 
     @property
     def patches(self) -> tuple[int, int]:
-        """Rows and columns of the image tower's patches. Raises ValueError for a tower that cannot attend by instance."""
+        """Rows and columns of the image tower's patches. Raises ModelError for a tower that cannot attend by instance."""
         return patch_grid(self.clip.visual)
 
     @torch.no_grad()
@@ -132,11 +133,11 @@ def load_teacher(
     this machine), a local weights file, a folder with the files of the model's repository on the hub, "shipped" (the small one's own
     weights), or "random" for weights drawn from `seed`, which only makes sense in trials.
 
-    Raises ValueError where the model, its weights or its tokenizer cannot be had, naming what to fetch and where to put it.
+    Raises ModelError where the model, its weights or its tokenizer cannot be had, naming what to fetch and where to put it.
     """
     identifier = f"local-dir:{SMALL_CLIP}" if name == "small" else name
     if (name == "small") != (pretrained == "shipped") and pretrained != "random":
-        raise ValueError(f"teacher {name!r} with weights {pretrained!r}: 'small' goes with 'shipped', and only with it")
+        raise ModelError(f"teacher {name!r} with weights {pretrained!r}: 'small' goes with 'shipped', and only with it")
     folder = Path(pretrained) if is_teacher_folder(pretrained) else None
     preprocessing = None if name == "small" or pretrained == "random" else _preprocessing(name, pretrained, folder)
     with torch.random.fork_rng():  # random weights must not move anybody else's random state
@@ -154,11 +155,11 @@ def load_teacher(
                 device=torch.device(device),
             )
         except Exception as error:  # a broken file raises whatever its reader raises
-            raise ValueError(_advice(name, pretrained, error)) from error
+            raise ModelError(_advice(name, pretrained, error)) from error
     try:
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}" if folder else identifier)
     except Exception as error:
-        raise ValueError(_tokenizer_advice(name, error)) from error
+        raise ModelError(_tokenizer_advice(name, error)) from error
     return Teacher(clip, tokenizer, fill=fill).to(device)
 
 
@@ -171,7 +172,7 @@ def _preprocessing(name: str, pretrained: str, folder: Path | None) -> dict[str,
     if not Path(pretrained).is_file() or not known:
         return None
     if any(one != known[0] for one in known):
-        raise ValueError(
+        raise ModelError(
             f"weights of {name} differ in how images are normalised, and file {pretrained} does not say it; put it with its "
             f"repository's {CONFIG} into a folder, as {WEIGHTS}, and pass --teacher.pretrained FOLDER"
         )

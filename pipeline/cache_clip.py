@@ -17,6 +17,7 @@ from pipeline.data.benchmarks import Benchmark
 from pipeline.runtime import Runtime
 from pipeline.teacher.cluster import Progress, run_tasks
 from pipeline.teacher.config import TeacherConfig, TokensConfig
+from storage.errors import UserError
 from storage.keys import Recipe, Ref
 from storage.store import Build, Store
 
@@ -56,7 +57,7 @@ def run(
 ) -> Ref:
     """Encode every tar into one token group of the same name, each as a Dask task; a group that is there is not made again.
 
-    Raises ValueError as `run_tasks`, and where a tar is damaged, a worker does not see the store, or no image is left.
+    Raises UserError as `run_tasks`, and where a tar is damaged, a worker does not see the store, or no image is left.
     """
 
     def work(build: Build) -> None:
@@ -105,7 +106,7 @@ def _counts(split: str, jobs: list[Job], benchmark: Benchmark) -> dict[str, int]
         counts["left_out_by_image_filter"] = images - kept
         log.info("%s: %d of %d training images are left for training", benchmark.protocol, kept, images)
         if not kept:
-            raise ValueError(f"the image filter of benchmark {benchmark.name} leaves no training image; add images")
+            raise UserError(f"the image filter of benchmark {benchmark.name} leaves no training image; add images")
     return counts
 
 
@@ -114,7 +115,7 @@ def _encode(job: Job, runtime: Runtime, progress: Progress) -> str:
     writes to a name of its own, and the first to end has made the group."""
     for path in (job.tar, job.group.parent):
         if not path.exists():
-            raise ValueError(
+            raise UserError(
                 f"a worker on {socket.gethostname()} does not find {path}; pass --store FOLDER with a folder that all "
                 "machines share under the same path"
             )

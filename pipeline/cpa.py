@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.runtime import Runtime
 from pipeline.training.config import CPAConfig
+from storage.errors import UserError
 from storage.keys import Recipe, Ref
 from storage.store import Build, Store
 
@@ -40,7 +41,7 @@ def run(
         device = runtime.torch_device()
         bank = open_text(store.open(text).path, text.key)
         if all(bank.seen):
-            raise ValueError("cpa: the benchmark has no unseen class to make features for; stop with `--until v2c`")
+            raise UserError("cpa: the benchmark has no unseen class to make features for; stop with `--until v2c`")
         model = load_model(store.open(checkpoint).path, device)
         require_same_classes(model.facts, bank)
         cached = read_queries(store.open(queries).path)

@@ -11,6 +11,7 @@ from pipeline.data.samples import samples_with_tokens
 from pipeline.runtime import Runtime
 from pipeline.scoring.config import EvaluateConfig
 from pipeline.scoring.published import marks
+from storage.errors import UserError
 from storage.keys import Recipe, Ref
 from storage.store import Build, Store
 
@@ -163,7 +164,7 @@ def _require_same_segmenter(one: Model, other: Model) -> None:
 
     theirs = other.segmenter.state_dict()
     if not all(torch.equal(value, theirs[name]) for name, value in one.segmenter.state_dict().items()):
-        raise ValueError(
+        raise UserError(
             "the inductive and the transductive checkpoint hold different segmenters; "
             "run `zs-seg run --from cpa` so that stage 3 starts from this stage 1"
         )

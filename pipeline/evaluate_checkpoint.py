@@ -19,6 +19,7 @@ from pipeline.inference.model import checkpoint_folder
 from pipeline.runtime import Runtime
 from pipeline.scoring.config import EvaluateConfig
 from pipeline.scoring.published import marks
+from storage.errors import UserError
 from storage.store import Store
 
 if TYPE_CHECKING:
@@ -59,12 +60,12 @@ def run(
     folder), `thresholds`, `seen_offset`, `marks` (warnings), `counts`, `scores` in percent (`metrics.scores` or
     `metrics.semantic_scores`; null where no class is seen, or none unseen) and `per_class`.
 
-    Raises ValueError where an input is missing, broken or does not fit.
+    Raises UserError where an input is missing, broken or does not fit.
     """
     # mistakes show before the slow imports
     folder, asked, root = checkpoint_folder(store, checkpoint), load_benchmark(benchmark), Path(data)
     if not math.isfinite(seen_offset):
-        raise ValueError(f"--seen-offset must be a finite number, not {seen_offset}")
+        raise UserError(f"--seen-offset must be a finite number, not {seen_offset}")
     part = _panoptic(asked, root, split) if asked.task == "panoptic" else _semantic(asked, root, split)
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -139,7 +140,7 @@ class _Panoptic:
         for entry in self.entries:
             sample = panoptic_sample(self.root, self.folder, entry)
             if isinstance(sample, str):
-                raise ValueError(f"{self.root}: {self.folder} image {entry.image_id} {sample}; re-download it")
+                raise UserError(f"{self.root}: {self.folder} image {entry.image_id} {sample}; re-download it")
             yield (entry, sample), torch.from_numpy(decode_image(sample)).permute(2, 0, 1)
 
     def score(self, predictor: _Predictor, benchmark: Benchmark, out: Path | None) -> Scored:
@@ -193,7 +194,7 @@ class _Semantic:
             labels = read_labels(item.label, benchmark)
             if labels.shape != output.original_size:
                 sizes = [f"{width} x {height}" for height, width in (labels.shape, output.original_size)]
-                raise ValueError(f"{item.label} is {sizes[0]} pixels, but {item.image} {sizes[1]}; re-download both")
+                raise UserError(f"{item.label} is {sizes[0]} pixels, but {item.image} {sizes[1]}; re-download both")
             guess = semantic_map(output, logits, predictor.classes, seen_offset=predictor.seen_offset)
             confusion.update(labels, guess, image=item.name)
             pixels.add(labels)

@@ -11,6 +11,7 @@ from pipeline import cache_clip, cpa, evaluate, g2s, queries, scenes, shard, tex
 from pipeline.data import benchmarks, label_maps
 from pipeline.data.config import CocoConfig
 from pipeline.teacher.config import TeacherConfig
+from storage.errors import UserError
 from storage.keys import Recipe, Ref
 
 STAGES = ("scenes", "shard", "text", "cache-clip", "v2c", "queries", "g2s", "cpa", "evaluate")
@@ -45,7 +46,7 @@ class Stage:
 def line(config: Config) -> list[Stage]:
     """The stages of a run in order. Reads no artefact; of real images it takes the fingerprint.
 
-    Raises ValueError where the data folder, the benchmark or the teacher's weights file cannot be found.
+    Raises UserError where the data folder, the benchmark or the teacher's weights file cannot be found.
     """
     steps: list[Stage] = []
 
@@ -76,7 +77,7 @@ def line(config: Config) -> list[Stage]:
 
 
 def benchmark_of(config: Config) -> benchmarks.Benchmark:
-    """The classes of a run and their split. Raises ValueError for a benchmark that cannot be read or has but seen or unseen classes."""
+    """The classes of a run and their split. Raises UserError for a benchmark that cannot be read or has but seen or unseen classes."""
     if isinstance(config.data, scenes.ScenesConfig):
         return scenes.benchmark(config.data)
     return _for_training(benchmarks.load_benchmark(config.data.benchmark))
@@ -85,7 +86,7 @@ def benchmark_of(config: Config) -> benchmarks.Benchmark:
 def _for_training(benchmark: benchmarks.Benchmark) -> benchmarks.Benchmark:
     if all(benchmark.seen) or not any(benchmark.seen):
         none = "unseen" if all(benchmark.seen) else "seen"
-        raise ValueError(
+        raise UserError(
             f"benchmark {benchmark.name} has no {none} class and is for `zs-seg evaluate`; train on one that has both, or "
             "correct its unseen_ids"
         )

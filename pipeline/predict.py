@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.data.samples import read_image
 from pipeline.inference.model import checkpoint_folder
 from pipeline.runtime import Runtime
+from storage.errors import UserError
 from storage.store import Store
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -29,7 +30,7 @@ def run(
     `names` are added to its classes as unseen things, and encoded by its own teacher; `teacher_weights` is the
     teacher's weights file where it was a local one.
 
-    Returns the path of `<out>/panoptic.json`. Raises ValueError where an input is missing, broken or does not fit.
+    Returns the path of `<out>/panoptic.json`. Raises UserError where an input is missing, broken or does not fit.
     """
     files, weights = find_images(images), checkpoint_folder(store, checkpoint)  # mistakes before the slow imports
 
@@ -48,7 +49,7 @@ def run(
     try:
         (folder / "overlay").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out {folder} cannot be written ({error.strerror}); choose another folder") from error
+        raise UserError(f"--out {folder} cannot be written ({error.strerror}); choose another folder") from error
     device = runtime.torch_device()
     model = load_model(weights, device)
     vocabulary = extend(model, names, teacher_weights, runtime)
@@ -75,23 +76,23 @@ def run(
 def find_images(paths: Sequence[str]) -> list[Path]:
     """Every image file that `paths` name, folders opened but not their subfolders.
 
-    Raises ValueError for a path that is not there, for a folder without images, and for two files of the same stem.
+    Raises UserError for a path that is not there, for a folder without images, and for two files of the same stem.
     """
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
             if not inside:
-                raise ValueError(f"folder {path} holds no image ({', '.join(SUFFIXES)}); pass another --images")
+                raise UserError(f"folder {path} holds no image ({', '.join(SUFFIXES)}); pass another --images")
             found += inside
         elif path.is_file():
             found.append(path)
         else:
-            raise ValueError(f"image {path} not found; correct --images")
+            raise UserError(f"image {path} not found; correct --images")
     stems: dict[str, Path] = {}
     for file in found:
         if file.stem in stems:
-            raise ValueError(f"{stems[file.stem]} and {file} would be written to one file; rename one of them")
+            raise UserError(f"{stems[file.stem]} and {file} would be written to one file; rename one of them")
         stems[file.stem] = file
     return found
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from storage.errors import UserError
+
 if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
@@ -46,14 +48,14 @@ class Runtime:
 
     def __post_init__(self) -> None:
         if self.devices < 1 or self.checkpoint_every < 1:
-            raise ValueError(
+            raise UserError(
                 f"devices and checkpoint_every must be at least 1, not {self.devices} and {self.checkpoint_every}"
             )
         if self.threads < 0:
-            raise ValueError(f"threads must be 0 (all cores) or more, not {self.threads}")
+            raise UserError(f"threads must be 0 (all cores) or more, not {self.threads}")
         known = re.fullmatch(r"none|local(:[1-9]\d*)?|\w+://.+", self.dask)
         if not known and not Path(self.dask).is_file():
-            raise ValueError(
+            raise UserError(
                 f"--dask {self.dask!r} is unknown; give local, local:N, none, an address such as tcp://10.0.0.1:8786, "
                 "or the file of a running scheduler"
             )
@@ -71,7 +73,7 @@ class Runtime:
     def torch_device(self) -> torch.device:
         """The device to compute on; also tells torch how many CPU threads to use when `threads` is set.
 
-        Raises ValueError when torch does not know the device or this machine does not have it.
+        Raises UserError when torch does not know the device or this machine does not have it.
         """
         import torch
 
@@ -84,7 +86,7 @@ class Runtime:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
             reason = str(error).splitlines()[0]
-            raise ValueError(f"device {self.device!r} cannot be used ({reason}); pass --device auto or cpu") from error
+            raise UserError(f"device {self.device!r} cannot be used ({reason}); pass --device auto or cpu") from error
         return device
 
     def bar(self, total: int | None, desc: str, unit: str = "it", *, initial: int = 0) -> tqdm[Any]:

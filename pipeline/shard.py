@@ -23,6 +23,7 @@ from pipeline.data.config import ShardConfig
 from pipeline.data.label_maps import LabelSource, fingerprint_labels, image_ids, training_splits
 from pipeline.data.samples import labelled_sample, panoptic_sample
 from pipeline.runtime import Runtime
+from storage.errors import UserError
 from storage.keys import Recipe, Ref
 from storage.store import Build, Store
 
@@ -79,7 +80,7 @@ def run(config: ShardConfig, *, source: Source, benchmark: Benchmark, store: Sto
     The manifest counts images, segments, crowd regions, things and stuff of each split, images beyond `limit`, and
     lists `skipped` images with the reason.
 
-    Raises ValueError, in one line, for data that is missing, broken or at odds with itself or with the benchmark.
+    Raises UserError, in one line, for data that is missing, broken or at odds with itself or with the benchmark.
     """
 
     def work(build: Build) -> None:
@@ -100,9 +101,9 @@ class Item:
 def _listed(root: Path, source: Source, benchmark: Benchmark) -> dict[str, list[Item]]:
     """The images of "train" and "val" in image-id order.
 
-    Raises ValueError when the files are not those of the source's fingerprint any more, or cannot be listed.
+    Raises UserError when the files are not those of the source's fingerprint any more, or cannot be listed.
     """
-    changed = ValueError(f"data folder {root} is not, or no longer, the one that was planned with; run again")
+    changed = UserError(f"data folder {root} is not, or no longer, the one that was planned with; run again")
     if isinstance(source, LabelSource):
         if fingerprint_labels(root, benchmark) != source.fingerprint:
             raise changed
@@ -166,7 +167,7 @@ def _shard(
                     elif config.skip_bad:
                         skipped.append({"split": split, "image_id": item.image_id, "reason": loaded})
                     else:
-                        raise ValueError(f"{root}: {split} image {item.image_id} {loaded}; {CURE}")
+                        raise UserError(f"{root}: {split} image {item.image_id} {loaded}; {CURE}")
                 if not samples:
                     continue
                 if [sample.image_id for sample in samples] != list(done):  # else a killed build left this very tar
@@ -181,7 +182,7 @@ def _shard(
                 )
             if not index[split]:
                 reason = next(bad["reason"] for bad in skipped if bad["split"] == split)
-                raise ValueError(f"{root}: no {split} image can be used, the first {reason}; re-download the data")
+                raise UserError(f"{root}: no {split} image can be used, the first {reason}; re-download the data")
             build.counts[split] = {
                 **counts,
                 "stuff": counts["segments"] - counts["things"],

@@ -10,6 +10,7 @@ from pipeline.runtime import Runtime
 from pipeline.teacher.config import TeacherConfig, TextConfig
 from pipeline.teacher.prompts import synonyms
 from pipeline.teacher.text_bank import embed_names
+from storage.errors import UserError
 from storage.keys import Recipe, Ref, sha256_file
 from storage.store import Build, Store
 
@@ -21,7 +22,7 @@ STAGE, VERSION = "text", 2
 
 
 def recipe(config: TextConfig, *, teacher: TeacherConfig, benchmark: Benchmark) -> Recipe:
-    """Raises ValueError for class names that cannot be told apart, and for files that are missing or list other classes."""
+    """Raises UserError for class names that cannot be told apart, and for files that are missing or list other classes."""
     if config.embeddings:
         _require_names(config, benchmark)
         text: Any = {"embeddings": sha256_file(_file(config.embeddings, "embeddings"))}
@@ -64,7 +65,7 @@ def run(config: TextConfig, *, teacher: TeacherConfig, benchmark: Benchmark, sto
 def import_rows(config: TextConfig, benchmark: Benchmark, *, dim: int) -> Tensor:
     """The rows of `config.embeddings`, made unit length: (K, D) float32.
 
-    Raises ValueError for a file that is no array of floats, not (classes, dim), or holds a row that is zero or not finite.
+    Raises UserError for a file that is no array of floats, not (classes, dim), or holds a row that is zero or not finite.
     """
     import numpy as np
     import torch
@@ -73,11 +74,11 @@ def import_rows(config: TextConfig, benchmark: Benchmark, *, dim: int) -> Tensor
     try:
         rows = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as a .npy array ({error}); write it with numpy.save") from error
+        raise UserError(f"{path} cannot be read as a .npy array ({error}); write it with numpy.save") from error
     if not isinstance(rows, np.ndarray) or rows.dtype.kind != "f":
-        raise ValueError(f"{path} holds no floating-point array; write it with numpy.save")
+        raise UserError(f"{path} holds no floating-point array; write it with numpy.save")
     if rows.shape != (len(benchmark.names), dim):
-        raise ValueError(
+        raise UserError(
             f"{path} has shape {rows.shape}, but {len(benchmark.names)} classes of width {dim} are wanted; "
             "embed the benchmark's names with this teacher's text encoder"
         )
@@ -85,7 +86,7 @@ def import_rows(config: TextConfig, benchmark: Benchmark, *, dim: int) -> Tensor
     length = np.linalg.norm(rows, axis=1)
     for name, value in zip(benchmark.names, length, strict=True):
         if not np.isfinite(value) or value == 0:
-            raise ValueError(f"{path}: the row of class {name!r} is zero or not finite; embed it again")
+            raise UserError(f"{path}: the row of class {name!r} is zero or not finite; embed it again")
     return torch.from_numpy((rows / length[:, None]).astype(np.float32))
 
 
@@ -98,22 +99,22 @@ def _require_names(config: TextConfig, benchmark: Benchmark) -> None:
         content = path.read_text(encoding="utf-8")
         names = json.loads(content) if path.suffix == ".json" else content.splitlines()
     except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{path} is no list of names ({error}); write a JSON list, or one name a line") from error
+        raise UserError(f"{path} is no list of names ({error}); write a JSON list, or one name a line") from error
     if not isinstance(names, list):
-        raise ValueError(f"{path} holds no list; write the class names as a JSON list, or one a line")
+        raise UserError(f"{path} holds no list; write the class names as a JSON list, or one a line")
     for place, wanted in enumerate(benchmark.names):
         found = names[place] if place < len(names) else None
         if found != wanted:
-            raise ValueError(
+            raise UserError(
                 f"{path}: name {place + 1} is {found!r}, but class {place + 1} of benchmark {benchmark.name} is {wanted!r}; "
                 "bring names and rows into the benchmark's order"
             )
     if len(names) > len(benchmark.names):
         extra = names[len(benchmark.names)]
-        raise ValueError(f"{path}: {extra!r} is no class of benchmark {benchmark.name}; leave it and its row out")
+        raise UserError(f"{path}: {extra!r} is no class of benchmark {benchmark.name}; leave it and its row out")
 
 
 def _file(name: str, field: str) -> Path:
     if not Path(name).is_file():
-        raise ValueError(f"{field} file {name} not found; correct --text.{field}")
+        raise UserError(f"{field} file {name} not found; correct --text.{field}")
     return Path(name)

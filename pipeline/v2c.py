@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from models.teacher_files import SMALL_BACKBONE
 from pipeline.runtime import Runtime, torchrun_rank
 from pipeline.training.config import SegmenterConfig, V2CConfig
+from storage.errors import UserError
 from storage.keys import Recipe, Ref, sha256_file
 from storage.store import Build, Store
 
@@ -35,13 +36,13 @@ def recipe(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref) -> Recipe:
 
 
 def _weights_identity(config: SegmenterConfig) -> str | None:
-    """A backbone file counts by its content, not by its path. Raises ValueError when it is not there."""
+    """A backbone file counts by its content, not by its path. Raises UserError when it is not there."""
     if config.backbone_weights in (None, "imagenet"):
         return config.backbone_weights
     shipped = SMALL_BACKBONE / f"{config.backbone}.safetensors"
     path = shipped if config.backbone_weights == "shipped" else Path(config.backbone_weights)
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"backbone weights {path} not found; correct --v2c.segmenter.backbone-weights, or use 'imagenet'"
         )
     return f"sha256:{sha256_file(path)}"

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from storage.atomic import replacing, write_text
+from storage.errors import UserError
 
 WEIGHTS = "weights.safetensors"
 META = "meta.json"
@@ -35,12 +36,12 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], meta: Map
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors, on the CPU, and the meta data. Raises ValueError, naming the folder, when either is damaged."""
+    """The tensors, on the CPU, and the meta data. Raises UserError, naming the folder, when either is damaged."""
     try:
         return load_file(folder / WEIGHTS), json.loads((folder / META).read_bytes())
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise UserError(
             f"checkpoint {folder} is missing or damaged ({reason}); find it with `zs-seg verify` and rebuild it "
             "with `zs-seg run --force STAGE`"
         ) from error
@@ -61,7 +62,7 @@ def save_training_state(folder: Path, state: Mapping[Any, Any]) -> None:
 
 
 def load_training_state(folder: Path) -> Any | None:
-    """The last saved state, tensors on the CPU; None when there is none. Raises ValueError when it is damaged."""
+    """The last saved state, tensors on the CPU; None when there is none. Raises UserError when it is damaged."""
     path = folder / STATE
     if not path.exists():
         return None
@@ -70,10 +71,10 @@ def load_training_state(folder: Path) -> Any | None:
             structure, checksum = json.loads(file.metadata()["structure"])
             tensors = [file.get_tensor(name) for name in sorted(file.keys())]
         if checksum != _checksum(structure, tensors):
-            raise ValueError("its checksum differs")
+            raise UserError("its checksum differs")
         return _unflatten(structure, tensors)
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, SafetensorError) as error:
-        raise ValueError(f"training state {path} is damaged; delete it to train from the start") from error
+        raise UserError(f"training state {path} is damaged; delete it to train from the start") from error
 
 
 def remove_training_state(folder: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from stat import S_ISREG
 
 from storage.atomic import delete
+from storage.errors import UserError
 from storage.keys import KEY_LENGTH, Ref
 from storage.lineage import Lineage
 from storage.runs import RunRecord, Runs
@@ -50,17 +51,17 @@ def survey(store: Store, *, keep: int = 1, forget: Collection[str] = (), partial
     Of every name the last `keep` lines count, names in `forget` do not; runs under way and builds under way always do. What a
     killed build left goes when nothing in it was written for `partial_age` seconds; if a named run needs it, never.
 
-    Raises ValueError when no run is recorded, when a name to forget is not, or when a record is damaged.
+    Raises UserError when no run is recorded, when a name to forget is not, or when a record is damaged.
     """
     if keep < 1:
-        raise ValueError(f"keep must be 1 or more lines of every run, not {keep}")
+        raise UserError(f"keep must be 1 or more lines of every run, not {keep}")
     runs, lineage, locked = Runs(store), Lineage(store), store.locked()
     lines = {name: runs.lines(name) for name in runs.names()}
     if unknown := sorted(set(forget) - lines.keys()):
-        raise ValueError(f"no run {unknown[0]!r} in {store.root}; there are {', '.join(lines) or 'none'}")
+        raise UserError(f"no run {unknown[0]!r} in {store.root}; there are {', '.join(lines) or 'none'}")
     under_way = runs.under_way()
     if not lines and not under_way:
-        raise ValueError(
+        raise UserError(
             f"no run is recorded in {store.root}, so everything would go; `zs-seg run` again what you want to keep (what is "
             "complete is not built again), then try again"
         )
@@ -97,7 +98,7 @@ def collect(store: Store, *, keep: int = 1, forget: Collection[str] = (), partia
     No run begins between the look and the removal. Each folder is renamed out of sight under its artefact's lock before it is
     deleted, so that a reader finds all of it or nothing; what somebody has begun to build since stays.
 
-    Raises ValueError as `survey`, and when the store cannot be written.
+    Raises UserError as `survey`, and when the store cannot be written.
     """
     runs, gone, aside = Runs(store), [], []
     with runs.still():
@@ -111,7 +112,7 @@ def collect(store: Store, *, keep: int = 1, forget: Collection[str] = (), partia
                 gone.append(one)
             except BlockingIOError:  # somebody builds it since
                 continue
-    with store.mistakes_as_value_errors("gc"):
+    with store.mistakes_as_user_errors("gc"):
         for path in aside:
             delete(path)
     return Survey(waste=gone, kept=found.kept, kept_bytes=found.kept_bytes, locked=found.locked)

@@ -17,6 +17,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
 from storage.atomic import replacing
+from storage.errors import UserError
 
 
 def write_group(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -37,20 +38,20 @@ def _fill(group: zarr.Group, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def check_group(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Is every file what writing `arrays`, as read from there, would make it? Raises ValueError when one is not."""
+    """Is every file what writing `arrays`, as read from there, would make it? Raises UserError when one is not."""
     expected: dict[str, Any] = {}
     _fill(zarr.open_group(MemoryStore(expected), mode="w", zarr_format=3), arrays)
     found = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
     names = sorted(found.keys() | expected.keys())
     for name in names:
         if name not in found or name not in expected or found[name].read_bytes() != expected[name].to_bytes():
-            raise ValueError(f"{path}: {name} is not what was written")
+            raise UserError(f"{path}: {name} is not what was written")
 
 
 def map_array(path: Path, name: str, dtype: np.dtype | type, *, stage: str) -> np.ndarray:
     """One array of a group, mapped into memory and not read: its only chunk begins with the array, byte for byte.
 
-    Raises ValueError as `read_group` does; wrong bytes in the data go unnoticed.
+    Raises UserError as `read_group` does; wrong bytes in the data go unnoticed.
     """
     with _damage_named(path, name, stage):
         array, chunk = _open(path, name, dtype)
@@ -60,7 +61,7 @@ def map_array(path: Path, name: str, dtype: np.dtype | type, *, stage: str) -> n
 def read_group(path: Path, dtypes: Mapping[str, np.dtype | type], *, stage: str) -> dict[str, np.ndarray]:
     """The arrays of those names; `stage` made them.
 
-    Raises ValueError, naming the group, when one is missing, damaged or of another dtype.
+    Raises UserError, naming the group, when one is missing, damaged or of another dtype.
     """
     arrays = {}
     for name, dtype in dtypes.items():
@@ -74,12 +75,12 @@ def _open(path: Path, name: str, dtype: np.dtype | type) -> tuple[zarr.Array, Pa
     array = zarr.open_array(path / name, mode="r", zarr_format=3)
     chunk = path / name / "c" / "/".join("0" * array.ndim)
     if array.dtype != dtype:
-        raise ValueError(f"it is {array.dtype}, not {np.dtype(dtype)}")
+        raise UserError(f"it is {array.dtype}, not {np.dtype(dtype)}")
     if array.size:
         if array.chunks != array.shape or array.compressors not in ((), (Crc32cCodec(),)):
-            raise ValueError("it was not written as one plain chunk")
+            raise UserError("it was not written as one plain chunk")
         if chunk.stat().st_size != array.size * array.dtype.itemsize + 4 * len(array.compressors):
-            raise ValueError("its data is cut off")
+            raise UserError("its data is cut off")
     return array, chunk
 
 
@@ -90,4 +91,4 @@ def _damage_named(path: Path, name: str, stage: str) -> Iterator[None]:
     except Exception as error:  # zarr and its codecs raise of everything
         what = f"{path}: array {name} is missing or damaged" if path.is_dir() else f"{path} is missing"
         cure = f"find the damage with `zs-seg verify` and rebuild it with `zs-seg run --force {stage}`"
-        raise ValueError(f"{what} ({' '.join(str(error).split())}); {cure}") from error
+        raise UserError(f"{what} ({' '.join(str(error).split())}); {cure}") from error

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from storage.errors import UserError
+
 KEY_LENGTH = 16
 _KIND = re.compile(r"[a-z][a-z0-9-]*")
 _KEY = re.compile(rf"[0-9a-f]{{{KEY_LENGTH}}}")
@@ -33,14 +35,14 @@ class Ref:
 
     def __post_init__(self) -> None:
         if not _KIND.fullmatch(self.kind) or not _KEY.fullmatch(self.key):
-            raise ValueError(f"{self.kind}/{self.key} names no artefact; it must read like checkpoint/0123456789abcdef")
+            raise UserError(f"{self.kind}/{self.key} names no artefact; it must read like checkpoint/0123456789abcdef")
 
     def __str__(self) -> str:
         return f"{self.kind}/{self.key}"
 
     @classmethod
     def parse(cls, text: str) -> Ref:
-        """From "kind/key". Raises ValueError when it does not read like that."""
+        """From "kind/key". Raises UserError when it does not read like that."""
         kind, _, key = text.partition("/")
         return cls(kind=kind, key=key)
 
@@ -78,7 +80,7 @@ def recipe_key(stage: str, version: int, config: Any, inputs: Mapping[str, str])
 def canonical(value: Any) -> str:
     """Canonical JSON: sorted keys, no spaces, ASCII; equal values give equal text in every process.
 
-    Dataclasses become objects and tuples arrays. Raises ValueError for NaN and infinities, TypeError for anything that
+    Dataclasses become objects and tuples arrays. Raises UserError for NaN and infinities, TypeError for anything that
     is neither a dataclass, mapping with string keys, list, tuple, str, int, float, bool nor None (a Path, a set).
     """
     return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -89,7 +91,7 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"{value} has no place in a key; use a finite number or None")
+            raise UserError(f"{value} has no place in a key; use a finite number or None")
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from storage.errors import UserError
 from storage.groups import check_group, map_array, read_group, write_group
 
 _DTYPES = {"feature": np.float16, "segment": np.int32, "category": np.int32, "image_id": np.int64, "view": np.int8}
@@ -49,9 +50,9 @@ class QueryBank:
         expected = {"segment": (n, queries), "category": (n, queries), "image_id": (n,), "view": (n,)}
         shapes = {field.name: getattr(self, field.name).shape for field in fields(self)}
         if any(shapes[name] != shape for name, shape in expected.items()):
-            raise ValueError(f"query arrays do not fit together: {shapes}")
+            raise UserError(f"query arrays do not fit together: {shapes}")
         if (self.segment < -1).any() or (self.category < -1).any():
-            raise ValueError("segment and category must be -1 or an index")
+            raise UserError("segment and category must be -1 or an index")
 
 
 def write_queries(
@@ -65,7 +66,7 @@ def write_queries(
 ) -> None:
     """Write one tar's queries, shapes as in `QueryBank`; the group appears whole or not at all.
 
-    Raises ValueError when the arrays do not fit together.
+    Raises UserError when the arrays do not fit together.
     """
     arrays = {"feature": feature, "segment": segment, "category": category, "image_id": image_id, "view": view}
     arrays = {name: array.astype(_DTYPES[name]) for name, array in arrays.items()}
@@ -74,7 +75,7 @@ def write_queries(
 
 
 def check_queries(path: Path) -> None:
-    """Read one group, every byte of it. Raises ValueError when it is damaged."""
+    """Read one group, every byte of it. Raises UserError when it is damaged."""
     arrays = read_group(path, _DTYPES, stage="queries")
     QueryBank(**arrays)
     check_group(path, arrays)
@@ -83,11 +84,11 @@ def check_queries(path: Path) -> None:
 def read_queries(folder: Path) -> QueryBank:
     """All groups of a queries artefact one after the other, in name order.
 
-    Raises ValueError when there is none, or one is damaged or does not fit the others.
+    Raises UserError when there is none, or one is damaged or does not fit the others.
     """
     paths = sorted(folder.glob("*.zarr"))
     if not paths:
-        raise ValueError(f"{folder} holds no queries; rebuild it with `zs-seg run --force queries`")
+        raise UserError(f"{folder} holds no queries; rebuild it with `zs-seg run --force queries`")
     small = {name: dtype for name, dtype in _DTYPES.items() if name != "feature"}
     labels = [read_group(path, small, stage="queries") for path in paths]
     features = []
@@ -95,10 +96,10 @@ def read_queries(folder: Path) -> QueryBank:
         part = map_array(path, "feature", _DTYPES["feature"], stage="queries")
         try:
             QueryBank(feature=part, **arrays)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}; rebuild it with `zs-seg run --force queries`") from error
+        except UserError as error:
+            raise UserError(f"{path}: {error}; rebuild it with `zs-seg run --force queries`") from error
         if features and part.shape[1:] != features[0].shape[1:]:
-            raise ValueError(f"{path} and {paths[0]} differ in shape; rebuild with `zs-seg run --force queries`")
+            raise UserError(f"{path} and {paths[0]} differ in shape; rebuild with `zs-seg run --force queries`")
         features.append(part)
     small_arrays = {name: np.concatenate([arrays[name] for arrays in labels]) for name in small}
     return QueryBank(feature=MappedRows(features), **small_arrays)

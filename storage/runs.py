@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.atomic import write_text
+from storage.errors import UserError
 from storage.keys import Ref
 from storage.lock import Lock
 from storage.store import Store, user_name
@@ -45,9 +46,9 @@ class RunRecord:
 
     @classmethod
     def now(cls, *, name: str, command: str, refs: Mapping[str, Ref]) -> RunRecord:
-        """Of this user and minute. Raises ValueError for a name that is no file name."""
+        """Of this user and minute. Raises UserError for a name that is no file name."""
         if not _NAME.fullmatch(name):
-            raise ValueError(f"{name!r} cannot name a run; use letters, digits, '.', '-' and '_'")
+            raise UserError(f"{name!r} cannot name a run; use letters, digits, '.', '-' and '_'")
         return cls(name=name, command=command, refs=refs, user=user_name(os.getuid()), date=time.strftime("%FT%T%z"))
 
     def plain(self) -> dict[str, Any]:
@@ -72,14 +73,14 @@ class Runs:
         return sorted(path.stem for path in self.folder.glob("[!.]*.json"))
 
     def lines(self, name: str) -> list[RunRecord]:
-        """The lines that ran under a name, the last one last; [] when there is no such run. Raises ValueError for a damaged file."""
+        """The lines that ran under a name, the last one last; [] when there is no such run. Raises UserError for a damaged file."""
         path = self._path(name)
         try:
             return [RunRecord.parse(line) for line in json.loads(path.read_bytes())]
         except FileNotFoundError:
             return []
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged and no list of runs; delete it, and run {name} again") from error
+            raise UserError(f"{path} is damaged and no list of runs; delete it, and run {name} again") from error
 
     def under_way(self) -> list[RunRecord]:
         """The lines whose process lives. Exact only inside `still`."""
@@ -89,7 +90,7 @@ class Runs:
     @contextmanager
     def still(self) -> Iterator[None]:
         """Inside, no run begins and no other process changes the list of runs."""
-        with self.store.mistakes_as_value_errors("runs"):
+        with self.store.mistakes_as_user_errors("runs"):
             self.folder.mkdir(parents=True, exist_ok=True)
             with Lock(self.folder / ".lock", what=f"the list of runs in {self.folder}"):
                 yield
@@ -104,7 +105,7 @@ class Runs:
                     stack.enter_context(Lock(mark, what=line.name, note={"line": line.plain()}))
                     earlier = [old for old in self.lines(line.name) if old.refs != line.refs]
                     self._write(line.name, [*earlier, line])
-            except ValueError as error:
+            except UserError as error:
                 cause = error.__cause__
                 if not isinstance(cause, OSError) or cause.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                     raise
@@ -113,7 +114,7 @@ class Runs:
 
     def forget(self, name: str) -> None:
         """Remove a name and its lines; no artefact goes. Call it inside `still`."""
-        with self.store.mistakes_as_value_errors("runs"):
+        with self.store.mistakes_as_user_errors("runs"):
             self._path(name).unlink(missing_ok=True)
 
     def sweep(self) -> None:

@@ -22,6 +22,7 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 from webdataset.writer import TarWriter
 
 from storage.atomic import replacing, write_text
+from storage.errors import UserError
 
 INDEX = "index.json"
 MAX_SEGMENT_ID = 256**3 - 1
@@ -60,11 +61,11 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
 
 
 def check_shard(path: Path) -> None:
-    """Read a tar, every byte of it. Raises ValueError as `read_shard`, and when it is not what writing its samples makes."""
+    """Read a tar, every byte of it. Raises UserError as `read_shard`, and when it is not what writing its samples makes."""
     file = io.BytesIO()
     _write(file, read_shard(path))
     if file.getvalue() != path.read_bytes():
-        raise ValueError(f"{path} is not what was written")
+        raise UserError(f"{path} is not what was written")
 
 
 def _write(file: Any, samples: Iterable[Sample]) -> None:
@@ -90,28 +91,28 @@ def _write(file: Any, samples: Iterable[Sample]) -> None:
 def read_shard(path: Path) -> Iterator[Sample]:
     """The samples of a tar, in its order.
 
-    Raises ValueError, naming the tar, when it is missing, cut off or damaged, or holds anything but samples; a tar cut
+    Raises UserError, naming the tar, when it is missing, cut off or damaged, or holds anything but samples; a tar cut
     between two samples shows only after the last of them.
     """
     cure = "find the damage with `zs-seg verify` and rebuild it with `zs-seg run --force shard`"
     try:
         for files in group_by_keys(_members(path)):
             if not {"jpg", "json", "png"} <= files.keys():
-                raise ValueError(f"sample {files['__key__']} lacks its jpg, json or png")
+                raise UserError(f"sample {files['__key__']} lacks its jpg, json or png")
             yield _sample(files)
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing; {cure}") from error
+        raise UserError(f"{path} is missing; {cure}") from error
     except (tarfile.TarError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}; {cure}") from error
+        raise UserError(f"{path} is damaged: {error}; {cure}") from error
 
 
 def _members(path: Path) -> Iterator[dict[str, Any]]:
-    """The tar's files for webdataset's `group_by_keys`. Raises ValueError for a foreign name or a missing end."""
+    """The tar's files for webdataset's `group_by_keys`. Raises UserError for a foreign name or a missing end."""
     size = 0
     with path.open("rb") as stream:
         for member in tar_file_iterator(stream, skip_meta=None):  # pyright: ignore[reportArgumentType]
             if not _MEMBER.fullmatch(member["fname"]):
-                raise ValueError(f"member {member['fname']!r} is no {{image id}}.jpg, .json or .png")
+                raise UserError(f"member {member['fname']!r} is no {{image id}}.jpg, .json or .png")
             size += _BLOCK + -(-len(member["data"]) // _BLOCK) * _BLOCK
             yield {**member, "__url__": str(path)}
     # tarfile takes a cut or damaged header for the end of the archive; the end is two blocks of zeros, nothing behind
@@ -119,7 +120,7 @@ def _members(path: Path) -> Iterator[dict[str, Any]]:
         stream.seek(size)
         end = stream.read()
     if len(end) < 2 * _BLOCK or any(end):
-        raise ValueError("the archive is cut off or a header is broken")
+        raise UserError("the archive is cut off or a header is broken")
 
 
 def _dumps(about: dict[str, Any]) -> bytes:
@@ -143,9 +144,9 @@ def _sample(files: dict[str, Any]) -> Sample:
             segments=tuple(Segment(**segment) for segment in about["segments"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"sample {files['__key__']} has a broken json") from error
+        raise UserError(f"sample {files['__key__']} has a broken json") from error
     if checksum not in (None, _checksum(about, sample.jpeg, sample.png)):
-        raise ValueError(f"sample {files['__key__']} is not what its checksum says")
+        raise UserError(f"sample {files['__key__']} is not what its checksum says")
     return sample
 
 
@@ -193,7 +194,7 @@ def write_index(folder: Path, index: dict[str, list[dict[str, Any]]]) -> None:
 class Shards:
     """A shards artefact opened for reading: which tars each split ("train", "val") has, and what they hold.
 
-    Raises ValueError when the folder has no readable index.json.
+    Raises UserError when the folder has no readable index.json.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -203,9 +204,9 @@ class Shards:
             self._tars = {split: [folder / tar["tar"] for tar in tars] for split, tars in index.items()}
             self._counts = {split: [int(tar["samples"]) for tar in tars] for split, tars in index.items()}
             if strange := [tar["tar"] for tars in index.values() for tar in tars if not _TAR.fullmatch(tar["tar"])]:
-                raise ValueError(f"{strange[0]!r} is no name of a tar")
+                raise UserError(f"{strange[0]!r} is no name of a tar")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{folder / INDEX} is missing or damaged; rebuild with `zs-seg run --force shard`"
             ) from error
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from storage.atomic import clean, delete, fsync, write_text
+from storage.errors import UserError
 from storage.keys import KEY_LENGTH, Recipe, Ref, canonical, recipe_key, sha256_file
 from storage.lock import Lock
 from storage.provenance import provenance
@@ -80,12 +81,12 @@ class Build:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def holds(self, piece: Path, read: Callable[[Path], object]) -> bool:
-        """Did a killed build leave this file or folder, and whole? `read` raises ValueError for a damaged one, which then goes."""
+        """Did a killed build leave this file or folder, and whole? `read` raises UserError for a damaged one, which then goes."""
         if not piece.exists():
             return False
         try:
             read(piece)
-        except ValueError:
+        except UserError:
             log.warning("%s, which a killed build left, is damaged; making it again", piece)
             delete(piece)
             return False
@@ -113,7 +114,7 @@ class Store:
 
     def state(self, ref: Ref) -> State:
         """ "fresh" = complete, "locked" = being built now, "partial" = a build was cut off, else "missing"."""
-        with self.mistakes_as_value_errors(ref):
+        with self.mistakes_as_user_errors(ref):
             if (self.path(ref) / MANIFEST).is_file():
                 return "fresh"
             if self._lock(ref).held():
@@ -139,12 +140,12 @@ class Store:
         One writer at a time: while another process builds the same artefact this one waits, and then finds it complete.
         When `work` raises, the partial folder stays for the next attempt and the exception passes on.
 
-        Raises ValueError when the store's folder is full or cannot be written.
+        Raises UserError when the store's folder is full or cannot be written.
         """
         ref = recipe.ref
         if self.state(ref) == "fresh":
             return ref
-        with self.mistakes_as_value_errors(ref):
+        with self.mistakes_as_user_errors(ref):
             self.path(ref).parent.mkdir(parents=True, exist_ok=True)
             with self._lock(ref, note={"inputs": [str(source) for source in recipe.inputs.values()]}):
                 if self.state(ref) != "fresh":
@@ -169,7 +170,7 @@ class Store:
             raise
         if self._check_inputs(recipe) != inputs:
             delete(partial)
-            raise ValueError(f"an input of {ref} was rebuilt meanwhile, with other bytes; run again")
+            raise UserError(f"an input of {ref} was rebuilt meanwhile, with other bytes; run again")
         written, files = _files(partial), {}
         if (size := sum(file.stat().st_size for file in written)) > LARGE:
             log.info("%s: hashing %.1f GB", recipe.stage, size / 1e9)
@@ -201,14 +202,14 @@ class Store:
     def _check_inputs(self, recipe: Recipe) -> list[dict[str, Any]]:
         """Hash all that the build reads, before it and after it: nothing becomes complete that was made from a changed byte.
 
-        Returns each input's files. Raises ValueError as `require_intact`; what was made of a damaged input goes with it.
+        Returns each input's files. Raises UserError as `require_intact`; what was made of a damaged input goes with it.
         """
         checked: list[Manifest] = []
         started = time.monotonic()
         for ref in recipe.inputs.values():
             try:
                 checked.append(self.require_intact(ref))
-            except ValueError:
+            except UserError:
                 if self.state(ref) == "fresh":  # damaged, and not just gone
                     delete(self.partial(recipe.ref))
                 raise
@@ -219,18 +220,18 @@ class Store:
     def open(self, ref: Ref) -> Artefact:
         """The complete artefact, its files present and of the right size.
 
-        Raises ValueError when it is missing, partial, or damaged as far as that shows without reading the files
+        Raises UserError when it is missing, partial, or damaged as far as that shows without reading the files
         (`verify` reads them).
         """
         while True:
             if (state := self.state(ref)) != "fresh":
-                raise ValueError(
+                raise UserError(
                     f"{ref} is {state} in {self.root}; `zs-seg plan` shows what is there, `zs-seg run` makes it"
                 )
             seen = self._folder(ref)
             try:
                 return self._open(ref)
-            except ValueError:
+            except UserError:
                 if self._folder(ref) == seen:
                     raise  # else somebody removed it, or built it again, while we looked
 
@@ -249,7 +250,7 @@ class Store:
         return Artefact(ref=ref, path=self.path(ref), manifest=manifest)
 
     def require_intact(self, ref: Ref) -> Manifest:
-        """Read every byte of a complete artefact. Raises ValueError as `open`, and when a byte is not what was written."""
+        """Read every byte of a complete artefact. Raises UserError as `open`, and when a byte is not what was written."""
         manifest = self.open(ref).manifest
         if problems := self.verify(ref):
             raise _damaged(manifest, problems)
@@ -267,20 +268,20 @@ class Store:
     def find(self, key_prefix: str) -> Ref:
         """The one complete artefact whose key, or whose "kind/key", starts with `key_prefix`.
 
-        Raises ValueError when there is none or more than one.
+        Raises UserError when there is none or more than one.
         """
         found = [ref for ref in self.refs() if (str(ref) if "/" in key_prefix else ref.key).startswith(key_prefix)]
         if not key_prefix or not found:
-            raise ValueError(f"no artefact {key_prefix!r} in {self.root}; `zs-seg list` shows what is there")
+            raise UserError(f"no artefact {key_prefix!r} in {self.root}; `zs-seg list` shows what is there")
         if len(found) > 1:
-            raise ValueError(f"{key_prefix!r} fits {', '.join(map(str, found[:4]))}; give more digits of the key")
+            raise UserError(f"{key_prefix!r} fits {', '.join(map(str, found[:4]))}; give more digits of the key")
         return found[0]
 
     def file_names(self, ref: Ref) -> list[str]:
         """The files of a complete artefact; [] when its manifest cannot be used, of which `verify` tells."""
         try:
             return list(self._manifest(ref).files)
-        except ValueError:
+        except UserError:
             return []
 
     def verify(self, ref: Ref, *, files: Collection[str] | None = None) -> list[str]:
@@ -290,7 +291,7 @@ class Store:
         """
         try:
             manifest = self._manifest(ref)
-        except ValueError as error:
+        except UserError as error:
             return [str(error)]
         path = self.path(ref)
         problems = _size_problems(path, manifest)
@@ -309,14 +310,14 @@ class Store:
     def remove(self, ref: Ref) -> None:
         """Remove the artefact and what a killed build of it left; nothing happens when there is neither.
 
-        Raises ValueError while it is being built, and when the store cannot be written.
+        Raises UserError while it is being built, and when the store cannot be written.
         """
-        with self.mistakes_as_value_errors(ref):
+        with self.mistakes_as_user_errors(ref):
             try:
                 for path in self.set_aside(ref, self.partial(ref), self.path(ref)):
                     delete(path)
             except BlockingIOError:
-                raise ValueError(
+                raise UserError(
                     f"{ref} is being built by {self.holder(ref)}; wait for that or stop it, then try again"
                 ) from None
 
@@ -324,12 +325,12 @@ class Store:
         """Rename folders of the artefact that are there, each in one step: from then on nobody finds them, and the returned ones
         can be deleted at leisure.
 
-        Raises BlockingIOError while it is being built, ValueError when the store cannot be written.
+        Raises BlockingIOError while it is being built, UserError when the store cannot be written.
         """
         if not any(path.exists() for path in paths):
             return []
         aside = []
-        with self.mistakes_as_value_errors(ref), self._lock(ref, wait=False):
+        with self.mistakes_as_user_errors(ref), self._lock(ref, wait=False):
             for path in paths:
                 if path.exists():
                     aside.append(path.with_name(f".{ref.key}.{secrets.token_hex(4)}{REMOVED}"))
@@ -349,14 +350,14 @@ class Store:
             checksum = data.pop("checksum")
             manifest = Manifest(**data)
             if checksum != recipe_key("manifest", 1, data, {}) or manifest.ref != ref:
-                raise ValueError("it has been edited")
+                raise UserError("it has been edited")
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             reason = f"{ref} is damaged, its {MANIFEST} cannot be used"
-            raise ValueError(f"{reason}; delete the folder {path.parent} and run again") from error
+            raise UserError(f"{reason}; delete the folder {path.parent} and run again") from error
         return manifest
 
     @contextmanager
-    def mistakes_as_value_errors(self, what: object) -> Iterator[None]:
+    def mistakes_as_user_errors(self, what: object) -> Iterator[None]:
         """A full or read-only store is for the user to mend; an OSError about a file elsewhere passes through."""
         try:
             yield
@@ -376,14 +377,14 @@ class Store:
                 reason = "is a file, not a folder; remove it"
             else:
                 raise
-            raise ValueError(
+            raise UserError(
                 f"store {self.root} {reason}, or pass another --store ({what}: {error.strerror})"
             ) from error
 
 
-def _damaged(manifest: Manifest, problems: list[str]) -> ValueError:
+def _damaged(manifest: Manifest, problems: list[str]) -> UserError:
     reason = f"{manifest.ref} is damaged ({problems[0]})"
-    return ValueError(f"{reason}; rebuild it with `zs-seg run --force {manifest.stage}`")
+    return UserError(f"{reason}; rebuild it with `zs-seg run --force {manifest.stage}`")
 
 
 def _closed(path: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from storage.errors import UserError
 from storage.groups import check_group, read_group, write_group
 
 
@@ -47,12 +48,12 @@ class TokenGroup:
         )
         if not fits:
             shapes = {name: array.shape for name, array in self.arrays().items()}
-            raise ValueError(f"token arrays do not fit together: {shapes}")
+            raise UserError(f"token arrays do not fit together: {shapes}")
         rows = np.diff(self.offsets)
         if self.offsets[0] != 0 or self.offsets[-1] != m or (rows < 0).any():
-            raise ValueError(f"token offsets must rise from 0 to {m}")
+            raise UserError(f"token offsets must rise from 0 to {m}")
         if rows[~self.kept].any() or self.global_[~self.kept].any() or self.mirrored_global[:, ~self.kept].any():
-            raise ValueError("a sample that is not kept has tokens")
+            raise UserError("a sample that is not kept has tokens")
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays by their names on disk."""
@@ -100,7 +101,7 @@ def write_tokens(
 ) -> None:
     """Write a tar's tokens, shapes as in `TokenGroup`; the group appears whole or not at all. No mirrored ones: one view.
 
-    Raises ValueError when the arrays do not fit together.
+    Raises UserError when the arrays do not fit together.
     """
     none = np.zeros((0, *global_.shape)), np.zeros((0, *instance.shape))
     tokens = TokenGroup(
@@ -116,16 +117,16 @@ def write_tokens(
 
 
 def read_tokens(path: Path) -> TokenGroup:
-    """The tokens of a tar. Raises ValueError, naming the group, when it is missing, damaged or its arrays disagree."""
+    """The tokens of a tar. Raises UserError, naming the group, when it is missing, damaged or its arrays disagree."""
     tokens = dict.fromkeys(("global", "instance", "mirrored_global", "mirrored_instance"), np.float16)
     dtypes = {**tokens, "offsets": np.int64, "segment_id": np.int32, "kept": np.bool_}
     arrays = read_group(path, dtypes, stage="cache-clip")
     try:
         return TokenGroup(global_=arrays.pop("global"), **arrays)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; rebuild it with `zs-seg run --force cache-clip`") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}; rebuild it with `zs-seg run --force cache-clip`") from error
 
 
 def check_tokens(path: Path) -> None:
-    """Read a tar's tokens, every byte of them. Raises ValueError when they are damaged."""
+    """Read a tar's tokens, every byte of them. Raises UserError when they are damaged."""
     check_group(path, read_tokens(path).arrays())

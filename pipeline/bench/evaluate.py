@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.bench.harness import Row, alternate
 from pipeline.runtime import Runtime
+from storage.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +53,7 @@ def panoptic_quality_rows(runtime: Runtime, *, images: int = 200) -> Iterator[Ro
         files = write_panoptic_pair(Path(folder), images, seed=0)
         found = (ours(False), ours(True), panopticapi_lite.mean_pq(*files), hotcoco())
         if max(found) - min(found) > 1e-9:
-            raise ValueError(f"the evaluators disagree on one result: PQ {found}; report it")
+            raise UserError(f"the evaluators disagree on one result: PQ {found}; report it")
         what = f"PQ, {images} images at COCO size"
         for name, call, reference in (
             (

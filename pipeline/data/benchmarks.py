@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from storage.errors import UserError
+
 Protocol = Literal["image-filter", "pixel-ignore", "none"]
 Task = Literal["panoptic", "semantic"]
 SPLITS = Path(__file__).parent / "splits"
@@ -73,33 +75,33 @@ class Benchmark:
         ids = [category.id for category in self.categories]
         names = [category.name for category in self.categories]
         if not ids:
-            raise ValueError(f"benchmark {self.name}: categories is empty; list at least one")
+            raise UserError(f"benchmark {self.name}: categories is empty; list at least one")
         for what, values in (("category id", ids), ("category name", names), ("unseen id", self.unseen_ids)):
             if len(set(values)) < len(values):
                 value, _ = Counter(values).most_common(1)[0]
-                raise ValueError(f"benchmark {self.name}: {what} {value!r} is listed twice; keep one")
+                raise UserError(f"benchmark {self.name}: {what} {value!r} is listed twice; keep one")
         if strange := sorted(set(self.unseen_ids) - set(ids)):
-            raise ValueError(f"benchmark {self.name}: unseen_ids {strange} are no category ids; correct them")
+            raise UserError(f"benchmark {self.name}: unseen_ids {strange} are no category ids; correct them")
         if self.files:
             self._check_files(self.files, ids)
         if self.protocol not in get_args(Protocol):
             known = ", ".join(get_args(Protocol))
-            raise ValueError(f"benchmark {self.name}: protocol {self.protocol!r} is unknown; use one of {known}")
+            raise UserError(f"benchmark {self.name}: protocol {self.protocol!r} is unknown; use one of {known}")
 
     def _check_files(self, files: LabelFiles, ids: list[int]) -> None:
         for field, patterns in (("images", files.images), ("labels", files.labels)):
             if not patterns or any(pattern.count("*") != 1 for pattern in patterns):
-                raise ValueError(
+                raise UserError(
                     f"benchmark {self.name}: {field} {list(patterns)} must be paths with one * each, for an image's name"
                 )
         if (least := min([*ids, *files.ignored])) < 0:
-            raise ValueError(f"benchmark {self.name}: value {least} is negative; use the values in the label PNGs")
+            raise UserError(f"benchmark {self.name}: value {least} is negative; use the values in the label PNGs")
         if (most := max([*ids, *files.ignored])) > 65535:
-            raise ValueError(
+            raise UserError(
                 f"benchmark {self.name}: value {most} is above 65535, the most a label PNG holds; correct it"
             )
         if both := sorted(set(files.ignored) & set(ids)):
-            raise ValueError(f"benchmark {self.name}: values {both} are categories and ignored; choose one of both")
+            raise UserError(f"benchmark {self.name}: values {both} are categories and ignored; choose one of both")
 
     @property
     def task(self) -> Task:
@@ -140,33 +142,31 @@ def load_benchmark(name: str) -> Benchmark:
     `task` "semantic" it also holds the fields of `LabelFiles`, of which only `images` and `labels` must be there, and
     its categories need no `isthing`.
 
-    Raises ValueError for an unknown name and for a file that is missing, broken, incomplete or at odds with itself.
+    Raises UserError for an unknown name and for a file that is missing, broken, incomplete or at odds with itself.
     """
     path = Path(name) if name.endswith(".json") else SPLITS / f"{name.replace('-', '_')}.json"
     if not path.is_file():
         known = ", ".join(sorted(file.stem.replace("_", "-") for file in SPLITS.glob("*.json")))
-        raise ValueError(f"benchmark {name!r} not found; use one of {known}, or the path of a JSON file")
+        raise UserError(f"benchmark {name!r} not found; use one of {known}, or the path of a JSON file")
     try:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         benchmark = _benchmark(path.stem if name.endswith(".json") else name, facts)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: no valid JSON ({error}); correct it") from error
+        raise UserError(f"{path}: no valid JSON ({error}); correct it") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: field {error} is missing or malformed; see {SPLITS.name}/coco_panoptic_zps.json and voc20.json"
         ) from error
     names = [benchmark.names[benchmark.index[i]] for i in benchmark.unseen_ids]
     if facts.get("unseen_names", names) != names:
-        raise ValueError(
-            f"{path}: unseen_names are not the names of unseen_ids, which are {names}; correct one of them"
-        )
+        raise UserError(f"{path}: unseen_names are not the names of unseen_ids, which are {names}; correct one of them")
     return benchmark
 
 
 def _benchmark(name: str, facts: dict[str, Any]) -> Benchmark:
     task = facts.get("task", "panoptic")
     if task not in get_args(Task):
-        raise ValueError(f"benchmark {name}: task {task!r} is unknown; use one of {', '.join(get_args(Task))}")
+        raise UserError(f"benchmark {name}: task {task!r} is unknown; use one of {', '.join(get_args(Task))}")
     unnamed = {"isthing": False} if task == "semantic" else {}
     categories = [{**unnamed, **category} for category in facts["categories"]]
     return Benchmark(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.benchmarks import Benchmark
+from storage.errors import UserError
 
 MAX_IMAGE_ID = 10**12 - 1  # twelve digits name a sample in a shard
 
@@ -31,7 +32,7 @@ class CocoSource:
 
 
 def coco_source(root: str | Path) -> CocoSource:
-    """The COCO 2017 folder `root` with its fingerprint taken. Raises ValueError as `fingerprint_coco`."""
+    """The COCO 2017 folder `root` with its fingerprint taken. Raises UserError as `fingerprint_coco`."""
     return CocoSource(root=str(root), fingerprint=fingerprint_coco(Path(root)))
 
 
@@ -41,26 +42,26 @@ def fingerprint_coco(root: Path, *, train: str = "train2017", val: str = "val201
     It covers the two annotation files byte by byte, but of images and PNGs only names and sizes: an image replaced by
     another of exactly the same size goes unnoticed.
 
-    Raises ValueError when the folder, an annotation file or an image folder is missing or cannot be read.
+    Raises UserError when the folder, an annotation file or an image folder is missing or cannot be read.
     """
     try:
         return _fingerprint(Path(root), train, val)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{error.filename} cannot be read ({error.strerror}); mend its permissions, or pass another --coco FOLDER"
         ) from error
 
 
 def _fingerprint(root: Path, *splits: str) -> str:
     if not root.is_dir():
-        raise ValueError(f"COCO folder {root} not found; pass --coco FOLDER or set COCO_ROOT")
+        raise UserError(f"COCO folder {root} not found; pass --coco FOLDER or set COCO_ROOT")
     digest = hashlib.sha256()
     for split in splits:
         annotations = root / "annotations" / f"panoptic_{split}.json"
         digest.update(_read(annotations))
         for folder in (root / split, annotations.with_suffix("")):
             if not folder.is_dir():
-                raise ValueError(f"folder {folder} not found; unpack COCO there, or pass another --coco FOLDER")
+                raise UserError(f"folder {folder} not found; unpack COCO there, or pass another --coco FOLDER")
             with os.scandir(folder) as files:
                 sizes = sorted((file.name, file.stat().st_size) for file in files if file.is_file())
             digest.update(json.dumps(sizes).encode())
@@ -86,23 +87,21 @@ class Entry:
 def read_split(root: Path, split: str, benchmark: Benchmark) -> list[Entry]:
     """Every image that the split's JSON names, in image-id order; `split` is a folder name such as "train2017".
 
-    Raises ValueError, naming the file and the place in it, when the JSON is missing, broken, without images, lacks a
+    Raises UserError, naming the file and the place in it, when the JSON is missing, broken, without images, lacks a
     field, names an image twice, has a file name with a path in it, or calls a category otherwise than the benchmark.
     """
     path = root / "annotations" / f"panoptic_{split}.json"
     try:
         data = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        if not isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError):
-            raise
-        raise ValueError(f"{path}: no valid JSON ({error}); re-download it") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: no valid JSON ({error}); re-download it") from error
     if not isinstance(data, dict):
         raise _malformed(path, "the file", "an object with images and annotations")
     _check_categories(path, data, benchmark)
     images = _by_id(path, data, "images", "id")
     annotations = _by_id(path, data, "annotations", "image_id")
     if not images:
-        raise ValueError(f"{path}: holds no images; pass a folder that has some with --coco (of evaluate: --data)")
+        raise UserError(f"{path}: holds no images; pass a folder that has some with --coco (of evaluate: --data)")
     return [
         _entry(path, image_id, images.get(image_id), annotations.get(image_id), benchmark)
         for image_id in sorted(images.keys() | annotations.keys())
@@ -157,7 +156,7 @@ def _check_categories(path: Path, data: dict[str, Any], benchmark: Benchmark) ->
         name = known.name.partition(",")[0].strip()  # synonyms may follow
         message = (category.get("name", name), bool(category.get("isthing", known.isthing)))
         if message != (name, known.isthing):
-            raise ValueError(
+            raise UserError(
                 f"{path}: category {known.id} is {message[0]!r} (isthing {message[1]:d}), but {name!r} "
                 f"(isthing {known.isthing:d}) in benchmark {benchmark.name}; choose the benchmark that fits the data"
             )
@@ -168,9 +167,9 @@ def _by_id(path: Path, data: dict[str, Any], field: str, id_field: str) -> dict[
     for item in _list(path, "the file", data, field):
         image_id = _integer(path, f"an entry of {field}", item, id_field, 0)
         if image_id > MAX_IMAGE_ID:
-            raise ValueError(f"{path}: image id {image_id} has more than 12 digits; renumber the images")
+            raise UserError(f"{path}: image id {image_id} has more than 12 digits; renumber the images")
         if image_id in found:
-            raise ValueError(f"{path}: image {image_id} is listed twice in {field}; remove one or re-download the file")
+            raise UserError(f"{path}: image {image_id} is listed twice in {field}; remove one or re-download the file")
         found[image_id] = item
     return found
 
@@ -180,7 +179,7 @@ def _file_name(path: Path, where: str, item: dict[str, Any]) -> str:
     if not isinstance(name, str):
         raise _malformed(path, where, "file_name")
     if name in ("", ".", "..") or set(name) & set("/\\\0"):
-        raise ValueError(
+        raise UserError(
             f"{path}: {where} has file_name {name!r}; it must be a bare file name, correct or re-download it"
         )
     return name
@@ -200,16 +199,16 @@ def _list(path: Path, where: str, item: Any, field: str) -> list[Any]:
     return value
 
 
-def _malformed(path: Path, where: str, field: str) -> ValueError:
-    return ValueError(f"{path}: {where} lacks a valid {field}; re-download the panoptic annotations")
+def _malformed(path: Path, where: str, field: str) -> UserError:
+    return UserError(f"{path}: {where} lacks a valid {field}; re-download the panoptic annotations")
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} not found; unpack COCO's panoptic annotations there, or pass another folder with --coco (of evaluate: --data)"
         ) from error
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); mend its permissions") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend its permissions") from error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from storage.errors import UserError
+
 STRIDE = 32  # the network's input is padded to a multiple of this
 
 
@@ -22,9 +24,9 @@ class ShardConfig:
 
     def __post_init__(self) -> None:
         if self.samples_per_tar < 1:
-            raise ValueError(f"samples_per_tar must be 1 or more, not {self.samples_per_tar}")
+            raise UserError(f"samples_per_tar must be 1 or more, not {self.samples_per_tar}")
         if self.limit < 0:
-            raise ValueError(f"limit must be 0 (all images) or more, not {self.limit}")
+            raise UserError(f"limit must be 0 (all images) or more, not {self.limit}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +50,9 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         if self.size < STRIDE or self.size % STRIDE:
-            raise ValueError(f"augment: size must be a multiple of {STRIDE}, not {self.size}")
+            raise UserError(f"augment: size must be a multiple of {STRIDE}, not {self.size}")
         if not 0 < self.jitter[0] <= self.jitter[1]:
-            raise ValueError(f"augment: jitter must be a rising pair of positive factors, not {self.jitter}")
+            raise UserError(f"augment: jitter must be a rising pair of positive factors, not {self.jitter}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,6 @@ class ResizeConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= self.short <= self.longest:
-            raise ValueError(
+            raise UserError(
                 f"test view: short must be at least 1 and at most longest, not {self.short} and {self.longest}"
             )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.data.benchmarks import Benchmark, LabelFiles
+from storage.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +49,7 @@ class LabelSource:
 
 
 def label_source(root: str | Path, benchmark: Benchmark) -> LabelSource:
-    """The folder `root` with its fingerprint taken. Raises ValueError as `fingerprint_labels`."""
+    """The folder `root` with its fingerprint taken. Raises UserError as `fingerprint_labels`."""
     return LabelSource(root=str(root), fingerprint=fingerprint_labels(Path(root), benchmark))
 
 
@@ -57,7 +58,7 @@ def fingerprint_labels(root: Path, benchmark: Benchmark) -> str:
 
     It covers names and sizes of images and label PNGs: a file replaced by another of exactly the same size goes unnoticed.
 
-    Raises ValueError as `training_splits`.
+    Raises UserError as `training_splits`.
     """
     digest = hashlib.sha256()
     for split, images in training_splits(root, benchmark).items():
@@ -69,11 +70,11 @@ def fingerprint_labels(root: Path, benchmark: Benchmark) -> str:
 def training_splits(root: Path, benchmark: Benchmark) -> dict[str, tuple[LabelledImage, ...]]:
     """The images of "train" and "val", also those of which one file is missing.
 
-    Raises ValueError when the benchmark does not say where training images lie, and as `find_split`.
+    Raises UserError when the benchmark does not say where training images lie, and as `find_split`.
     """
     assert benchmark.files
     if "train" not in benchmark.files.splits:
-        raise ValueError(
+        raise UserError(
             f"benchmark {benchmark.name} names no files to train on and is for `zs-seg evaluate`; train on another one, "
             f"such as coco-stuff-zss, or add 'train' to its splits"
         )
@@ -101,14 +102,14 @@ def _size(path: Path) -> int | None:
 def find_split(files: LabelFiles, data: Path, split: str, *, complete: bool = True) -> LabelledSplit:
     """The split's images and label PNGs below the folder `data`; see `LabelFiles` for where they are looked for.
 
-    Raises ValueError that names every path looked for where images, label PNGs or the list are missing; and, if they must be
+    Raises UserError that names every path looked for where images, label PNGs or the list are missing; and, if they must be
     `complete`, the first file and how many where some images lack their label PNG, or the reverse without a list. Else such
     an image is there with the path that its missing file should have.
     """
     if split not in files.splits:
-        raise ValueError(f"split {split!r} is unknown; --split is one of {', '.join(files.splits)}")
+        raise UserError(f"split {split!r} is unknown; --split is one of {', '.join(files.splits)}")
     if not data.is_dir():
-        raise ValueError(f"folder {data} not found; pass the data set's folder with --coco (of evaluate: --data)")
+        raise UserError(f"folder {data} not found; pass the data set's folder with --coco (of evaluate: --data)")
     images, labels, lists = (
         [pattern.replace("{split}", files.splits[split]) for pattern in patterns]
         for patterns in (files.images, files.labels, files.lists)
@@ -118,7 +119,7 @@ def find_split(files: LabelFiles, data: Path, split: str, *, complete: bool = Tr
     )
     if root is None:
         looked = [data / root / pattern for root in files.roots for pattern in images]
-        raise ValueError(
+        raise UserError(
             f"no images found as {_either(looked)}; unpack the data set there, or correct --coco (of evaluate: --data)"
         )
     list_at, names = _listed(root, lists) if lists else ("", None)
@@ -126,7 +127,7 @@ def find_split(files: LabelFiles, data: Path, split: str, *, complete: bool = Tr
     labels_at, label_of = _take(root, labels, names or sorted(image_of), "label map", complete=complete)
     bare = sorted(label_of.keys() - image_of.keys()) if names is None else []
     if bare and complete:
-        raise ValueError(
+        raise UserError(
             f"{len(bare)} of {len(label_of)} label maps have no image, the first is {label_of[bare[0]]} "
             f"(looked for {_either([_file(root, images_at, bare[0])])}); complete the images or remove it"
         )
@@ -146,22 +147,22 @@ def _listed(root: Path, lists: Sequence[str]) -> tuple[str, list[str]]:
     """The first list file that is there, and the names in it."""
     path = next((path for path in lists if (root / path).is_file()), None)
     if path is None:
-        raise ValueError(f"no list of the split's images found as {_either([root / p for p in lists])}; add it")
+        raise UserError(f"no list of the split's images found as {_either([root / p for p in lists])}; add it")
     try:
         lines = (root / path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{root / path} cannot be read as a list ({error}); re-download it") from error
+        raise UserError(f"{root / path} cannot be read as a list ({error}); re-download it") from error
     names = [line.strip() for line in lines if line.strip()]
     if not names:
-        raise ValueError(f"{root / path} names no image; re-download it")
+        raise UserError(f"{root / path} names no image; re-download it")
     if outside := [
         name for name in names if name.startswith("/") or ".." in name.split("/") or set(name) & set("\\\0")
     ]:
-        raise ValueError(
+        raise UserError(
             f"{root / path} names {outside[0]!r}, which is no name of an image below the folder; correct it"
         )
     if len(set(names)) < len(names):
-        raise ValueError(f"{root / path} names {max(names, key=names.count)!r} twice; re-download it")
+        raise UserError(f"{root / path} names {max(names, key=names.count)!r} twice; re-download it")
     return path, names
 
 
@@ -178,11 +179,11 @@ def _take(
         if len(found) > len(most):
             at, most = pattern, found
     if not most:
-        raise ValueError(f"no {what}s found as {_either([root / p for p in patterns])}; unpack the data set there")
+        raise UserError(f"no {what}s found as {_either([root / p for p in patterns])}; unpack the data set there")
     if not complete:
         return at, most
     missing = [name for name in names or () if name not in most]
-    raise ValueError(
+    raise UserError(
         f"{len(missing)} of {len(names or ())} images lack their {what}, the first {missing[0]!r} "
         f"(looked for {_either([_file(root, p, missing[0]) for p in patterns])}); complete the {what}s"
     )
@@ -211,14 +212,14 @@ def _either(paths: Sequence[Path]) -> str:
 
 
 def read_labels(path: Path, benchmark: Benchmark) -> np.ndarray:
-    """The file at `path` as `decode_labels` reads it. Raises ValueError that names the file when it is missing, or as there."""
+    """The file at `path` as `decode_labels` reads it. Raises UserError that names the file when it is missing, or as there."""
     try:
         return decode_labels(path.read_bytes(), benchmark)
     except OSError as error:
         reason = "not found" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise ValueError(f"{path} {reason}; complete the label maps") from error
-    except ValueError as error:
-        raise ValueError(
+        raise UserError(f"{path} {reason}; complete the label maps") from error
+    except UserError as error:
+        raise UserError(
             f"{path} {error}; use the label maps that belong to the benchmark, or re-download them"
         ) from error
 
@@ -226,7 +227,7 @@ def read_labels(path: Path, benchmark: Benchmark) -> np.ndarray:
 def decode_labels(png: bytes, benchmark: Benchmark) -> np.ndarray:
     """A label PNG as class indices (H, W) int32, -1 where ignored. Of a paletted PNG the palette's index is the value.
 
-    Raises ValueError, to be read after the file's name, when it is damaged, in colours, of less than 8 bits, or holds a value
+    Raises UserError, to be read after the file's name, when it is damaged, in colours, of less than 8 bits, or holds a value
     that is neither a category id nor ignored.
     """
     import numpy as np
@@ -237,7 +238,7 @@ def decode_labels(png: bytes, benchmark: Benchmark) -> np.ndarray:
     classes = table[values]
     if (classes == _UNKNOWN).any():
         strange = np.unique(values[classes == _UNKNOWN])
-        raise ValueError(
+        raise UserError(
             f"has pixels of value {strange[0]} ({int((values == strange[0]).sum())} of them), which is neither a class of "
             f"benchmark {benchmark.name} nor ignored"
         )
@@ -266,15 +267,15 @@ def _values(png: bytes) -> np.ndarray:
         mode, bits = image.mode, png[24]  # the header's bit depth
         values = np.array(image)
     except UnidentifiedImageError as error:  # its text holds a memory address
-        raise ValueError("cannot be read as a PNG") from error
+        raise UserError("cannot be read as a PNG") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"has more than {Image.MAX_IMAGE_PIXELS} pixels") from error
+        raise UserError(f"has more than {Image.MAX_IMAGE_PIXELS} pixels") from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
-        raise ValueError(f"cannot be read as a PNG ({' '.join(str(error).split())})") from error
+        raise UserError(f"cannot be read as a PNG ({' '.join(str(error).split())})") from error
     if mode not in ("1", "L", "P", "I", "I;16"):
-        raise ValueError(f"is a PNG in colours (mode {mode}), and a label map is grey or paletted")
+        raise UserError(f"is a PNG in colours (mode {mode}), and a label map is grey or paletted")
     if mode == "L" and bits < 8:  # PIL would stretch its values to 0..255
-        raise ValueError(f"is a grey PNG of {bits} bits, and a label map has 8 or more")
+        raise UserError(f"is a grey PNG of {bits} bits, and a label map has 8 or more")
     return values.astype(np.int64)
 
 

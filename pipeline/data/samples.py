@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pipeline.data.benchmarks import Benchmark
 from pipeline.data.coco import Entry
 from pipeline.data.label_maps import LabelledImage, decode_labels
+from storage.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,7 +75,7 @@ def labelled_sample(root: Path, item: LabelledImage, image_id: int, benchmark: B
         return f"has a file {jpeg_name!r} that {problem}"
     try:
         classes = decode_labels(png, benchmark)
-    except ValueError as error:
+    except UserError as error:
         return f"has a file {png_name!r} that {error}"
     width, height = open_image(jpeg, "JPEG").size
     if classes.shape != (height, width):
@@ -148,7 +149,7 @@ def _some(ids: list[int]) -> str:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8. Raises ValueError, naming the file, for one that is no image or is damaged."""
+    """(H, W, 3) uint8. Raises UserError, naming the file, for one that is no image or is damaged."""
     import numpy as np
     from PIL import Image
 
@@ -160,7 +161,7 @@ def read_image(path: Path) -> np.ndarray:
             return np.array(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as an image ({reason}); replace it or leave it out") from error
+        raise UserError(f"{path} cannot be read as an image ({reason}); replace it or leave it out") from error
 
 
 def samples_with_tokens(store: Store, shards: Ref, tokens: Ref) -> Iterator[tuple[tuple[Sample, Tensor], Tensor]]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.inference.maps import PredictedSegment
 from storage.atomic import write_text
+from storage.errors import UserError
 from storage.shards import encode_ids
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def write_coco_panoptic(
         The path of the JSON.
 
     Raises:
-        ValueError: two images whose PNGs would have the same name.
+        UserError: two images whose PNGs would have the same name.
     """
     pngs = folder / name
     pngs.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ def write_coco_panoptic(
     for prediction in predictions:
         png = f"{Path(prediction.file_name).stem}.png"
         if png in source_of:
-            raise ValueError(
+            raise UserError(
                 f"images {source_of[png]} and {prediction.file_name} would both be written to {png}; "
                 f"rename one of them or predict them into different folders"
             )

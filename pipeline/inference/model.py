@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from storage.errors import UserError
 from storage.store import Store
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def save_model(folder: Path, model: Model) -> None:
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> Model:
-    """Read a checkpoint, in evaluation mode. Raises ValueError when it is damaged, or its weights are not of the network it tells of."""
+    """Read a checkpoint, in evaluation mode. Raises UserError when it is damaged, or its weights are not of the network it tells of."""
     import torch
 
     from storage.checkpoints import load_checkpoint
@@ -85,7 +86,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Model:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
+        raise UserError(
             f"checkpoint {folder} does not fit together ({reason}); train it again, or pass another"
         ) from error
     return model
@@ -103,7 +104,7 @@ def require_same_classes(facts: dict[str, Any], bank: TextBank) -> None:
                 difference = (
                     f"position {place}: {ours[field][place : place + 1]} and {theirs[field][place : place + 1]}"
                 )
-            raise ValueError(
+            raise UserError(
                 f"checkpoint and text bank text/{bank.key} disagree in {field} ({difference}); "
                 "run `zs-seg run --from v2c` with this text bank, or use the checkpoint's own"
             )
@@ -112,7 +113,7 @@ def require_same_classes(facts: dict[str, Any], bank: TextBank) -> None:
 def checkpoint_folder(store: Store, checkpoint: str) -> Path:
     """The folder of a v2c or cpa checkpoint: `checkpoint` itself, or that of a key in the store.
 
-    Raises ValueError where there is none.
+    Raises UserError where there is none.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
@@ -124,7 +125,5 @@ def checkpoint_folder(store: Store, checkpoint: str) -> Path:
     except (OSError, ValueError, AttributeError):
         stage = None
     if stage not in ("v2c", "cpa"):
-        raise ValueError(
-            f"{folder} is no checkpoint of v2c or cpa; pass another --checkpoint, `zs-seg list` shows them"
-        )
+        raise UserError(f"{folder} is no checkpoint of v2c or cpa; pass another --checkpoint, `zs-seg list` shows them")
     return folder

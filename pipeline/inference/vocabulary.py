@@ -14,6 +14,7 @@ from pipeline.runtime import Runtime
 from pipeline.teacher.config import teacher_of
 from pipeline.teacher.prompts import synonyms
 from pipeline.teacher.text_bank import embed_names, join
+from storage.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +33,13 @@ class Vocabulary:
 def extend(model: Model, names: Sequence[str], teacher_weights: str, runtime: Runtime) -> Vocabulary:
     """A checkpoint's classes and, behind them, `names`, encoded with the same sentences by the same teacher.
 
-    Raises ValueError for a name that is there already or twice, and when the teacher's weights are not those.
+    Raises UserError for a name that is there already or twice, and when the teacher's weights are not those.
     """
     facts, embedding = model.facts["classes"], model.text.cpu()
     columns = {name: list(facts[name]) for name in ("ids", "names", "isthing", "seen")}
     for name in names:
         if name in columns["names"]:
-            raise ValueError(f"--names: the checkpoint knows {name!r} already, or it is given twice; leave it out")
+            raise UserError(f"--names: the checkpoint knows {name!r} already, or it is given twice; leave it out")
         for column, value in (("ids", max(columns["ids"]) + 1), ("names", name), ("isthing", True), ("seen", False)):
             columns[column].append(value)
     if names:
@@ -50,7 +51,7 @@ def extend(model: Model, names: Sequence[str], teacher_weights: str, runtime: Ru
 def vocabulary_of(model: Model, benchmark: Benchmark, teacher_weights: str, runtime: Runtime) -> Vocabulary:
     """The benchmark's classes for this checkpoint: its own rows where these are its classes, else encoded as it was trained.
 
-    Raises ValueError when the teacher's weights are not those of the checkpoint.
+    Raises UserError when the teacher's weights are not those of the checkpoint.
     """
     facts = model.facts["classes"]
     own = benchmark.names == facts["names"]
@@ -71,7 +72,7 @@ def as_trained(benchmark: Benchmark, facts: dict[str, Any]) -> Benchmark:
     A class is seen if the checkpoint has seen its name. Where the classes are the checkpoint's own, and the benchmark
     names unseen ones, the benchmark decides.
 
-    Raises ValueError when the benchmark has exactly the checkpoint's names in another order or with other ids.
+    Raises UserError when the benchmark has exactly the checkpoint's names in another order or with other ids.
     """
     ids = [category.id for category in benchmark.categories]
     if set(benchmark.names) == set(facts["names"]):
@@ -89,7 +90,7 @@ def as_trained(benchmark: Benchmark, facts: dict[str, Any]) -> Benchmark:
 def _require_same_order(name: str, ours: list[tuple[str, int]], theirs: list[tuple[str, int]]) -> None:
     for place, (our, their) in enumerate(zip(ours, theirs, strict=True)):
         if our != their:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint and benchmark {name} list the same class names differently, first at position {place}: "
                 f"{our[0]!r} (id {our[1]}) in the checkpoint, {their[0]!r} (id {their[1]}) in the benchmark; "
                 "give the benchmark the checkpoint's order and ids"
@@ -100,11 +101,11 @@ def _embed(model: Model, names: list[str], teacher_weights: str, runtime: Runtim
     """Unit rows of `names` by the checkpoint's own teacher and templates."""
     facts = model.facts["classes"]
     if "classes" in model.facts["architecture"]["projector"]:
-        raise ValueError(
+        raise UserError(
             "the checkpoint's classifier is linear and knows no other classes than its own; use one with a projector"
         )
     if not model.facts["templates"]:
-        raise ValueError(
+        raise UserError(
             "the checkpoint's class embeddings were imported, so no other name can be embedded alike; "
             "train it without --text.embeddings to use other names"
         )

@@ -50,7 +50,7 @@ class Counts:
 def count(config: Config, steps: list[Stage], store: Store) -> Counts:
     """Count what the line reads. Takes seconds for the JSON of all of COCO.
 
-    Raises ValueError as `read_split` and `find_split`.
+    Raises UserError as `read_split` and `find_split`.
     """
     if isinstance(config.data, CocoConfig):
         benchmark = load_benchmark(config.data.benchmark)

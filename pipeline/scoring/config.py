@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from storage.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
@@ -21,7 +23,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.sweep_images < 1 or self.pictures < 0:
-            raise ValueError("evaluate: batch and sweep_images must be at least 1, and pictures 0 or more")
+            raise UserError("evaluate: batch and sweep_images must be at least 1, and pictures 0 or more")
         for name in ("object_thresholds", "seen_offsets"):
             if any(not 0 <= value <= 1 for value in getattr(self, name)):
-                raise ValueError(f"evaluate: {name} must lie in 0..1")
+                raise UserError(f"evaluate: {name} must lie in 0..1")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.benchmarks import Category
+from storage.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,17 +64,17 @@ def evaluate(
             not either; COCO's own files agree.
 
     Raises:
-        ValueError: files that are missing, damaged or at odds, named in the message with the image.
+        UserError: files that are missing, damaged or at odds, named in the message with the image.
     """
     truth, guess = read_panoptic(gt_json), read_panoptic(json_file)
     categories = _categories(truth)
     _check_categories(truth, guess)
     if strange := sorted(set(unseen) - truth.categories.keys()):
-        raise ValueError(f"--unseen: category {strange[0]} is not in {gt_json}; leave it out")
+        raise UserError(f"--unseen: category {strange[0]} is not in {gt_json}; leave it out")
     for missing, there, what in ((guess, truth, "prediction for image"), (truth, guess, "ground truth for image")):
         for image_id in there.annotations:
             if image_id not in missing.annotations:
-                raise ValueError(f"{missing.path} has no {what} {image_id}, which is in {there.path}; make them agree")
+                raise UserError(f"{missing.path} has no {what} {image_id}, which is in {there.path}; make them agree")
     result = _count(truth, gt_folder, guess, folder, check_ground_truth=check_ground_truth)
     seen = [category.id not in unseen for category in categories]
     return {"images": len(truth.annotations)} | summary(result, categories=categories, seen=seen)
@@ -160,7 +161,7 @@ def _count(
 
     for where in (gt_folder, folder):
         if not where.is_dir():
-            raise ValueError(f"folder {where} not found; pass the folder of the PNGs")
+            raise UserError(f"folder {where} not found; pass the folder of the PNGs")
     _refuse_bombs(truth, gt_folder)
     _refuse_bombs(guess, folder)
     image_ids = list(truth.annotations)
@@ -176,13 +177,13 @@ def _count(
         evaluation = PanopticEval(gt, predicted, gt_folder=str(gt_folder), pred_folder=str(folder))
         evaluation.evaluate()
     except (ValueError, OSError) as error:
-        raise ValueError(f"{_told(error, image_ids)}; mend {guess.path} or the PNG") from error
+        raise UserError(f"{_told(error, image_ids)}; mend {guess.path} or the PNG") from error
     if check_ground_truth:  # hotcoco compares pixels and JSON of the prediction only: let the two swap roles
         try:
             PanopticEval(predicted, gt, gt_folder=str(folder), pred_folder=str(gt_folder)).evaluate()
         except ValueError as error:
             message = _told(error, image_ids).replace("predicted", "ground truth's")
-            raise ValueError(f"{message}; mend {truth.path} or the PNG") from error
+            raise UserError(f"{message}; mend {truth.path} or the PNG") from error
     per_class = evaluation.results()["per_class"]
     counts = [per_class[category] for category in truth.categories]
     tp, fp, fn = (np.array([count[name] for count in counts], np.int64) for name in ("tp", "fp", "fn"))
@@ -201,7 +202,7 @@ def _refuse_bombs(side: Panoptic, folder: Path) -> None:
             continue
         width, height = int.from_bytes(header[16:20]), int.from_bytes(header[20:24])
         if header.startswith(b"\x89PNG") and width * height > MAX_PIXELS:
-            raise ValueError(f"{path} has {width} x {height} pixels, more than {MAX_PIXELS}; write it again")
+            raise UserError(f"{path} has {width} x {height} pixels, more than {MAX_PIXELS}; write it again")
 
 
 def _told(error: Exception, image_ids: list[int | str]) -> str:
@@ -212,32 +213,32 @@ def _told(error: Exception, image_ids: list[int | str]) -> str:
 def read_panoptic(path: Path) -> Panoptic:
     """Reads and checks a JSON in COCO's panoptic format; image ids are integers or, as ADE20K's, strings.
 
-    Raises ValueError naming file and image: no JSON, an entry that lacks something, an image, segment or category
+    Raises UserError naming file and image: no JSON, an entry that lacks something, an image, segment or category
     twice, a segment id that pixels cannot hold.
     """
     try:
         data = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error}); write it again") from error
+        raise UserError(f"{path} is no JSON ({error}); write it again") from error
     categories: dict[int, dict[str, Any]] = {}
     for item in _field(data, "categories", list, path) if isinstance(data, dict) and "categories" in data else []:
         category = _integer(item, "id", f"{path}: a category", least=0)
         if category in categories:
-            raise ValueError(f"{path}: category {category} is listed twice; remove one")
+            raise UserError(f"{path}: category {category} is listed twice; remove one")
         categories[category] = item
     annotations: dict[int | str, dict[str, Any]] = {}
     for item in _field(data, "annotations", list, path):
         image_id = _field(item, "image_id", int | str, f"{path}: an annotation")
         where = f"{path}: image {image_id}"
         if image_id in annotations:
-            raise ValueError(f"{where} is annotated twice; remove one annotation")
+            raise UserError(f"{where} is annotated twice; remove one annotation")
         segments = _segments(_field(item, "segments_info", list, where), where)
         name = _field(item, "file_name", str, where)
         if name in ("", ".", "..") or set(name) & set("/\\\0"):
-            raise ValueError(f"{where} has file_name {name!r}; it must be a bare file name")
+            raise UserError(f"{where} has file_name {name!r}; it must be a bare file name")
         annotations[image_id] = {"file_name": name, "segments_info": segments}
     if not annotations:
-        raise ValueError(f"{path} holds no annotations; pass another file")
+        raise UserError(f"{path} holds no annotations; pass another file")
     return Panoptic(path=path, categories=categories, annotations=annotations)
 
 
@@ -246,9 +247,9 @@ def _segments(items: list[Any], where: str) -> list[dict[str, int]]:
     for item in items:
         id_ = _integer(item, "id", f"{where}: a segment", least=1)
         if id_ > MAX_SEGMENT_ID:
-            raise ValueError(f"{where}: segment id {id_} is above {MAX_SEGMENT_ID}, the most a PNG can hold; renumber")
+            raise UserError(f"{where}: segment id {id_} is above {MAX_SEGMENT_ID}, the most a PNG can hold; renumber")
         if id_ in segments:
-            raise ValueError(f"{where}: segment {id_} is listed twice; give every segment an id of its own")
+            raise UserError(f"{where}: segment {id_} is listed twice; give every segment an id of its own")
         category = _integer(item, "category_id", f"{where}: segment {id_}", least=0)
         segments[id_] = {"id": id_, "category_id": category, "iscrowd": int(bool(item.get("iscrowd", 0)))}
     return list(segments.values())
@@ -256,7 +257,7 @@ def _segments(items: list[Any], where: str) -> list[dict[str, int]]:
 
 def _categories(truth: Panoptic) -> list[Category]:
     if not truth.categories:
-        raise ValueError(f"{truth.path} has no categories; pass a ground truth that lists them")
+        raise UserError(f"{truth.path} has no categories; pass a ground truth that lists them")
     return [
         Category(
             id=id_,
@@ -272,10 +273,10 @@ def _check_categories(truth: Panoptic, guess: Panoptic) -> None:
     for id_, item in guess.categories.items():
         known = truth.categories.get(id_)
         if known is None:
-            raise ValueError(f"{guess.path}: category {id_} is not in {truth.path}; predict the ground truth's classes")
+            raise UserError(f"{guess.path}: category {id_} is not in {truth.path}; predict the ground truth's classes")
         for field in ("name", "isthing"):
             if item.get(field, known[field]) != known[field]:
-                raise ValueError(
+                raise UserError(
                     f"{guess.path}: category {id_} has {field} {item[field]!r}, but {known[field]!r} in {truth.path}; "
                     f"predict the ground truth's classes"
                 )
@@ -283,7 +284,7 @@ def _check_categories(truth: Panoptic, guess: Panoptic) -> None:
         for image_id, annotation in side.annotations.items():
             for segment in annotation["segments_info"]:
                 if segment["category_id"] not in truth.categories:
-                    raise ValueError(
+                    raise UserError(
                         f"{side.path}: image {image_id}: segment {segment['id']} is of category "
                         f"{segment['category_id']}, which {truth.path} does not list; correct its category_id"
                     )
@@ -292,12 +293,12 @@ def _check_categories(truth: Panoptic, guess: Panoptic) -> None:
 def _field(item: Any, name: str, kind: Any, where: object) -> Any:
     value = item.get(name) if isinstance(item, dict) else None
     if not isinstance(value, kind):
-        raise ValueError(f"{where} lacks a valid {name}; write it in COCO's panoptic format")
+        raise UserError(f"{where} lacks a valid {name}; write it in COCO's panoptic format")
     return value
 
 
 def _integer(item: Any, name: str, where: str, *, least: int) -> int:
     value = _field(item, name, int, where)
     if value < least:
-        raise ValueError(f"{where} has {name} {value}, which is below {least}; renumber")
+        raise UserError(f"{where} has {name} {value}, which is below {least}; renumber")
     return value

@@ -53,7 +53,7 @@ def encode_again(
     """Encode `rows` of a tokens artefact again, one image or masked instance at a time; drawn from `seed`.
 
     Returns one line for every row that is more than rounding away, and one about the sample as a whole.
-    Raises ValueError when the teacher's weights, or the shards, are not at hand.
+    Raises UserError when the teacher's weights, or the shards, are not at hand.
     """
     import torch
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.runtime import Runtime
+from storage.errors import UserError
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -43,7 +44,7 @@ def run_tasks(
     thread at a time; work that is done a second time is not reported again. Functions and jobs are pickled: the workers of
     another machine need this package.
 
-    Raises what a job raises, at once and without waiting for the other jobs, and ValueError when there is no such cluster, it
+    Raises what a job raises, at once and without waiting for the other jobs, and UserError when there is no such cluster, it
     has no worker, is lost, or a job (named by its str) keeps ending its workers.
     """
     if not jobs:
@@ -125,7 +126,7 @@ def _existing(runtime: Runtime) -> Iterator[tuple[Client, int, Runtime]]:
     try:
         client = Client(address, timeout=5, set_as_default=False)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"no Dask scheduler answers at {address} ({' '.join(str(error).split())}); start one with `dask scheduler`, "
             "correct --dask, or leave it out to use this machine"
         ) from error
@@ -133,7 +134,7 @@ def _existing(runtime: Runtime) -> Iterator[tuple[Client, int, Runtime]]:
         try:
             client.wait_for_workers(1, timeout=20)
         except TimeoutError as error:
-            raise ValueError(
+            raise UserError(
                 f"the Dask scheduler at {address} has no worker; start some with `dask worker {address} --nthreads 1`"
             ) from error
         yield client, 0, replace(runtime, dask="none")
@@ -143,7 +144,7 @@ def _address(file: Path) -> str:
     try:
         return json.loads(file.read_bytes())["address"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{file} is no file of a Dask scheduler; `dask scheduler --scheduler-file {file}` writes one"
         ) from error
 
@@ -166,12 +167,12 @@ def _run(
                 try:
                     results[number], done = futures[number].result()
                 except KilledWorker as error:
-                    raise ValueError(
+                    raise UserError(
                         f"{jobs[number]}: {error.allowed_failures + 1} worker processes died over it, most likely for want "
                         "of memory; use fewer workers, or smaller batches"
                     ) from error
                 except CancelledError as error:
-                    raise ValueError(
+                    raise UserError(
                         "the Dask scheduler is gone; start it again, and the same command goes on where this one was"
                     ) from error
                 tally.add(number, *done)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from models.teacher_files import CONFIG, SMALL_CLIP, TOKENIZER, WEIGHTS, is_teacher_folder
 from pipeline.runtime import Runtime
 from pipeline.teacher.prompts import template_sets
+from storage.errors import UserError
 from storage.keys import sha256_file
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         if self.pretrained == "shipped" and (self.name != "small" or self.fill != "mean"):
-            raise ValueError(
+            raise UserError(
                 "teacher: the shipped weights belong to name 'small' and were trained with fill 'mean'; set both"
             )
 
@@ -46,7 +47,7 @@ class TeacherConfig:
     def identity(self) -> dict[str, Any]:
         """What goes into the keys: local files count by their content, not by their path.
 
-        Raises ValueError when `pretrained` looks like a file that is not there.
+        Raises UserError when `pretrained` looks like a file that is not there.
         """
         weights, extra = Path(self.pretrained), {}
         if self.pretrained == "shipped":
@@ -58,7 +59,7 @@ class TeacherConfig:
         if weights.is_file():
             pretrained = f"sha256:{sha256_file(weights)}"
         elif weights.suffix or len(weights.parts) > 1:
-            raise ValueError(f"teacher weights {weights} not found; correct --teacher.pretrained")
+            raise UserError(f"teacher weights {weights} not found; correct --teacher.pretrained")
         else:
             pretrained = self.pretrained
         identity: dict[str, Any] = {"name": self.name, "pretrained": pretrained, "fill": self.fill, **extra}
@@ -95,15 +96,15 @@ class TextConfig:
         if len(self.templates) == 1 and "{}" not in self.templates[0]:
             sets = template_sets()
             if self.templates[0] not in sets:
-                raise ValueError(
+                raise UserError(
                     f"text: template {self.templates[0]!r} needs exactly one {{}} for the class name, "
                     f"or be the name of a set: {', '.join(sets)}"
                 )
             object.__setattr__(self, "templates", sets[self.templates[0]])
         if not self.templates or any(t.count("{}") != 1 for t in self.templates):
-            raise ValueError("text: every template needs exactly one {} for the class name")
+            raise UserError("text: every template needs exactly one {} for the class name")
         if bool(self.embeddings) != bool(self.names):
-            raise ValueError("text: embeddings and names belong together; pass --text.embeddings and --text.names")
+            raise UserError("text: embeddings and names belong together; pass --text.embeddings and --text.names")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,16 +132,16 @@ class TokensConfig:
 
     def __post_init__(self) -> None:
         if self.batch < 1:
-            raise ValueError(f"tokens: batch must be at least 1, not {self.batch}")
+            raise UserError(f"tokens: batch must be at least 1, not {self.batch}")
         if self.min_area < 0 or self.margin < 0:
-            raise ValueError("tokens: min_area and margin must be 0 or more")
+            raise UserError("tokens: min_area and margin must be 0 or more")
         for field, allowed in (("method", Method), ("crop", Crop), ("resize", Resize), ("dtype", Precision)):
             if (value := getattr(self, field)) not in get_args(allowed):
-                raise ValueError(f"tokens: {field} must be one of {', '.join(get_args(allowed))}, not {value!r}")
+                raise UserError(f"tokens: {field} must be one of {', '.join(get_args(allowed))}, not {value!r}")
         if self.views not in (1, 2):
-            raise ValueError(f"tokens: views must be 1, or 2 with the mirrored images, not {self.views}")
+            raise UserError(f"tokens: views must be 1, or 2 with the mirrored images, not {self.views}")
         if self.method == "attention" and self.crop == "box":
-            raise ValueError(
+            raise UserError(
                 "tokens: method 'attention' sees the whole image at once; set crop 'full', or method 'pixels'"
             )
 
@@ -148,19 +149,19 @@ class TokensConfig:
 def teacher_of(identity: dict[str, Any], weights: str) -> TeacherConfig:
     """The config of the teacher with this identity; `weights` is its local weights file, if it had one.
 
-    Raises ValueError when the weights at hand are not those the identity names by their hash.
+    Raises UserError when the weights at hand are not those the identity names by their hash.
     """
     pretrained = identity["pretrained"]
     if pretrained.startswith("sha256:"):
         pretrained = weights or ("shipped" if identity["name"] == "small" else "")
         if not pretrained:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint's teacher {identity['name']} had local weights; pass --teacher.pretrained FILE"
             )
     seed = identity.get("seed", 0)  # only random weights have one
     config = TeacherConfig(name=identity["name"], pretrained=pretrained, fill=identity["fill"], seed=seed)
     if config.identity != identity:
-        raise ValueError(
+        raise UserError(
             f"the weights at hand of teacher {identity['name']} are not those the checkpoint was trained with "
             f"({identity['pretrained'][:23]}...); pass these with --teacher.pretrained FILE"
         )

@@ -58,7 +58,7 @@ def encode_tar(
     `hide`: leave out what the benchmark's protocol keeps from training. `progress(images, instances)` is called as samples are
     done with, left out or handed to the device. Decoding takes as many threads as torch has in this process.
 
-    Raises ValueError when the teacher cannot do what `config.method` asks for.
+    Raises UserError when the teacher cannot do what `config.method` asks for.
     """
     device = next(teacher.parameters()).device
     encoder = _ByAttention(teacher, config) if config.method == "attention" else _ByPixels(teacher, config)

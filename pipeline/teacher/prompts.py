@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from storage.errors import UserError
+
 TEMPLATES = Path(__file__).parent / "templates.json"
 _FILLER = re.compile(r"-(merged|other|stuff)\b")
 
@@ -27,18 +29,18 @@ def clean(name: str) -> str:
 def synonyms(names: Sequence[str], *, clean_names: bool = False) -> list[tuple[str, ...]]:
     """For each class the names it is known by, its own first: "person, human" -> ("person", "human").
 
-    Raises ValueError when nothing is left of a name, and when two classes would be called the same.
+    Raises UserError when nothing is left of a name, and when two classes would be called the same.
     """
     owner: dict[str, str] = {}
     result = []
     for name in names:
         parts = [clean(part) if clean_names else part.strip() for part in name.split(",")]
         if not all(parts):
-            raise ValueError(f"class name {name!r} has an empty part; separate its synonyms with single commas")
+            raise UserError(f"class name {name!r} has an empty part; separate its synonyms with single commas")
         for part in parts:
             other = owner.setdefault(part, name)
             if other != name:
                 cure = "rename one of them, or leave clean_names off" if clean_names else "rename one of them"
-                raise ValueError(f"classes {other!r} and {name!r} would both be called {part!r}; {cure}")
+                raise UserError(f"classes {other!r} and {name!r} would both be called {part!r}; {cure}")
         result.append(tuple(dict.fromkeys(parts)))
     return result

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.teacher.prompts import synonyms
+from storage.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,14 +48,14 @@ class TextBank:
 
 
 def open_text(folder: Path, key: str) -> TextBank:
-    """Read a text artefact. Raises ValueError when it is damaged."""
+    """Read a text artefact. Raises UserError when it is damaged."""
     from storage.checkpoints import load_checkpoint
 
     tensors, meta = load_checkpoint(folder)
     try:
         return TextBank(key=key, embedding=tensors["embedding"], **meta)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder} holds no text bank ({error}); rebuild it with `zs-seg run --force text`") from error
+        raise UserError(f"{folder} holds no text bank ({error}); rebuild it with `zs-seg run --force text`") from error
 
 
 def embed_names(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.data.config import AugmentConfig, ResizeConfig
+from storage.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +33,13 @@ class Schedule:
     def __post_init__(self) -> None:
         name = type(self).__name__.removesuffix("Config").lower()
         if self.steps < 1 or self.batch < 1:
-            raise ValueError(f"{name}: steps and batch must be at least 1, not {self.steps} and {self.batch}")
+            raise UserError(f"{name}: steps and batch must be at least 1, not {self.steps} and {self.batch}")
         if self.seed < 0:
-            raise ValueError(f"{name}: seed must be 0 or more, not {self.seed}")
+            raise UserError(f"{name}: seed must be 0 or more, not {self.seed}")
         if not 0 <= self.ema < 1:
-            raise ValueError(f"{name}: ema must be at least 0 and below 1, not {self.ema}")
+            raise UserError(f"{name}: ema must be at least 0 and below 1, not {self.ema}")
         if self.lr <= 0:
-            raise ValueError(f"{name}: lr must be above 0, not {self.lr}")
+            raise UserError(f"{name}: lr must be above 0, not {self.lr}")
 
     def factor(self, step: int) -> float:
         """What the learning rates are multiplied by at step `step`, counted from 0."""
@@ -53,9 +54,9 @@ class Schedule:
 
 
 def require_sampling(stage: str, sampling: str) -> None:
-    """Raises ValueError for a way to draw cached queries that there is not."""
+    """Raises UserError for a way to draw cached queries that there is not."""
     if sampling not in ("natural", "balanced"):
-        raise ValueError(f"{stage}: sampling {sampling!r} is not one of 'natural' and 'balanced'; choose one of them")
+        raise UserError(f"{stage}: sampling {sampling!r} is not one of 'natural' and 'balanced'; choose one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +80,11 @@ class SegmenterConfig:
 
     def __post_init__(self) -> None:
         if self.architecture not in ("mask2former", "maskformer"):
-            raise ValueError(
+            raise UserError(
                 f"segmenter: architecture {self.architecture!r} is not one of 'mask2former' and 'maskformer'; choose one of them"
             )
         if self.dim % self.heads or self.dim % 8:
-            raise ValueError(
+            raise UserError(
                 f"segmenter: dim {self.dim} must be a multiple of heads {self.heads} and of 8; change one of them"
             )
 
@@ -140,21 +141,21 @@ class V2CConfig(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.precision not in ("float32", "bfloat16", "float16"):
-            raise ValueError(
+            raise UserError(
                 f"v2c: precision {self.precision!r} is not one of 'float32', 'bfloat16' and 'float16'; choose one"
             )
         if self.accumulate < 1 or self.batch % self.accumulate:
-            raise ValueError(
+            raise UserError(
                 f"v2c: batch {self.batch} cannot be cut into {self.accumulate} parts; choose a divisor of it"
             )
         if self.accumulate > 1 and not self.segmenter.frozen_batchnorm:
-            raise ValueError(
+            raise UserError(
                 "v2c: BatchNorm would see one part at a time; accumulate needs segmenter.frozen_batchnorm, or pass 1"
             )
         if self.mask_loss not in ("points", "full"):
-            raise ValueError(f"v2c: mask_loss {self.mask_loss!r} is not one of 'points' and 'full'; choose one of them")
+            raise UserError(f"v2c: mask_loss {self.mask_loss!r} is not one of 'points' and 'full'; choose one of them")
         if self.tau <= 0 or self.bank < 1 or self.points < 1 or self.calibration_images < 1:
-            raise ValueError("v2c: tau must be above 0; bank, points and calibration_images at least 1")
+            raise UserError("v2c: tau must be above 0; bank, points and calibration_images at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +169,7 @@ class QueriesConfig:
 
     def __post_init__(self) -> None:
         if self.views < 1 or self.batch < 1 or self.seed < 0:
-            raise ValueError("queries: views and batch must be at least 1, and seed 0 or more")
+            raise UserError("queries: views and batch must be at least 1, and seed 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,11 +202,11 @@ class G2SConfig(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tau <= 0 or self.text_scale <= 0:
-            raise ValueError(f"g2s: tau and text_scale must be above 0, not {self.tau} and {self.text_scale}")
+            raise UserError(f"g2s: tau and text_scale must be above 0, not {self.tau} and {self.text_scale}")
         if self.generator not in ("vae", "primitives"):
-            raise ValueError(f"g2s: generator {self.generator!r} is not one of 'vae' and 'primitives'; choose one")
+            raise UserError(f"g2s: generator {self.generator!r} is not one of 'vae' and 'primitives'; choose one")
         if self.batch < 2:
-            raise ValueError("g2s: batch must be at least 2, for the generator's BatchNorm")
+            raise UserError("g2s: batch must be at least 2, for the generator's BatchNorm")
         require_sampling("g2s", self.sampling)
 
 
@@ -228,7 +229,7 @@ class CPAConfig(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.synthetic < 1:
-            raise ValueError(f"cpa: synthetic must be at least 1, not {self.synthetic}")
+            raise UserError(f"cpa: synthetic must be at least 1, not {self.synthetic}")
         require_sampling("cpa", self.sampling)
         if self.classifier not in ("projector", "linear"):
-            raise ValueError(f"cpa: classifier {self.classifier!r} is not one of 'projector' and 'linear'; choose one")
+            raise UserError(f"cpa: classifier {self.classifier!r} is not one of 'projector' and 'linear'; choose one")

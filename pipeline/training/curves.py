@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.runtime import Runtime
 from pipeline.training.config import Schedule
 from storage.atomic import write_text
+from storage.errors import UserError
 
 CURVES, TENSORBOARD = "curves.jsonl", "tensorboard"
 EVERY = 10  # steps between two rows, each the mean over them
@@ -45,7 +46,7 @@ class Record:
                 self.rows = self.crc = 0
             text = b"".join(path.read_bytes().splitlines(keepends=True)[: self.rows]) if self.rows else b""
             if zlib.crc32(text) != self.crc:
-                raise ValueError(f"{path} is damaged; delete it to go on without the rows in it")
+                raise UserError(f"{path} is damaged; delete it to go on without the rows in it")
             write_text(path, text.decode())
             self.file = path.open("a", encoding="utf-8")
             self.board = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=self.step + 1)
@@ -87,9 +88,9 @@ class Record:
 
 
 def read_curves(folder: Path) -> list[dict[str, float]]:
-    """The curves of a finished training stage. Raises ValueError, naming the file, when it is missing or damaged."""
+    """The curves of a finished training stage. Raises UserError, naming the file, when it is missing or damaged."""
     path = folder / CURVES
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}); rebuild with `zs-seg run --force STAGE`") from error
+        raise UserError(f"{path} is missing or damaged ({error}); rebuild with `zs-seg run --force STAGE`") from error

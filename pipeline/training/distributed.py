@@ -23,8 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from models.errors import ModelError
 from pipeline.runtime import Runtime, under_torchrun
 from storage.atomic import write_text
+from storage.errors import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 PATIENCE = timedelta(minutes=30)  # for the slowest rank, before a run counts as hanging
@@ -83,15 +85,15 @@ ALONE = Ranks()
 def launch(function: Callable[..., None], *arguments: Any, runtime: Runtime) -> None:
     """Call `function(ranks, runtime, *arguments)` once a device, and come back when all have ended.
 
-    With `runtime.devices` 1 that is a plain call. Under torchrun (several machines) it is this process's own part. A ValueError or
-    OSError of one process ends the others, and is raised here.
+    With `runtime.devices` 1 that is a plain call. Under torchrun (several machines) it is this process's own part. A mistake of the user's in one
+    process (`UserError`, `ModelError`, OSError) ends the others, and is raised here.
     """
     if under_torchrun():
         return _member(function, runtime, *arguments)
     if runtime.devices == 1:
         return function(ALONE, runtime, *arguments)
     if runtime.torch_device().type == "cuda" and runtime.devices > torch.cuda.device_count():
-        raise ValueError(f"there are {torch.cuda.device_count()} GPUs here, not {runtime.devices}; correct --devices")
+        raise UserError(f"there are {torch.cuda.device_count()} GPUs here, not {runtime.devices}; correct --devices")
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -111,7 +113,7 @@ def launch(function: Callable[..., None], *arguments: Any, runtime: Runtime) -> 
             # any will do: a process that fails only because another has gone leaves none
             for message in sorted(Path(folder).iterdir()):
                 kind, what = json.loads(message.read_text())
-                raise (OSError if kind == "OSError" else ValueError)(*what) from error
+                raise (OSError if kind == "OSError" else UserError)(*what) from error
             raise
         finally:  # the launcher leaves its own behind
             if threading.current_thread() is threading.main_thread():
@@ -123,7 +125,7 @@ def _teller(folder: Path, function: Callable[..., None], runtime: Runtime, *argu
     """A process of ours: what its user can mend goes to the parent before the process ends."""
     try:
         _member(function, runtime, *arguments)
-    except (ValueError, OSError) as error:
+    except (UserError, ModelError, OSError) as error:
         what = (
             ["OSError", [error.errno, error.strerror, error.filename]]
             if isinstance(error, OSError)
@@ -193,7 +195,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 def share_batch_statistics(network: nn.Module, ranks: Ranks) -> None:
     """Have every BatchNorm that learns, in place, count the batch of all processes.
 
-    Raises ValueError for a kind of BatchNorm other than nn.BatchNorm2d.
+    Raises UserError for a kind of BatchNorm other than nn.BatchNorm2d.
     """
     if ranks.world == 1:
         return
@@ -201,7 +203,7 @@ def share_batch_statistics(network: nn.Module, ranks: Ranks) -> None:
         for name, norm in owner.named_children():
             if isinstance(norm, _BatchNorm) and norm.training:
                 if type(norm) is not nn.BatchNorm2d:
-                    raise ValueError(
+                    raise UserError(
                         f"this backbone's {type(norm).__name__} cannot count the batch of several processes; "
                         "pass --v2c.segmenter.frozen-batchnorm or --devices 1"
                     )

@@ -21,6 +21,7 @@ from pipeline.data.config import AugmentConfig, ResizeConfig
 from pipeline.data.transforms import augment, place_ids, resize_for_test
 from pipeline.teacher.text_bank import TextBank
 from pipeline.training.distributed import ALONE, Ranks
+from storage.errors import UserError
 from storage.shards import Sample, Shards, decode_ids, decode_image, read_shard
 from storage.tokens import read_tokens
 
@@ -110,10 +111,10 @@ class TrainingData:
     def batches(self, size: int, *, start: int, ranks: Ranks = ALONE) -> Iterator[Batch]:
         """Endless global batches of `size` samples, from batch number `start` on; each rank gets, and decodes, its own part of each.
 
-        Raises ValueError when `size` is no multiple of the number of ranks.
+        Raises UserError when `size` is no multiple of the number of ranks.
         """
         if size % ranks.world:
-            raise ValueError(f"v2c: batch {size} cannot be split over {ranks.world} devices; choose a multiple of it")
+            raise UserError(f"v2c: batch {size} cannot be split over {ranks.world} devices; choose a multiple of it")
         share = size // ranks.world
         with self._pool() as pool:
             pending: deque[Future[Item]] = deque()

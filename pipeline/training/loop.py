@@ -27,6 +27,7 @@ from pipeline.training.config import Schedule
 from pipeline.training.curves import Record
 from pipeline.training.distributed import ALONE, Ranks
 from storage.checkpoints import load_training_state, save_training_state
+from storage.errors import UserError
 
 UNDECAYED = (nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -97,7 +98,7 @@ def train(
     `precision` "float16" scales the losses, and leaves out, and counts, the steps that overflow. SIGTERM saves the state before it
     takes its course.
 
-    Raises ValueError when a loss or the gradient is not finite; the last saved state stays.
+    Raises UserError when a loss or the gradient is not finite; the last saved state stays.
     """
     parameters = [p for group in groups for p in group["params"]]
     device = parameters[0].device
@@ -172,14 +173,14 @@ def _require_finite(
 ) -> None:  # fmt: skip
     for term, value in zip(names, mine, strict=True):
         if not math.isfinite(value):
-            raise ValueError(
+            raise UserError(
                 f"{name}: loss {term} is {value} at step {step} (images {image_ids}); "
                 f"the last saved state is kept; lower --{name}.lr or look at these images"
             )
     if not all(map(math.isfinite, all_)):
         torch.distributed.barrier()  # another process has such a loss, says so, and ends us
     if not scaled and not math.isfinite(norms[0]):
-        raise ValueError(
+        raise UserError(
             f"{name}: the gradient is {norms[0]} at step {step}, every loss finite (images {image_ids}); "
             f"the last saved state is kept; lower --{name}.lr or set --{name}.clip"
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.training.config import Schedule
 from pipeline.training.loop import batch_rng
+from storage.errors import UserError
 from storage.queries import QueryBank
 
 Sampling = Literal["natural", "balanced"]
@@ -32,7 +33,7 @@ def query_batches(
     """Endless batches of `schedule.batch` views drawn with replacement; batch s is a function of the seed and s alone.
 
     `matched` draws only views in which a query found a segment. `sampling` "natural" draws all alike; "balanced" draws a class first,
-    each of those that were found alike, and then one of its matched queries, whose view comes as a whole. Raises ValueError when there
+    each of those that were found alike, and then one of its matched queries, whose view comes as a whole. Raises UserError when there
     is nothing to draw from.
     """
     found = bank.category >= 0
@@ -44,7 +45,7 @@ def query_batches(
     else:
         weight = found.any(1).astype(float) if matched else np.ones(len(found))
     if not weight.any():
-        raise ValueError("no cached query found a segment of a seen class; train stage 1 longer or on more images")
+        raise UserError("no cached query found a segment of a seen class; train stage 1 longer or on more images")
     upto = np.cumsum(weight)
     step = start
     while True:

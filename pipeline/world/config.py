@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.world.names import SHAPES
+from storage.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +22,11 @@ class LayoutConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= self.things[0] <= self.things[1]:
-            raise ValueError(f"scenes: layout.things {self.things} must be two numbers from 1, the smaller first")
+            raise UserError(f"scenes: layout.things {self.things} must be two numbers from 1, the smaller first")
         if not 0.05 <= self.radius[0] <= self.radius[1] <= 0.5:
-            raise ValueError(f"scenes: layout.radius {self.radius} must lie in 0.05..0.5, the smaller first")
+            raise UserError(f"scenes: layout.radius {self.radius} must lie in 0.05..0.5, the smaller first")
         if not 0 < self.visible <= 0.9 or self.clutter < 0:
-            raise ValueError("scenes: layout.visible must be above 0 and at most 0.9, and clutter 0 or more")
+            raise UserError("scenes: layout.visible must be above 0 and at most 0.9, and clutter 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +49,10 @@ class ScenesConfig:
 
     def __post_init__(self) -> None:
         if self.train_images < 1 or self.val_images < 1:
-            raise ValueError("scenes: train_images and val_images must be at least 1")
+            raise UserError("scenes: train_images and val_images must be at least 1")
         if not self.shapes or not set(self.shapes) <= set(SHAPES):
-            raise ValueError(f"scenes: shapes must be some of {', '.join(SHAPES)}, not {', '.join(self.shapes)}")
+            raise UserError(f"scenes: shapes must be some of {', '.join(SHAPES)}, not {', '.join(self.shapes)}")
         if self.size < 32 or self.seed < 0:
-            raise ValueError("scenes: size must be at least 32 pixels, and seed 0 or more")
+            raise UserError("scenes: size must be at least 32 pixels, and seed 0 or more")
         if not 0 <= self.unseen_share <= 1:
-            raise ValueError(f"scenes: unseen_share is a share between 0 and 1, not {self.unseen_share}")
+            raise UserError(f"scenes: unseen_share is a share between 0 and 1, not {self.unseen_share}")
