@@ -38,14 +38,14 @@ class Run:
     table: str
     variant: str
     seed: int
-    steps: tuple[Stage, ...]
+    stages: tuple[Stage, ...]
 
     def name(self, preset: str) -> str:
         """Its name in the store."""
         return f"ablate-{preset}.{self.table}.{re.sub('[^a-z0-9]+', '-', self.variant.lower()).strip('-')}.{self.seed}"
 
-    def ref(self, stage: str) -> Ref:
-        return next(step.recipe.ref for step in self.steps if step.stage == stage)
+    def ref(self, name: str) -> Ref:
+        return next(stage.recipe.ref for stage in self.stages if stage.name == name)
 
 
 def ablate(options: argparse.Namespace) -> int:
@@ -63,7 +63,7 @@ def ablate(options: argparse.Namespace) -> int:
     threads = max(1, Runtime(threads=options.threads).workers // options.jobs)
     with ExitStack() as under_way:  # noted in the store by name, so that `zs-seg gc` keeps what the tables are made of
         for run in runs:
-            refs = {step.stage: step.recipe.ref for step in run.steps}
+            refs = {stage.name: stage.recipe.ref for stage in run.stages}
             noted = RunRecord.now(
                 name=run.name(options.preset), command=request.command("ablate", run.table), refs=refs
             )
@@ -98,7 +98,7 @@ def _runs(table: Table, config: Config, seeds: int) -> list[Run]:
     if table.name == "sweep" and isinstance(config.data, ScenesConfig):
         config = replace(config, data=replace(config.data, split="validation"))
     return [
-        Run(table=table.name, variant=variant.name, seed=seed, steps=tuple(line(variant.change(seeded(config, seed)))))
+        Run(table=table.name, variant=variant.name, seed=seed, stages=tuple(line(variant.change(seeded(config, seed)))))
         for seed in range(seeds)
         for variant in table.variants
     ]
@@ -108,17 +108,17 @@ def _plan(runs: Sequence[Run], store: Store, jobs: int) -> str:
     """How many artefacts of each stage there are and are to be built, and how long that takes by those that were built here."""
     by_stage: dict[str, dict[Ref, bool]] = {}
     for run in runs:
-        for step in run.steps:
-            ref = step.recipe.ref
-            by_stage.setdefault(step.stage, {}).setdefault(ref, store.state(ref) == "fresh")
+        for stage in run.stages:
+            ref = stage.recipe.ref
+            by_stage.setdefault(stage.name, {}).setdefault(ref, store.state(ref) == "fresh")
     message, total, unknown = [], 0.0, []
-    for stage, refs in by_stage.items():
+    for name, refs in by_stage.items():
         fresh, missing = [ref for ref, there in refs.items() if there], sum(not there for there in refs.values())
         seconds = [store.open(ref).manifest.provenance["seconds"] for ref in fresh]
         if missing and not seconds:
-            unknown.append(stage)
+            unknown.append(name)
         total += missing * (sum(seconds) / len(seconds) if seconds else 0.0)
-        message.append(f"{stage:<10} {len(refs):>3} artefacts, {missing:>3} to build")
+        message.append(f"{name:<10} {len(refs):>3} artefacts, {missing:>3} to build")
     cells = len({(run.table, run.variant, run.seed) for run in runs})
     estimate = f"about {duration(total / jobs)} to go" + (f", without {', '.join(unknown)}" if unknown else "")
     return "\n".join((*message, f"{cells} rows times seeds; {estimate}"))
@@ -127,8 +127,8 @@ def _plan(runs: Sequence[Run], store: Store, jobs: int) -> str:
 def _build(runs: Sequence[Run], store: Store, runtime: Runtime, jobs: int) -> None:
     """What all have in common first; then the runs of one stage 1 together, `jobs` such groups at a time."""
     for run in runs:
-        for step in select(run.steps, last=SHARED):
-            build(step, store, runtime)
+        for stage in select(run.stages, last=SHARED):
+            build(stage, store, runtime)
     groups: dict[Ref, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.ref("v2c"), []).append(run)
@@ -153,7 +153,7 @@ def build_group(runs: Sequence[Run], root: Path, runtime: Runtime) -> None:
     store = Store(root)
     for run in runs:
         started = time.monotonic()
-        built = [outcome.stage for step in run.steps if (outcome := build(step, store, runtime)).built]
+        built = [outcome.stage for stage in run.stages if (outcome := build(stage, store, runtime)).built]
         if built:
             spent = duration(time.monotonic() - started)
             print(f"{run.table} {run.variant}, seed {run.seed}: {', '.join(built)} in {spent}", flush=True)
@@ -166,7 +166,7 @@ def write_table(folder: Path, table: Table, runs: Sequence[Run], store: Store) -
         report = store.open(run.ref("evaluate")).path / "report.json"
         reports.setdefault(run.variant, []).append(json.loads(report.read_text(encoding="utf-8")))
     rows = summary(table, reports)
-    keys = [{"variant": r.variant, "seed": r.seed, **{s.stage: s.recipe.ref.key for s in r.steps}} for r in runs]
+    keys = [{"variant": r.variant, "seed": r.seed, **{s.name: s.recipe.ref.key for s in r.stages}} for r in runs]
     lines = cells(table, rows)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"table": table.name, "title": table.title, "rows": rows, "artefacts": keys}

@@ -28,24 +28,24 @@ def plan(options: argparse.Namespace) -> int:
             raise UserError(f"{flag} must be above 0, not {value:g}")
     request = open_request(options)
     config = configure(request)
-    steps, store = line(config), request.open_store()
-    counts, lineage = count(config, steps, store), Lineage(store)
-    estimator = Estimator(config, steps, lineage, counts, tflops=options.tflops, step_seconds=options.step_seconds)
-    explainer = Explainer((step.recipe for step in steps), lineage)
+    stages, store = line(config), request.open_store()
+    counts, lineage = count(config, stages, store), Lineage(store)
+    estimator = Estimator(config, stages, lineage, counts, tflops=options.tflops, step_seconds=options.step_seconds)
+    explainer = Explainer((stage.recipe for stage in stages), lineage)
     rows, notes = [], []
-    for step in steps:
-        ref, state = step.recipe.ref, store.state(step.recipe.ref)
+    for stage in stages:
+        ref, state = stage.recipe.ref, store.state(stage.recipe.ref)
         if state == "fresh":
             built = store.open(ref).manifest
-            rows.append((step.stage, str(ref), state, size(built.bytes), duration(built.provenance["seconds"]), ""))
+            rows.append((stage.name, str(ref), state, size(built.bytes), duration(built.provenance["seconds"]), ""))
             continue
-        guess = estimator.estimate(step)
+        guess = estimator.estimate(stage)
         takes = ("-" if guess.bytes is None else f"~{size(guess.bytes)}",
                  "-" if guess.seconds is None else f"~{duration(guess.seconds)}")  # fmt: skip
-        rows.append((step.stage, str(ref), state, *takes, _why(step, state, store, explainer)))
+        rows.append((stage.name, str(ref), state, *takes, _why(stage, state, store, explainer)))
         if guess.seconds is not None:
-            notes.append(f"{step.stage} {guess.source}")
-            if step.stage == "v2c":
+            notes.append(f"{stage.name} {guess.source}")
+            if stage.name == "v2c":
                 notes[-1] += f"; {duration(guess.seconds / 8)} on 8 such devices, if they are 8 times as fast"
     print_table(("stage", "artefact", "state", "bytes", "time", "why"), rows)
     missing = sum(row[2] != "fresh" for row in rows)
@@ -65,8 +65,8 @@ def plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _why(step: Stage, state: State, store: Store, explainer: Explainer) -> str:
-    ref = step.recipe.ref
+def _why(stage: Stage, state: State, store: Store, explainer: Explainer) -> str:
+    ref = stage.recipe.ref
     if state == "locked":
         return f"by {store.holder(ref)}"
     return f"a run goes on with it; {explainer.why(ref)}" if state == "partial" else explainer.why(ref)
@@ -85,19 +85,19 @@ def _walk(request: Request, runtime: Runtime, first: str, last: str, force: Sequ
         raise UserError(
             f"under torchrun only `{request.command('stage', v2c.STAGE)}` runs; start the others without it"
         )
-    steps, store = line(configure(request)), request.open_store()
-    selected = runs.select(steps, first=first, last=last)
+    stages, store = line(configure(request)), request.open_store()
+    selected = runs.select(stages, first=first, last=last)
     again = runs.forced(selected, force)
-    runs.require_inputs(request, store, steps, selected, again)
-    with runs.noted(request, steps, store):
+    runs.require_inputs(request, store, stages, selected, again)
+    with runs.noted(request, stages, store):
         runs.remove(store, again)
-        for number, step in enumerate(steps, 1):
-            if step in selected:
-                outcome = runs.build(step, store, runtime)
+        for number, stage in enumerate(stages, 1):
+            if stage in selected:
+                outcome = runs.build(stage, store, runtime)
                 if not torchrun_rank():
-                    print(f"[{number}/{len(steps)}] {outcome}", flush=True)
-        if selected[-1] is steps[-1]:
-            _print_report(request.run_name, runs.publish(request.preset, steps, store, name=request.run_name))
+                    print(f"[{number}/{len(stages)}] {outcome}", flush=True)
+        if selected[-1] is stages[-1]:
+            _print_report(request.run_name, runs.publish(request.preset, stages, store, name=request.run_name))
     return 0
 
 

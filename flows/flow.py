@@ -28,15 +28,15 @@ else:  # lists to choose from in the form that starts a run
 RETRY_DELAY = 5  # seconds, for a GPU to become free again
 
 
-def _build(step: Stage, inputs: dict[str, Ref], request: Request, flags: list[str]) -> Ref:
+def _build(stage: Stage, inputs: dict[str, Ref], request: Request, flags: list[str]) -> Ref:
     """Build one stage from its cached inputs, in a process of its own; a complete artefact is left as it is."""
-    assert inputs == dict(step.recipe.inputs)
-    ref, store, logger = step.recipe.ref, request.open_store(), get_run_logger()
+    assert inputs == dict(stage.recipe.inputs)
+    ref, store, logger = stage.recipe.ref, request.open_store(), get_run_logger()
     if store.state(ref) == "fresh":
-        logger.info("%s", runs.build(step, store, Runtime()))
+        logger.info("%s", runs.build(stage, store, Runtime()))
     else:
-        words = [*request.arguments("stage", step.stage), *flags]
-        child.run(f"{step.stage} ({ref})", words, lambda text: logger.info("%s  %s", ref.key, text))
+        words = [*request.arguments("stage", stage.name), *flags]
+        child.run(f"{stage.name} ({ref})", words, lambda text: logger.info("%s  %s", ref.key, text))
     return ref
 
 
@@ -95,22 +95,22 @@ def zs_seg(
         "--device", device, "--devices", str(devices), "--dask", dask or os.environ.get("ZS_SEG_DASK") or "local",
         "--checkpoint-every", str(checkpoint_every),
     ]  # fmt: skip
-    steps, artefacts = line(configure(request)), request.open_store()
-    selected = runs.select(steps, first=from_stage or "", last=until_stage)
-    runs.require_inputs(request, artefacts, steps, selected)
+    stages, artefacts = line(configure(request)), request.open_store()
+    selected = runs.select(stages, first=from_stage or "", last=until_stage)
+    runs.require_inputs(request, artefacts, stages, selected)
     built: dict[Ref, Ref] = {}  # what earlier tasks returned: Prefect draws its graph from these very objects
-    with runs.noted(request, steps, artefacts):
-        for step in selected:
-            inputs = {name: built.get(ref, ref) for name, ref in step.recipe.inputs.items()}
-            built[step.recipe.ref] = TASKS[step.stage].with_options(retries=retries)(step, inputs, request, flags)
-    _show_stages(preset, steps, artefacts)
-    if selected[-1] is steps[-1]:
-        _show_report(preset, runs.publish(preset, steps, artefacts))
+    with runs.noted(request, stages, artefacts):
+        for stage in selected:
+            inputs = {name: built.get(ref, ref) for name, ref in stage.recipe.inputs.items()}
+            built[stage.recipe.ref] = TASKS[stage.name].with_options(retries=retries)(stage, inputs, request, flags)
+    _show_stages(preset, stages, artefacts)
+    if selected[-1] is stages[-1]:
+        _show_report(preset, runs.publish(preset, stages, artefacts))
     return str(selected[-1].recipe.ref)
 
 
-def _show_stages(preset: str, steps: list[Stage], store: Store) -> None:
-    there = runs.lineage(steps, store)
+def _show_stages(preset: str, stages: list[Stage], store: Store) -> None:
+    there = runs.lineage(stages, store)
     rows = [{"stage": stage, "artefact": made["ref"], "seconds": made["seconds"]} for stage, made in there.items()]
     create_table_artifact(rows, key=f"{preset}-stages", description=f"What {preset} has in {store.root}")
 

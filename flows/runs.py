@@ -22,77 +22,77 @@ from storage.store import Store
 log = logging.getLogger(__name__)
 
 
-def select(steps: Sequence[Stage], *, first: str = "", last: str = "") -> list[Stage]:
-    """The steps from stage `first` to stage `last`, both included; "" = from the beginning, to the end.
+def select(stages: Sequence[Stage], *, first: str = "", last: str = "") -> list[Stage]:
+    """The stages from `first` to stage `last`, both included; "" = from the beginning, to the end.
 
     Raises UserError for a stage that is not in this line, or when `last` comes before `first`.
     """
-    start = find(steps, first) if first else 0
-    stop = find(steps, last) if last else len(steps) - 1
+    start = find(stages, first) if first else 0
+    stop = find(stages, last) if last else len(stages) - 1
     if stop < start:
         raise UserError(f"stage {last} comes before {first}; swap --from and --until")
-    return list(steps[start : stop + 1])
+    return list(stages[start : stop + 1])
 
 
-def find(steps: Sequence[Stage], stage: str) -> int:
+def find(stages: Sequence[Stage], name: str) -> int:
     """The position of a stage. Raises UserError when it is not in this line."""
-    names = [step.stage for step in steps]
-    if stage not in names:
-        raise UserError(f"there is no stage {stage!r} here; the stages are {', '.join(names)}")
-    return names.index(stage)
+    names = [stage.name for stage in stages]
+    if name not in names:
+        raise UserError(f"there is no stage {name!r} here; the stages are {', '.join(names)}")
+    return names.index(name)
 
 
-def forced(selected: Sequence[Stage], stages: Collection[str]) -> list[Stage]:
-    """`stages` and all selected steps that read what they make, directly or not; they keep their keys, so only this tells
+def forced(selected: Sequence[Stage], names: Collection[str]) -> list[Stage]:
+    """`stages` and all selected stages that read what they make, directly or not; they keep their keys, so only this tells
     that they are out of date.
 
     Raises UserError for a stage that is not selected.
     """
-    named = {selected[find(selected, stage)].recipe.ref for stage in stages}
+    named = {selected[find(selected, name)].recipe.ref for name in names}
     again: dict[Ref, Stage] = {}
-    for step in selected:
-        ref = step.recipe.ref
-        if ref in named or again.keys() & set(step.recipe.inputs.values()):
-            again[ref] = step
+    for stage in selected:
+        ref = stage.recipe.ref
+        if ref in named or again.keys() & set(stage.recipe.inputs.values()):
+            again[ref] = stage
     return list(again.values())
 
 
-def remove(store: Store, steps: Sequence[Stage]) -> None:
-    """Remove the steps' artefacts, whole or partial, so that they are built again; the last goes first, so that nothing made
+def remove(store: Store, stages: Sequence[Stage]) -> None:
+    """Remove the stages' artefacts, whole or partial, so that they are built again; the last goes first, so that nothing made
     from an artefact outlives it."""
-    for step in reversed(steps):
-        store.remove(step.recipe.ref)
+    for stage in reversed(stages):
+        store.remove(stage.recipe.ref)
 
 
 def require_inputs(
-    request: Request, store: Store, steps: Sequence[Stage], selected: Sequence[Stage], again: Sequence[Stage] = ()
+    request: Request, store: Store, stages: Sequence[Stage], selected: Sequence[Stage], again: Sequence[Stage] = ()
 ) -> None:
-    """Is everything there that the selected steps read and do not make themselves? Those of `again` are built even if complete.
+    """Is everything there that the selected stages read and do not make themselves? Those of `again` are built even if complete.
 
     Raises UserError that names the first missing stage and the command that makes it.
     """
-    maker = {step.recipe.ref: step.stage for step in steps}
-    made = {step.recipe.ref for step in selected}
-    for step in selected:
-        if step not in again and store.state(step.recipe.ref) == "fresh":
+    maker = {stage.recipe.ref: stage.name for stage in stages}
+    made = {stage.recipe.ref for stage in selected}
+    for stage in selected:
+        if stage not in again and store.state(stage.recipe.ref) == "fresh":
             continue
-        for ref in step.recipe.inputs.values():
+        for ref in stage.recipe.inputs.values():
             if ref not in made and (state := store.state(ref)) != "fresh":
-                stage = maker[ref]
+                name = maker[ref]
                 raise UserError(
-                    f"stage {step.stage} reads what stage {stage} makes, and {ref} is {state} in {store.root}; "
-                    f"make it with `{request.command('run', '--until', stage)}`"
+                    f"stage {stage.name} reads what stage {name} makes, and {ref} is {state} in {store.root}; "
+                    f"make it with `{request.command('run', '--until', name)}`"
                 )
 
 
-def noted(request: Request, steps: Sequence[Stage], store: Store) -> contextlib.AbstractContextManager[None]:
+def noted(request: Request, stages: Sequence[Stage], store: Store) -> contextlib.AbstractContextManager[None]:
     """Notes the whole line under the run's name before anything is built; inside, it is under way, and `zs-seg gc` spares it.
 
     Raises UserError for a name that is no file name.
     """
     if torchrun_rank():  # the first process does
         return contextlib.nullcontext()
-    refs = {step.stage: step.recipe.ref for step in steps}
+    refs = {stage.name: stage.recipe.ref for stage in stages}
     return Runs(store).running(RunRecord.now(name=request.run_name, command=request.command("run"), refs=refs))
 
 
@@ -110,42 +110,42 @@ class Outcome:
         return f"{self.stage:<11} {self.ref!s:<28} {done}"
 
 
-def build(step: Stage, store: Store, runtime: Runtime) -> Outcome:
+def build(stage: Stage, store: Store, runtime: Runtime) -> Outcome:
     """Build one stage from its cached inputs unless it is complete, and warn of images that it leaves out.
 
     Raises UserError for whatever its user can mend.
     """
-    ref, started = step.recipe.ref, time.monotonic()
+    ref, started = stage.recipe.ref, time.monotonic()
     built = store.state(ref) != "fresh"
     if built:
-        step.run(store=store, runtime=runtime)
+        stage.run(store=store, runtime=runtime)
     if torchrun_rank():  # the first process finishes it
-        return Outcome(stage=step.stage, ref=ref, built=built, seconds=time.monotonic() - started)
+        return Outcome(stage=stage.name, ref=ref, built=built, seconds=time.monotonic() - started)
     if skipped := store.open(ref).manifest.counts.get("skipped"):  # `open` refuses an artefact that is damaged
         count = f"{len(skipped)} bad image{'s' * (len(skipped) > 1)}"
-        log.warning("%s: %s left out; `zs-seg show %s` lists them", step.stage, count, ref.key)
-    return Outcome(stage=step.stage, ref=ref, built=built, seconds=time.monotonic() - started)
+        log.warning("%s: %s left out; `zs-seg show %s` lists them", stage.name, count, ref.key)
+    return Outcome(stage=stage.name, ref=ref, built=built, seconds=time.monotonic() - started)
 
 
-def publish(preset: str, steps: Sequence[Stage], store: Store, runs: Path = Path("runs"), *, name: str = "") -> Path:
+def publish(preset: str, stages: Sequence[Stage], store: Store, runs: Path = Path("runs"), *, name: str = "") -> Path:
     """Copy the report to `<runs>/<name, else preset>/`, with the preset's name and where every number came from; returns that
     folder."""
     from pipeline.report import write
 
-    folder, ref = runs / (name or preset), steps[-1].recipe.ref
+    folder, ref = runs / (name or preset), stages[-1].recipe.ref
     store.require_intact(ref)
     try:
-        write.publish(store.path(ref), folder, preset=preset, lineage=lineage(steps, store))
+        write.publish(store.path(ref), folder, preset=preset, lineage=lineage(stages, store))
     except OSError as error:
         raise UserError(f"folder {folder} cannot be written ({error.strerror}); mend that or run elsewhere") from error
     return folder
 
 
-def lineage(steps: Sequence[Stage], store: Store) -> dict[str, dict[str, Any]]:
+def lineage(stages: Sequence[Stage], store: Store) -> dict[str, dict[str, Any]]:
     """Stage -> its artefact and the seconds it took to build; an artefact that nobody needs any more may be gone."""
-    refs = {step.stage: step.recipe.ref for step in steps}
+    refs = {stage.name: stage.recipe.ref for stage in stages}
     return {
-        stage: {"ref": str(ref), "seconds": store.open(ref).manifest.provenance["seconds"]}
-        for stage, ref in refs.items()
+        name: {"ref": str(ref), "seconds": store.open(ref).manifest.provenance["seconds"]}
+        for name, ref in refs.items()
         if store.state(ref) == "fresh"
     }

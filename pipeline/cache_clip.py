@@ -19,7 +19,7 @@ from pipeline.teacher.cluster import Progress, run_tasks
 from pipeline.teacher.config import TeacherConfig, TokensConfig
 from storage.errors import UserError
 from storage.keys import Recipe, Ref
-from storage.store import Build, Store
+from storage.store import Build
 
 if TYPE_CHECKING:
     from models.teacher import Teacher
@@ -52,45 +52,41 @@ class Job:
         return str(self.tar)
 
 
-def run(
-    config: TokensConfig, *, teacher: TeacherConfig, benchmark: Benchmark, shards: Ref, store: Store, runtime: Runtime
-) -> Ref:
+def build(
+    build: Build, config: TokensConfig, runtime: Runtime, *, teacher: TeacherConfig, benchmark: Benchmark
+) -> None:
     """Encode every tar into one token group of the same name, each as a Dask task; a group that is there is not made again.
 
     Raises UserError as `run_tasks`, and where a tar is damaged, a worker does not see the store, or no image is left.
     """
+    from storage.atomic import clean
+    from storage.shards import Shards
+    from storage.tokens import check_tokens
 
-    def work(build: Build) -> None:
-        from storage.atomic import clean
-        from storage.shards import Shards
-        from storage.tokens import check_tokens
+    opened = Shards(build.open("shards").path)
+    jobs = [
+        Job(tar=tar, group=build.path / f"{tar.stem}.zarr", images=count, hide=split == "train", config=config,
+            teacher=teacher, benchmark=benchmark)
+        for split in SPLITS
+        for tar, count in zip(opened.tars(split), opened.counts(split), strict=True)
+    ]  # fmt: skip
+    missing = [job for job in jobs if not build.holds(job.group, check_tokens)]
+    images, left = (sum(job.images for job in some) for some in (jobs, missing))
+    instances, started = 0, time.monotonic()
+    with runtime.bar(images, "teacher tokens", "image", initial=images - left) as bar:
 
-        opened = Shards(store.open(shards).path)
-        jobs = [
-            Job(tar=tar, group=build.path / f"{tar.stem}.zarr", images=count, hide=split == "train", config=config,
-                teacher=teacher, benchmark=benchmark)
-            for split in SPLITS
-            for tar, count in zip(opened.tars(split), opened.counts(split), strict=True)
-        ]  # fmt: skip
-        missing = [job for job in jobs if not build.holds(job.group, check_tokens)]
-        images, left = (sum(job.images for job in some) for some in (jobs, missing))
-        instances, started = 0, time.monotonic()
-        with runtime.bar(images, "teacher tokens", "image", initial=images - left) as bar:
+        def progress(more_images: int, more_instances: int) -> None:
+            nonlocal instances
+            instances += more_instances
+            bar.set_postfix_str(f"{instances / (time.monotonic() - started):.0f} instance/s", refresh=False)
+            bar.update(more_images)
 
-            def progress(more_images: int, more_instances: int) -> None:
-                nonlocal instances
-                instances += more_instances
-                bar.set_postfix_str(f"{instances / (time.monotonic() - started):.0f} instance/s", refresh=False)
-                bar.update(more_images)
-
-            devices, workers = run_tasks(_encode, missing, runtime, progress=progress)
-        _load.cache_clear()
-        clean(build.path)  # what lost workers were writing
-        for split in SPLITS:
-            build.counts[split] = _counts(split, [job for job in jobs if job.hide == (split == "train")], benchmark)
-        build.provenance |= {"device": ", ".join(sorted(set(devices))), "workers": workers}
-
-    return store.build(recipe(config, teacher=teacher, benchmark=benchmark, shards=shards), work)
+        devices, workers = run_tasks(_encode, missing, runtime, progress=progress)
+    _load.cache_clear()
+    clean(build.path)  # what lost workers were writing
+    for split in SPLITS:
+        build.counts[split] = _counts(split, [job for job in jobs if job.hide == (split == "train")], benchmark)
+    build.provenance |= {"device": ", ".join(sorted(set(devices))), "workers": workers}
 
 
 def _counts(split: str, jobs: list[Job], benchmark: Benchmark) -> dict[str, int]:

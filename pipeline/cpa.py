@@ -8,7 +8,7 @@ from pipeline.runtime import Runtime
 from pipeline.training.config import CPAConfig
 from storage.errors import UserError
 from storage.keys import Recipe, Ref
-from storage.store import Build, Store
+from storage.store import Build
 
 if TYPE_CHECKING:
     from pipeline.inference.model import Model
@@ -23,56 +23,51 @@ def recipe(config: CPAConfig, *, queries: Ref, text: Ref, checkpoint: Ref, gener
     )  # fmt: skip
 
 
-def run(
-    config: CPAConfig, *, queries: Ref, text: Ref, checkpoint: Ref, generator: Ref, store: Store, runtime: Runtime
-) -> Ref:
+def build(build: Build, config: CPAConfig, runtime: Runtime) -> None:
     """Fine-tune stage 1's projector from cached queries alone. The object threshold stays stage 1's (D8)."""
+    from models.generator import build_generator
+    from pipeline.inference.model import load_model, require_same_classes, save_model
+    from pipeline.teacher.text_bank import open_text
+    from pipeline.training.criteria import CPACriterion, freeze
+    from pipeline.training.loop import parameter_groups, train
+    from pipeline.training.query_loader import query_batches
+    from storage.checkpoints import load_checkpoint, remove_training_state
+    from storage.queries import read_queries
 
-    def work(build: Build) -> None:
-        from models.generator import build_generator
-        from pipeline.inference.model import load_model, require_same_classes, save_model
-        from pipeline.teacher.text_bank import open_text
-        from pipeline.training.criteria import CPACriterion, freeze
-        from pipeline.training.loop import parameter_groups, train
-        from pipeline.training.query_loader import query_batches
-        from storage.checkpoints import load_checkpoint, remove_training_state
-        from storage.queries import read_queries
-
-        device = runtime.torch_device()
-        bank = open_text(store.open(text).path, text.key)
-        if all(bank.seen):
-            raise UserError("cpa: the benchmark has no unseen class to make features for; stop with `--until v2c`")
-        model = load_model(store.open(checkpoint).path, device)
-        require_same_classes(model.facts, bank)
-        cached = read_queries(store.open(queries).path)
-        weights, facts = load_checkpoint(store.open(generator).path)
-        maker = build_generator(**facts["architecture"])
-        maker.load_state_dict(weights)
-        freeze(maker.to(device))
-        if config.classifier == "linear":
-            model = with_linear_classifier(model)
-        modules = {"projector": model.projector.train()}
-        train(
-            STAGE,
-            folder=build.path,
-            schedule=config,
-            modules=modules,
-            groups=parameter_groups(modules, config),
-            batches=lambda start: query_batches(cached, config, start, sampling=config.sampling),
-            losses=CPACriterion(model.projector, maker, bank, config, text=model.text),
-            runtime=runtime,
-        )
-        model.facts["stage"] = STAGE
-        save_model(build.path, model)
-        remove_training_state(build.path)
-        build.provenance["device"] = str(device)
-        build.counts |= {
-            "views": len(cached.image_id),
-            "steps": config.steps,
-            "synthetic_features": config.steps * config.synthetic,
-        }
-
-    return store.build(recipe(config, queries=queries, text=text, checkpoint=checkpoint, generator=generator), work)
+    device = runtime.torch_device()
+    text = build.open("text")
+    bank = open_text(text.path, text.ref.key)
+    if all(bank.seen):
+        raise UserError("cpa: the benchmark has no unseen class to make features for; stop with `--until v2c`")
+    model = load_model(build.open("checkpoint").path, device)
+    require_same_classes(model.facts, bank)
+    cached = read_queries(build.open("queries").path)
+    weights, facts = load_checkpoint(build.open("generator").path)
+    generator = build_generator(**facts["architecture"])
+    generator.load_state_dict(weights)
+    freeze(generator.to(device))
+    if config.classifier == "linear":
+        model = with_linear_classifier(model)
+    modules = {"projector": model.projector.train()}
+    train(
+        STAGE,
+        folder=build.path,
+        schedule=config,
+        modules=modules,
+        groups=parameter_groups(modules, config),
+        batches=lambda start: query_batches(cached, config, start, sampling=config.sampling),
+        losses=CPACriterion(model.projector, generator, bank, config, text=model.text),
+        runtime=runtime,
+    )
+    model.facts["stage"] = STAGE
+    save_model(build.path, model)
+    remove_training_state(build.path)
+    build.provenance["device"] = str(device)
+    build.counts |= {
+        "views": len(cached.image_id),
+        "steps": config.steps,
+        "synthetic_features": config.steps * config.synthetic,
+    }
 
 
 def with_linear_classifier(model: Model) -> Model:

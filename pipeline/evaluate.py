@@ -13,7 +13,7 @@ from pipeline.scoring.config import EvaluateConfig
 from pipeline.scoring.published import marks
 from storage.errors import UserError
 from storage.keys import Recipe, Ref
-from storage.store import Build, Store
+from storage.store import Build
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,102 +52,76 @@ def recipe(
     )
 
 
-def run(
-    config: EvaluateConfig,
-    *,
-    benchmark: Benchmark,
-    shards: Ref,
-    tokens: Ref,
-    text: Ref,
-    inductive: Ref,
-    generator: Ref,
-    transductive: Ref,
-    store: Store,
-    runtime: Runtime,
-) -> Ref:
+def build(build: Build, config: EvaluateConfig, runtime: Runtime, *, benchmark: Benchmark) -> None:
     """Score every validation image; report.json and report.html. Of a semantic benchmark by IoU alone."""
+    from models.folding import for_inference
+    from pipeline.inference.forward import outputs
+    from pipeline.inference.maps import classes_of
+    from pipeline.inference.model import load_model, require_same_classes
+    from pipeline.report.write import write_report
+    from pipeline.scoring.evaluator import Evaluator
+    from pipeline.scoring.published import beside_the_paper
+    from pipeline.teacher.text_bank import open_text
+    from pipeline.training.curves import read_curves
+    from storage.shards import Shards
 
-    def work(build: Build) -> None:
-        from models.folding import for_inference
-        from pipeline.inference.forward import outputs
-        from pipeline.inference.maps import classes_of
-        from pipeline.inference.model import load_model, require_same_classes
-        from pipeline.report.write import write_report
-        from pipeline.scoring.evaluator import Evaluator
-        from pipeline.scoring.published import beside_the_paper
-        from pipeline.teacher.text_bank import open_text
-        from pipeline.training.curves import read_curves
-
-        device = runtime.torch_device()
-        bank = open_text(store.open(text).path, text.key)
-        models = {
-            name: load_model(store.open(ref).path, device)
-            for name, ref in (("inductive", inductive), ("transductive", transductive))
-        }
-        for model in models.values():
-            require_same_classes(model.facts, bank)
-        stage_1 = models["inductive"]
-        _require_same_segmenter(stage_1, models["transductive"])
-        pictures: list[Picture] = []
-        samples = samples_with_tokens(store, shards, tokens)
-        resize = ResizeConfig(**stage_1.facts["resize"])
-        count = sum(_counts(store, shards))
-        with runtime.bar(count, "evaluating", "image") as bar:
-            evaluator = Evaluator(
-                benchmark,
-                models,
-                classes_of(bank.embedding, bank.classes(), device),
-                control_offset=config.control_offset,
-                sweep_images=config.sweep_images,
-                object_thresholds=config.object_thresholds,
-                seen_offsets=config.seen_offsets,
-            )
-            for (sample, own), output in outputs(for_inference(stage_1.segmenter), samples, resize, batch=config.batch):
-                maps = evaluator.update(sample, own, output)
-                if len(pictures) < config.pictures and any(
-                    not benchmark.seen[benchmark.index[s.category_id]] for s in sample.segments
-                ):
-                    pictures.append(_picture(sample, maps, benchmark))
-                bar.update()
-        results, warnings = evaluator.results(), marks(bank.teacher, benchmark)
-        report = {
-            "benchmark": benchmark.name,
-            "marks": warnings,
-            **results,
-            "published": beside_the_paper(benchmark.name, results, images=count, marks=warnings),
-            "settings": {
-                **(
-                    _thresholds(stage_1) if benchmark.task == "panoptic" else {}
-                ),  # they decide nothing in a semantic map
-                "seen_offset": 0.0,
-                "control_offset": config.control_offset,
-                "images": count,
-                "teacher": f"{bank.teacher['name']} / {bank.teacher['pretrained']}",
-            },
-        }
-        stages = (("v2c", inductive), ("g2s", generator), ("cpa", transductive))
-        curves = {stage: read_curves(store.open(ref).path) for stage, ref in stages}
-        write_report(build.path, report, curves=curves, pictures=pictures)
-        log.info(
-            "ceilings: %d crowd segments take no part; %d segments have no query over them",
-            *results["left_out"].values(),
+    device = runtime.torch_device()
+    text = build.open("text")
+    bank = open_text(text.path, text.ref.key)
+    models = {name: load_model(build.open(name).path, device) for name in ("inductive", "transductive")}
+    for model in models.values():
+        require_same_classes(model.facts, bank)
+    stage_1 = models["inductive"]
+    _require_same_segmenter(stage_1, models["transductive"])
+    pictures: list[Picture] = []
+    shards = Shards(build.open("shards").path)
+    samples = samples_with_tokens(shards, build.open("tokens").path)
+    resize = ResizeConfig(**stage_1.facts["resize"])
+    count = sum(shards.counts("val"))
+    with runtime.bar(count, "evaluating", "image") as bar:
+        evaluator = Evaluator(
+            benchmark,
+            models,
+            classes_of(bank.embedding, bank.classes(), device),
+            control_offset=config.control_offset,
+            sweep_images=config.sweep_images,
+            object_thresholds=config.object_thresholds,
+            seen_offsets=config.seen_offsets,
         )
-        build.counts |= {
-            name: {key: round(results[name][key], 3) for key in HEADLINE[benchmark.task]} for name in evaluator.rows
-        }
-        if "sweeps" in results:
-            build.counts["sweep_images"] = results["sweeps"]["images"]
-        build.counts |= {"images": count, "left_out": results["left_out"]}
-
-    inputs = {
-        "shards": shards,
-        "tokens": tokens,
-        "text": text,
-        "inductive": inductive,
-        "generator": generator,
-        "transductive": transductive,
+        for (sample, own), output in outputs(for_inference(stage_1.segmenter), samples, resize, batch=config.batch):
+            maps = evaluator.update(sample, own, output)
+            if len(pictures) < config.pictures and any(
+                not benchmark.seen[benchmark.index[s.category_id]] for s in sample.segments
+            ):
+                pictures.append(_picture(sample, maps, benchmark))
+            bar.update()
+    results, warnings = evaluator.results(), marks(bank.teacher, benchmark)
+    report = {
+        "benchmark": benchmark.name,
+        "marks": warnings,
+        **results,
+        "published": beside_the_paper(benchmark.name, results, images=count, marks=warnings),
+        "settings": {
+            **(_thresholds(stage_1) if benchmark.task == "panoptic" else {}),  # they decide nothing in a semantic map
+            "seen_offset": 0.0,
+            "control_offset": config.control_offset,
+            "images": count,
+            "teacher": f"{bank.teacher['name']} / {bank.teacher['pretrained']}",
+        },
     }
-    return store.build(recipe(config, benchmark=benchmark, **inputs), work)
+    trained = {"v2c": "inductive", "g2s": "generator", "cpa": "transductive"}
+    curves = {stage: read_curves(build.open(name).path) for stage, name in trained.items()}
+    write_report(build.path, report, curves=curves, pictures=pictures)
+    log.info(
+        "ceilings: %d crowd segments take no part; %d segments have no query over them",
+        *results["left_out"].values(),
+    )
+    build.counts |= {
+        name: {key: round(results[name][key], 3) for key in HEADLINE[benchmark.task]} for name in evaluator.rows
+    }
+    if "sweeps" in results:
+        build.counts["sweep_images"] = results["sweeps"]["images"]
+    build.counts |= {"images": count, "left_out": results["left_out"]}
 
 
 def _thresholds(model: Model) -> dict[str, Any]:
@@ -168,12 +142,6 @@ def _require_same_segmenter(one: Model, other: Model) -> None:
             "the inductive and the transductive checkpoint hold different segmenters; "
             "run `zs-seg run --from cpa` so that stage 3 starts from this stage 1"
         )
-
-
-def _counts(store: Store, shards: Ref) -> list[int]:
-    from storage.shards import Shards
-
-    return Shards(store.open(shards).path).counts("val")
 
 
 def _picture(

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pipeline.runtime import Runtime
 from pipeline.training.config import G2SConfig
 from storage.keys import Recipe, Ref
-from storage.store import Build, Store
+from storage.store import Build
 
 STAGE, VERSION = "g2s", 3
 
@@ -19,51 +19,48 @@ def recipe(config: G2SConfig, *, queries: Ref, text: Ref, checkpoint: Ref) -> Re
     )  # fmt: skip
 
 
-def run(config: G2SConfig, *, queries: Ref, text: Ref, checkpoint: Ref, store: Store, runtime: Runtime) -> Ref:
+def build(build: Build, config: G2SConfig, runtime: Runtime) -> None:
     """Train the generator from cached queries alone."""
+    import torch
 
-    def work(build: Build) -> None:
-        import torch
+    from models.generator import build_generator
+    from models.projector import Projector
+    from pipeline.inference.model import load_model, require_same_classes
+    from pipeline.teacher.text_bank import open_text
+    from pipeline.training.criteria import G2SCriterion, freeze
+    from pipeline.training.loop import parameter_groups, train
+    from pipeline.training.query_loader import query_batches
+    from storage.checkpoints import remove_training_state, save_checkpoint
+    from storage.queries import read_queries
 
-        from models.generator import build_generator
-        from models.projector import Projector
-        from pipeline.inference.model import load_model, require_same_classes
-        from pipeline.teacher.text_bank import open_text
-        from pipeline.training.criteria import G2SCriterion, freeze
-        from pipeline.training.loop import parameter_groups, train
-        from pipeline.training.query_loader import query_batches
-        from storage.checkpoints import remove_training_state, save_checkpoint
-        from storage.queries import read_queries
-
-        device = runtime.torch_device()
-        bank = open_text(store.open(text).path, text.key)
-        model = load_model(store.open(checkpoint).path, device)
-        require_same_classes(model.facts, bank)
-        assert isinstance(model.projector, Projector)
-        cached = read_queries(store.open(queries).path)
-        freeze(model.projector)
-        torch.manual_seed(config.seed)
-        architecture = {
-            "generator": config.generator, "dim": model.query_shape[1], "text_dim": bank.embedding.shape[-1], "hidden": config.hidden,
-            "text_scale": config.text_scale,
-        }  # fmt: skip
-        generator = build_generator(**architecture)
-        modules = {"generator": generator.to(device).train()}
-        train(
-            STAGE,
-            folder=build.path,
-            schedule=config,
-            modules=modules,
-            groups=parameter_groups(modules, config),
-            # a view in which no query found a segment has nothing to generate from
-            batches=lambda start: query_batches(cached, config, start, sampling=config.sampling, matched=True),
-            losses=G2SCriterion(generator, model.projector, bank, config),
-            runtime=runtime,
-        )
-        facts = {"stage": STAGE, "architecture": architecture, "classes": bank.classes(), "config": asdict(config)}
-        save_checkpoint(build.path, generator.state_dict(), facts)
-        remove_training_state(build.path)
-        build.provenance["device"] = str(device)
-        build.counts |= {"views": len(cached.image_id), "steps": config.steps}
-
-    return store.build(recipe(config, queries=queries, text=text, checkpoint=checkpoint), work)
+    device = runtime.torch_device()
+    text = build.open("text")
+    bank = open_text(text.path, text.ref.key)
+    model = load_model(build.open("checkpoint").path, device)
+    require_same_classes(model.facts, bank)
+    assert isinstance(model.projector, Projector)
+    cached = read_queries(build.open("queries").path)
+    freeze(model.projector)
+    torch.manual_seed(config.seed)
+    architecture = {
+        "generator": config.generator, "dim": model.query_shape[1], "text_dim": bank.embedding.shape[-1], "hidden": config.hidden,
+        "text_scale": config.text_scale,
+    }  # fmt: skip
+    generator = build_generator(**architecture)
+    modules = {"generator": generator.to(device).train()}
+    train(
+        STAGE,
+        folder=build.path,
+        schedule=config,
+        modules=modules,
+        groups=parameter_groups(modules, config),
+        # a view in which no query found a segment has nothing to generate from
+        batches=lambda start: query_batches(cached, config, start, sampling=config.sampling, matched=True),
+        losses=G2SCriterion(generator, model.projector, bank, config),
+        runtime=runtime,
+    )
+    facts = {"stage": STAGE, "architecture": architecture, "classes": bank.classes(), "config": asdict(config)}
+    save_checkpoint(build.path, generator.state_dict(), facts)
+    remove_training_state(build.path)
+    build.provenance["device"] = str(device)
+    build.counts |= {"views": len(cached.image_id), "steps": config.steps}

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline import cache_clip, cpa, evaluate, g2s, queries, scenes, shard, text, v2c
 from pipeline.data import benchmarks, label_maps
-from pipeline.data.config import CocoConfig
-from pipeline.teacher.config import TeacherConfig
+from pipeline.data.coco import coco_source
+from pipeline.data.config import CocoConfig, ShardConfig
+from pipeline.runtime import Runtime, torchrun_rank
+from pipeline.scoring.config import EvaluateConfig
+from pipeline.teacher.config import TeacherConfig, TextConfig, TokensConfig
+from pipeline.training.config import CPAConfig, G2SConfig, QueriesConfig, V2CConfig
+from pipeline.world.config import ScenesConfig
 from storage.errors import UserError
 from storage.keys import Recipe, Ref
+from storage.store import Store
 
 STAGES = ("scenes", "shard", "text", "cache-clip", "v2c", "queries", "g2s", "cpa", "evaluate")
 
@@ -22,25 +28,63 @@ class Config:
     """Everything a run is made of, one field a stage. Presets (flows/presets.py) return it; flags override single fields."""
 
     preset: str
-    data: scenes.ScenesConfig | CocoConfig
-    shard: shard.ShardConfig = field(default_factory=shard.ShardConfig)
+    data: ScenesConfig | CocoConfig
+    shard: ShardConfig = field(default_factory=ShardConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    text: text.TextConfig = field(default_factory=text.TextConfig)
-    tokens: cache_clip.TokensConfig = field(default_factory=cache_clip.TokensConfig)
-    v2c: v2c.V2CConfig = field(default_factory=v2c.V2CConfig)
-    queries: queries.QueriesConfig = field(default_factory=queries.QueriesConfig)
-    g2s: g2s.G2SConfig = field(default_factory=g2s.G2SConfig)
-    cpa: cpa.CPAConfig = field(default_factory=cpa.CPAConfig)
-    evaluate: evaluate.EvaluateConfig = field(default_factory=evaluate.EvaluateConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    v2c: V2CConfig = field(default_factory=V2CConfig)
+    queries: QueriesConfig = field(default_factory=QueriesConfig)
+    g2s: G2SConfig = field(default_factory=G2SConfig)
+    cpa: CPAConfig = field(default_factory=CPAConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+class StageModule(Protocol):
+    """What the module of a stage exports.
+
+    `STAGE` is its name, `VERSION` is raised when the meaning of its output changes. `recipe(config, **given)` computes the key and reads
+    no artefact. `build(build, config, runtime, **given)` does the work: it opens the recipe's inputs by name from `build` (a
+    `storage.store.Build`), writes into `build.path` and counts in `build.counts`; of `given` it receives what is no input.
+    """
+
+    @property
+    def STAGE(self) -> str: ...
+
+    @property
+    def VERSION(self) -> int: ...
+
+    @property
+    def recipe(self) -> Callable[..., Recipe]: ...
+
+    @property
+    def build(self) -> Callable[..., None]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of a run: its recipe, and the call that builds it from its cached inputs."""
+    """One stage of a run: its recipe, and the work that builds its artefact from cached inputs."""
 
-    stage: str
+    name: str
     recipe: Recipe
-    run: Callable[..., Ref]  # (store=..., runtime=...)
+    work: Callable[..., None]
+
+    @classmethod
+    def of(cls, module: StageModule, config: Any, **given: Any) -> Stage:
+        """The stage of a module with its config, its inputs (`Ref`) and what else it reads, by name."""
+        recipe = module.recipe(config, **given)
+        rest = {name: value for name, value in given.items() if name not in recipe.inputs}
+        return cls(name=module.STAGE, recipe=recipe, work=partial(module.build, config=config, **rest))
+
+    def run(self, store: Store, runtime: Runtime) -> Ref:
+        """Build the artefact, unless it is complete. Raises UserError as `Store.build`, and for what the stage refuses."""
+        ref = self.recipe.ref
+        if not torchrun_rank():
+            return store.build(self.recipe, partial(self.work, runtime=runtime))
+        # Of the processes that torchrun started the first one builds; the others compute along.
+        if store.state(ref) != "fresh":
+            self.work(store.under_way(self.recipe), runtime=runtime)
+        return ref
 
 
 def line(config: Config) -> list[Stage]:
@@ -48,19 +92,18 @@ def line(config: Config) -> list[Stage]:
 
     Raises UserError where the data folder, the benchmark or the teacher's weights file cannot be found.
     """
-    steps: list[Stage] = []
+    stages: list[Stage] = []
 
-    def add(module: Any, stage_config: Any, **inputs: Any) -> Ref:
-        recipe = module.recipe(stage_config, **inputs)
-        steps.append(Stage(stage=module.STAGE, recipe=recipe, run=partial(module.run, stage_config, **inputs)))
-        return recipe.ref
+    def add(module: StageModule, stage_config: Any, **given: Any) -> Ref:
+        stages.append(Stage.of(module, stage_config, **given))
+        return stages[-1].recipe.ref
 
     benchmark = benchmark_of(config)
-    if isinstance(config.data, scenes.ScenesConfig):
+    if isinstance(config.data, ScenesConfig):
         source = add(scenes, config.data)
     else:
         root = config.data.root
-        source = label_maps.label_source(root, benchmark) if benchmark.files else shard.coco_source(root)
+        source = label_maps.label_source(root, benchmark) if benchmark.files else coco_source(root)
     teacher = config.teacher
     shards = add(shard, config.shard, source=source, benchmark=benchmark)
     bank = add(text, config.text, teacher=teacher, benchmark=benchmark)
@@ -73,12 +116,12 @@ def line(config: Config) -> list[Stage]:
         evaluate, config.evaluate, benchmark=benchmark, shards=shards, tokens=tokens, text=bank,
         inductive=stage_1, generator=generator, transductive=stage_3,
     )  # fmt: skip
-    return steps
+    return stages
 
 
 def benchmark_of(config: Config) -> benchmarks.Benchmark:
     """The classes of a run and their split. Raises UserError for a benchmark that cannot be read or has but seen or unseen classes."""
-    if isinstance(config.data, scenes.ScenesConfig):
+    if isinstance(config.data, ScenesConfig):
         return scenes.benchmark(config.data)
     return _for_training(benchmarks.load_benchmark(config.data.benchmark))
 

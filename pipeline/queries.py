@@ -10,7 +10,7 @@ from pipeline.data.config import AugmentConfig, ResizeConfig
 from pipeline.runtime import Runtime
 from pipeline.training.config import QueriesConfig
 from storage.keys import Recipe, Ref
-from storage.store import Build, Store
+from storage.store import Build
 
 if TYPE_CHECKING:
     from pipeline.inference.model import Model
@@ -27,38 +27,33 @@ def recipe(config: QueriesConfig, *, shards: Ref, tokens: Ref, text: Ref, checkp
     )  # fmt: skip
 
 
-def run(
-    config: QueriesConfig, *, shards: Ref, tokens: Ref, text: Ref, checkpoint: Ref, store: Store, runtime: Runtime
-) -> Ref:
+def build(build: Build, config: QueriesConfig, runtime: Runtime) -> None:
     """One group of queries a training tar, matched to the seen segments as in training; a group that is there is not made again."""
+    from pipeline.inference.model import load_model, require_same_classes
+    from pipeline.teacher.text_bank import open_text
+    from pipeline.training.loader import TrainingData
+    from storage.queries import check_queries
 
-    def work(build: Build) -> None:
-        from pipeline.inference.model import load_model, require_same_classes
-        from pipeline.teacher.text_bank import open_text
-        from pipeline.training.loader import TrainingData
-        from storage.queries import check_queries
-
-        bank = open_text(store.open(text).path, text.key)
-        model = load_model(store.open(checkpoint).path, runtime.torch_device())
-        require_same_classes(model.facts, bank)
-        data = TrainingData(
-            store.open(shards).path,
-            store.open(tokens).path,
-            bank,
-            AugmentConfig(**model.facts["augment"]),
-            seed=config.seed,
-            workers=runtime.workers,
-        )
-        with runtime.bar(len(data) * config.views, "queries", "view") as bar:
-            for number, tar in enumerate(data.tars):
-                group = build.path / f"{tar.stem}.zarr"
-                if not build.holds(group, check_queries):
-                    _write_group(group, number, data, model, bank, config)
-                bar.update(len(data.kept[number]) * config.views)
-        build.provenance["device"] = str(runtime.torch_device())
-        build.counts |= {"images": len(data), "views": len(data) * config.views, "queries_a_view": model.query_shape[0]}
-
-    return store.build(recipe(config, shards=shards, tokens=tokens, text=text, checkpoint=checkpoint), work)
+    text = build.open("text")
+    bank = open_text(text.path, text.ref.key)
+    model = load_model(build.open("checkpoint").path, runtime.torch_device())
+    require_same_classes(model.facts, bank)
+    data = TrainingData(
+        build.open("shards").path,
+        build.open("tokens").path,
+        bank,
+        AugmentConfig(**model.facts["augment"]),
+        seed=config.seed,
+        workers=runtime.workers,
+    )
+    with runtime.bar(len(data) * config.views, "queries", "view") as bar:
+        for number, tar in enumerate(data.tars):
+            group = build.path / f"{tar.stem}.zarr"
+            if not build.holds(group, check_queries):
+                _write_group(group, number, data, model, bank, config)
+            bar.update(len(data.kept[number]) * config.views)
+    build.provenance["device"] = str(runtime.torch_device())
+    build.counts |= {"images": len(data), "views": len(data) * config.views, "queries_a_view": model.query_shape[0]}
 
 
 def _write_group(path: Path, tar: int, data: TrainingData, model: Model, bank: TextBank, config: QueriesConfig) -> None:

@@ -10,8 +10,8 @@ from pipeline.data.benchmarks import Benchmark, Category
 from pipeline.runtime import Runtime
 from pipeline.world.config import ScenesConfig
 from pipeline.world.names import stuff_names, thing_names
-from storage.keys import Recipe, Ref
-from storage.store import Build, Store
+from storage.keys import Recipe
+from storage.store import Build
 
 STAGE, VERSION = "scenes", 1
 
@@ -52,16 +52,12 @@ def recipe(config: ScenesConfig) -> Recipe:
     )
 
 
-def run(config: ScenesConfig, *, store: Store, runtime: Runtime) -> Ref:
+def build(build: Build, config: ScenesConfig, runtime: Runtime) -> None:
     """Draw both splits. The artefact's folder has COCO's layout; every image depends on the seed and its own number only."""
-
-    def work(build: Build) -> None:
-        classes = benchmark(config)
-        with runtime.bar(config.train_images + config.val_images, "drawing scenes", "image") as bar:
-            for split, count in (("train2017", config.train_images), ("val2017", config.val_images)):
-                build.counts[split] = _draw_split(build.path, split, count, config, classes, bar)
-
-    return store.build(recipe(config), work)
+    classes = benchmark(config)
+    with runtime.bar(config.train_images + config.val_images, "drawing scenes", "image") as bar:
+        for split, count in (("train2017", config.train_images), ("val2017", config.val_images)):
+            build.counts[split] = _draw_split(build.path, split, count, config, classes, bar)
 
 
 def _draw_split(

@@ -18,30 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.benchmarks import Benchmark
-from pipeline.data.coco import CocoSource, coco_source, fingerprint_coco, read_split
+from pipeline.data.coco import CocoSource, fingerprint_coco, read_split
 from pipeline.data.config import ShardConfig
 from pipeline.data.label_maps import LabelSource, fingerprint_labels, image_ids, training_splits
 from pipeline.data.samples import labelled_sample, panoptic_sample
 from pipeline.runtime import Runtime
 from storage.errors import UserError
 from storage.keys import Recipe, Ref
-from storage.store import Build, Store
+from storage.store import Build
 
 if TYPE_CHECKING:
     from storage.shards import Sample
-
-__all__ = [
-    "KIND",
-    "STAGE",
-    "VERSION",
-    "CocoSource",
-    "ShardConfig",
-    "Source",
-    "coco_source",
-    "fingerprint_coco",
-    "recipe",
-    "run",
-]
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +61,7 @@ def recipe(config: ShardConfig, *, source: Source, benchmark: Benchmark) -> Reci
     )
 
 
-def run(config: ShardConfig, *, source: Source, benchmark: Benchmark, store: Store, runtime: Runtime) -> Ref:
+def build(build: Build, config: ShardConfig, runtime: Runtime, *, source: Source, benchmark: Benchmark) -> None:
     """Build the shards: `{train,val}-{i:06d}.tar` and `index.json`.
 
     The manifest counts images, segments, crowd regions, things and stuff of each split, images beyond `limit`, and
@@ -82,12 +69,8 @@ def run(config: ShardConfig, *, source: Source, benchmark: Benchmark, store: Sto
 
     Raises UserError, in one line, for data that is missing, broken or at odds with itself or with the benchmark.
     """
-
-    def work(build: Build) -> None:
-        root = store.open(source).path if isinstance(source, Ref) else Path(source.root)
-        _shard(config, root, _listed(root, source, benchmark), benchmark, build, runtime)
-
-    return store.build(recipe(config, source=source, benchmark=benchmark), work)
+    root = build.open("scenes").path if isinstance(source, Ref) else Path(source.root)
+    _shard(config, root, _listed(root, source, benchmark), benchmark, build, runtime)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from pipeline.teacher.config import TeacherConfig, TextConfig
 from pipeline.teacher.prompts import synonyms
 from pipeline.teacher.text_bank import embed_names
 from storage.errors import UserError
-from storage.keys import Recipe, Ref, sha256_file
-from storage.store import Build, Store
+from storage.keys import Recipe, sha256_file
+from storage.store import Build
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,31 +35,27 @@ def recipe(config: TextConfig, *, teacher: TeacherConfig, benchmark: Benchmark) 
     return Recipe(kind="text", stage=STAGE, version=VERSION, config=content, inputs={})
 
 
-def run(config: TextConfig, *, teacher: TeacherConfig, benchmark: Benchmark, store: Store, runtime: Runtime) -> Ref:
+def build(build: Build, config: TextConfig, runtime: Runtime, *, teacher: TeacherConfig, benchmark: Benchmark) -> None:
     """Encode the benchmark's class names, seen and unseen, or import their rows."""
+    from storage.checkpoints import save_checkpoint
 
-    def work(build: Build) -> None:
-        from storage.checkpoints import save_checkpoint
-
-        clip = teacher.load(runtime)
-        if config.embeddings:
-            embedding = import_rows(config, benchmark, dim=clip.dim)
-        else:
-            embedding = embed_names(clip, benchmark.names, config.templates, clean_names=config.clean_names)
-        templates = [] if config.embeddings else list(config.templates)
-        meta = {
-            "ids": [c.id for c in benchmark.categories],
-            "names": benchmark.names,
-            "isthing": [c.isthing for c in benchmark.categories],
-            "seen": benchmark.seen,
-            "teacher": teacher.identity,
-            "templates": templates,
-            "clean_names": config.clean_names,
-        }
-        save_checkpoint(build.path, {"embedding": embedding.cpu()}, meta)
-        build.counts |= {"classes": len(embedding), "seen": sum(benchmark.seen), "templates": len(templates)}
-
-    return store.build(recipe(config, teacher=teacher, benchmark=benchmark), work)
+    clip = teacher.load(runtime)
+    if config.embeddings:
+        embedding = import_rows(config, benchmark, dim=clip.dim)
+    else:
+        embedding = embed_names(clip, benchmark.names, config.templates, clean_names=config.clean_names)
+    templates = [] if config.embeddings else list(config.templates)
+    meta = {
+        "ids": [c.id for c in benchmark.categories],
+        "names": benchmark.names,
+        "isthing": [c.isthing for c in benchmark.categories],
+        "seen": benchmark.seen,
+        "teacher": teacher.identity,
+        "templates": templates,
+        "clean_names": config.clean_names,
+    }
+    save_checkpoint(build.path, {"embedding": embedding.cpu()}, meta)
+    build.counts |= {"classes": len(embedding), "seen": sum(benchmark.seen), "templates": len(templates)}
 
 
 def import_rows(config: TextConfig, benchmark: Benchmark, *, dim: int) -> Tensor:

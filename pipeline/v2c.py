@@ -13,7 +13,7 @@ from pipeline.runtime import Runtime, torchrun_rank
 from pipeline.training.config import SegmenterConfig, V2CConfig
 from storage.errors import UserError
 from storage.keys import Recipe, Ref, sha256_file
-from storage.store import Build, Store
+from storage.store import Build
 
 if TYPE_CHECKING:
     from pipeline.inference.model import Model
@@ -48,46 +48,38 @@ def _weights_identity(config: SegmenterConfig) -> str | None:
     return f"sha256:{sha256_file(path)}"
 
 
-def run(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref, store: Store, runtime: Runtime) -> Ref:
+def build(build: Build, config: V2CConfig, runtime: Runtime) -> None:
     """Train stage 1, on `runtime.devices` together, and choose the object threshold; the checkpoint is self-contained.
 
-    Under torchrun (several machines that share the store) every process calls this; the first one builds, the others train along.
+    Under torchrun (several machines that share the store) every process calls this; the first one writes, the others train along.
     """
-    made = recipe(config, shards=shards, tokens=tokens, text=text)
-    inputs = (store.open(shards).path, store.open(tokens).path, store.open(text).path)
+    from pipeline.inference.model import load_model, save_model
+    from pipeline.teacher.text_bank import open_text
+    from pipeline.training.distributed import launch
+    from pipeline.training.loader import TrainingData
+    from storage.checkpoints import remove_training_state
 
-    def work(build: Build) -> None:
-        from pipeline.inference.model import load_model, save_model
-        from pipeline.teacher.text_bank import open_text
-        from pipeline.training.distributed import launch
-        from pipeline.training.loader import TrainingData
-        from storage.checkpoints import remove_training_state
-
-        launch(train_model, config, *inputs, text.key, build.path, runtime=runtime)
-        device = runtime.torch_device()
-        bank = open_text(inputs[2], text.key)
-        data = TrainingData(inputs[0], inputs[1], bank, config.augment, seed=config.seed, workers=runtime.decoders)
-        model = load_model(build.path, device)
-        threshold, trials = choose_threshold(model, bank, data, config, runtime)
-        model.facts["object_threshold"] = threshold
-        save_model(build.path, model)
-        remove_training_state(build.path)
-        build.provenance |= {"device": str(device), "devices": runtime.devices}
-        build.counts |= {
-            "images": len(data),
-            "steps": config.steps,
-            "object_threshold": threshold,
-            "sPQ_by_threshold": trials,
-            "parameters": sum(p.numel() for m in (model.segmenter, model.projector) for p in m.parameters()),
-        }
-
+    shards, tokens, text = (build.open(name).path for name in ("shards", "tokens", "text"))
+    key = build.recipe.inputs["text"].key
+    launch(train_model, config, shards, tokens, text, key, build.path, runtime=runtime)
     if torchrun_rank():
-        from pipeline.training.distributed import launch
-
-        if store.state(made.ref) != "fresh":
-            launch(train_model, config, *inputs, text.key, store.partial(made.ref), runtime=runtime)
-        return made.ref
-    return store.build(made, work)
+        return
+    device = runtime.torch_device()
+    bank = open_text(text, key)
+    data = TrainingData(shards, tokens, bank, config.augment, seed=config.seed, workers=runtime.decoders)
+    model = load_model(build.path, device)
+    threshold, trials = choose_threshold(model, bank, data, config, runtime)
+    model.facts["object_threshold"] = threshold
+    save_model(build.path, model)
+    remove_training_state(build.path)
+    build.provenance |= {"device": str(device), "devices": runtime.devices}
+    build.counts |= {
+        "images": len(data),
+        "steps": config.steps,
+        "object_threshold": threshold,
+        "sPQ_by_threshold": trials,
+        "parameters": sum(p.numel() for m in (model.segmenter, model.projector) for p in m.parameters()),
+    }
 
 
 def train_model(

@@ -1,9 +1,8 @@
-"""Which artefact was made from which. Read from the manifests; of their long part, the list of files, only the sizes are summed."""
+"""Which artefact was made from which, read from the manifests."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,11 +10,6 @@ from typing import Any
 
 from storage.keys import Recipe, Ref, canonical
 from storage.store import MANIFEST, Store
-
-# Manifests are written with an indent of 1, so that a line with one space and a name begins a field of the manifest itself:
-# in nested ones the space is repeated, and in a string a line break is escaped.
-_FILES, _AFTER_FILES = b'\n "files": ', b'\n "provenance": '
-_BYTES = re.compile(rb'\n   "bytes": (\d+)')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,20 +108,17 @@ def ancestry(ref: Ref, lookup: Lookup) -> dict[str, Node]:
 
 def _read(store: Store, ref: Ref) -> Node | None:
     try:
-        text = (store.path(ref) / MANIFEST).read_bytes()
-        start, stop = text.index(_FILES), text.index(_AFTER_FILES)
-        head, tail = json.loads(text[:start].rstrip(b",") + b"}"), json.loads(b"{" + text[stop:])
-        sizes = _BYTES.findall(text, start, stop)
+        data = json.loads((store.path(ref) / MANIFEST).read_bytes())
         return Node(
             ref=ref,
-            stage=head["stage"],
-            version=head["version"],
-            config=head["config"],
-            inputs={name: Ref.parse(source) for name, source in head["inputs"].items()},
-            counts=head["counts"],
-            provenance=tail["provenance"],
-            bytes=sum(map(int, sizes)),
-            files=len(sizes),
+            stage=data["stage"],
+            version=data["version"],
+            config=data["config"],
+            inputs={name: Ref.parse(source) for name, source in data["inputs"].items()},
+            counts=data["counts"],
+            provenance=data["provenance"],
+            bytes=sum(file["bytes"] for file in data["files"].values()),
+            files=len(data["files"]),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

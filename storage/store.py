@@ -70,15 +70,21 @@ class Manifest:
 
 @dataclass(kw_only=True)
 class Build:
-    """A build under way: where to write, and what goes into the manifest.
+    """A build of `recipe` under way: what it reads, where it writes, and what goes into the manifest.
 
     `path` is the partial folder; it may already hold what a killed build of the same recipe left, each file whole if it
     was written with `storage.atomic`.
     """
 
+    store: Store
+    recipe: Recipe
     path: Path
     counts: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    def open(self, name: str) -> Artefact:
+        """The recipe's input of that name. Raises UserError as `Store.open`."""
+        return self.store.open(self.recipe.inputs[name])
 
     def holds(self, piece: Path, read: Callable[[Path], object]) -> bool:
         """Did a killed build leave this file or folder, and whole? `read` raises UserError for a damaged one, which then goes."""
@@ -154,6 +160,10 @@ class Store:
                     log.info("%s: %s is complete now, somebody else built it", recipe.stage, ref)
         return ref
 
+    def under_way(self, recipe: Recipe) -> Build:
+        """The build as another process has it that computes along and leaves writing to the first."""
+        return Build(store=self, recipe=recipe, path=self.partial(recipe.ref))
+
     def _build(self, recipe: Recipe, work: Callable[[Build], None]) -> None:
         ref, partial, started = recipe.ref, self.partial(recipe.ref), time.monotonic()
         resumed = partial.is_dir()
@@ -162,7 +172,7 @@ class Store:
         partial.mkdir(exist_ok=True)
         (partial / MANIFEST).unlink(missing_ok=True)
         clean(partial)
-        build = Build(path=partial)
+        build = self.under_way(recipe)
         try:
             work(build)
         except Exception:
@@ -224,11 +234,12 @@ class Store:
         (`verify` reads them).
         """
         while True:
+            # Before `state`: an artefact that is removed between the two is missing on the next turn, and not damaged.
+            seen = self._folder(ref)
             if (state := self.state(ref)) != "fresh":
                 raise UserError(
                     f"{ref} is {state} in {self.root}; `zs-seg plan` shows what is there, `zs-seg run` makes it"
                 )
-            seen = self._folder(ref)
             try:
                 return self._open(ref)
             except UserError:

@@ -68,7 +68,7 @@ def test_the_sweep_moves_one_setting_at_a_time() -> None:
 
 
 def test_seeds_leave_the_teacher_and_its_tokens_alone() -> None:
-    refs = [{s.stage: s.recipe.ref for s in line(seeded(presets.preset("scenes"), seed))} for seed in (0, 1)]
+    refs = [{s.name: s.recipe.ref for s in line(seeded(presets.preset("scenes"), seed))} for seed in (0, 1)]
     same = {stage for stage in refs[0] if refs[0][stage] == refs[1][stage]}
     assert same == {"scenes", "shard", "text", "cache-clip"}
 

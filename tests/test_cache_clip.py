@@ -19,6 +19,7 @@ from torch import Tensor
 import pipeline.teacher.encode
 from pipeline import cache_clip, scenes
 from pipeline.data.benchmarks import Benchmark, Protocol
+from pipeline.line import Stage
 from pipeline.teacher.config import TeacherConfig, TokensConfig
 from pipeline.teacher.encode import kept_for_training
 from storage.keys import Ref
@@ -53,14 +54,9 @@ def encode(
         store.path(ref).parent.mkdir(parents=True)
         store.path(ref).symlink_to(source.path(ref))
     store = store or source
-    made = cache_clip.run(
-        TokensConfig(batch=batch, min_area=min_area),
-        teacher=teacher,
-        benchmark=benchmark,
-        shards=ref,
-        store=store,
-        runtime=QUIET,
-    )
+    made = Stage.of(
+        cache_clip, TokensConfig(batch=batch, min_area=min_area), teacher=teacher, benchmark=benchmark, shards=ref
+    ).run(store, QUIET)
     return store.open(made)
 
 

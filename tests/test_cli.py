@@ -259,8 +259,8 @@ def test_force_builds_again_what_it_names_and_all_that_reads_it(
 def test_force_follows_the_line_to_its_end() -> None:
     steps = line(small_config())
     again = runs.forced(steps, ["queries"])
-    assert [step.stage for step in again] == ["queries", "g2s", "cpa", "evaluate"]
-    assert [step.stage for step in runs.forced(steps[:6], ["cache-clip"])] == ["cache-clip", "v2c", "queries"]
+    assert [step.name for step in again] == ["queries", "g2s", "cpa", "evaluate"]
+    assert [step.name for step in runs.forced(steps[:6], ["cache-clip"])] == ["cache-clip", "v2c", "queries"]
     assert runs.forced(steps, []) == []
 
 

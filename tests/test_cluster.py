@@ -20,6 +20,7 @@ import pytest
 from tiny import QUIET, build, tiny_config
 
 from pipeline import cache_clip
+from pipeline.line import Stage
 from pipeline.runtime import Runtime
 from pipeline.scenes import benchmark
 from pipeline.teacher import cluster
@@ -50,10 +51,7 @@ def linked(shards: tuple[Store, Ref], root: Path) -> Store:
 
 def encode(shards: tuple[Store, Ref], root: Path, dask: str, **runtime: bool) -> Artefact:
     store = linked(shards, root) if not root.exists() else Store(root)
-    made = cache_clip.run(
-        CONFIG.tokens, teacher=CONFIG.teacher, benchmark=benchmark(ScenesConfig()), shards=shards[1], store=store,
-        runtime=replace(QUIET, dask=dask, threads=1, **runtime),
-    )  # fmt: skip
+    made = Stage.of(cache_clip, CONFIG.tokens, teacher=CONFIG.teacher, benchmark=benchmark(ScenesConfig()), shards=shards[1]).run(store, replace(QUIET, dask=dask, threads=1, **runtime))  # fmt: skip
     return store.open(made)
 
 

@@ -195,7 +195,7 @@ def test_stages_2_and_3_take_one_process_whatever_devices_says(
         ref = steps[stage].recipe.ref
         other.path(ref).symlink_to(store.path(ref))
     for step in line(tiny_config()):
-        if step.stage in ("g2s", "cpa"):
+        if step.name in ("g2s", "cpa"):
             one, two = (
                 at.path(step.run(store=at, runtime=rt)) for at, rt in ((store, ONE), (other, replace(TWO, threads=1)))
             )

@@ -158,16 +158,16 @@ def test_after_a_run_every_stage_of_a_longer_one_has_an_estimate(
     build(store, longer, until="scenes")
     steps = line(longer)
     estimator = Estimator(longer, steps, Lineage(store), count(longer, steps, store), tflops=1, step_seconds=0)
-    guesses = {step.stage: estimator.estimate(step) for step in steps}
+    guesses = {step.name: estimator.estimate(step) for step in steps}
     assert all(guess.source.startswith("measured: ") for guess in guesses.values())
-    built = {step.stage: store.open(step.recipe.ref).manifest for step in line(config)}
+    built = {step.name: store.open(step.recipe.ref).manifest for step in line(config)}
     assert guesses["v2c"].seconds == pytest.approx(10 * built["v2c"].provenance["seconds"])
     assert guesses["v2c"].bytes == built["v2c"].bytes
     assert guesses["g2s"].seconds == pytest.approx(2 * built["g2s"].provenance["seconds"])
     wider = replace(longer, v2c=replace(longer.v2c, points=65))
     steps = line(wider)
     estimator = Estimator(wider, steps, Lineage(store), count(wider, steps, store), tflops=1, step_seconds=0)
-    known = [step.stage for step in steps if estimator.estimate(step).seconds is not None]
+    known = [step.name for step in steps if estimator.estimate(step).seconds is not None]
     assert known == ["scenes", "shard", "text", "cache-clip"]
 
 

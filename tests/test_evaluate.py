@@ -355,7 +355,7 @@ def evaluate_again(
     }  # fmt: skip
     inputs = {name: steps[stage].recipe.ref for name, stage in stages.items()} | others
     config = config or replace(tiny_config().evaluate, pictures=0)
-    return evaluate.run(config, benchmark=_world(), store=store, runtime=QUIET, **inputs)
+    return Stage.of(evaluate, config, benchmark=_world(), **inputs).run(store, QUIET)
 
 
 @pytest.mark.slow

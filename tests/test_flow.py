@@ -123,7 +123,7 @@ def _text(value: object) -> str:
 
 
 def steps_of(overrides: tuple[str, ...]) -> dict[str, Stage]:
-    return {step.stage: step for step in line(configure(Request(preset="demo", overrides=overrides)))}
+    return {step.name: step for step in line(configure(Request(preset="demo", overrides=overrides)))}
 
 
 @pytest.fixture(scope="module")

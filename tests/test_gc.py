@@ -182,10 +182,10 @@ HOLDER = """
 import sys
 from pathlib import Path
 from storage.keys import Ref
-from storage.runs import Line, Runs
+from storage.runs import RunRecord, Runs
 from storage.store import Store
 refs = {str(i): Ref.parse(text) for i, text in enumerate(sys.argv[3:])}
-with Runs(Store(Path(sys.argv[1]))).running(Line.now(name=sys.argv[2], command="x", refs=refs)):
+with Runs(Store(Path(sys.argv[1]))).running(RunRecord.now(name=sys.argv[2], command="x", refs=refs)):
     print("holds", flush=True)
     sys.stdin.read()
 """

@@ -54,7 +54,7 @@ GOLDEN: dict[str, dict[str, str]] = {
 
 
 def keys(config: Config) -> dict[str, str]:
-    return {step.stage: step.recipe.key for step in line(config)}
+    return {step.name: step.recipe.key for step in line(config)}
 
 
 def moved(one: Config, other: Config) -> set[str]:
@@ -66,7 +66,7 @@ def moved(one: Config, other: Config) -> set[str]:
 def own_parts(config: Config, coco: Path) -> dict[str, str]:
     """What each stage adds to its key of itself: stage, version and config, without inputs and without the files' fingerprint."""
     assert isinstance(config.data, CocoConfig)
-    recipes = {s.stage: s.recipe for s in line(replace(config, data=replace(config.data, root=str(coco))))}
+    recipes = {s.name: s.recipe for s in line(replace(config, data=replace(config.data, root=str(coco))))}
     recipes["shard"] = replace(recipes["shard"], config={**recipes["shard"].config, "source": None})
     return {stage: replace(recipe, inputs={}).key for stage, recipe in recipes.items()}
 
@@ -112,18 +112,18 @@ def test_golden_keys(coco: Path) -> None:
 
 def test_the_stages_come_in_order_and_read_only_what_came_before() -> None:
     steps = line(DEMO)
-    assert tuple(step.stage for step in steps) == STAGES
+    assert tuple(step.name for step in steps) == STAGES
     made: set[str] = set()
     for step in steps:
-        assert {str(ref) for ref in step.recipe.inputs.values()} <= made, step.stage
+        assert {str(ref) for ref in step.recipe.inputs.values()} <= made, step.name
         made.add(str(step.recipe.ref))
     assert len(made) == len(steps)
 
 
 def test_each_stage_reads_what_the_design_says() -> None:
     steps = line(DEMO)
-    stage_of = {str(step.recipe.ref): step.stage for step in steps}
-    reads = {step.stage: {name: stage_of[str(ref)] for name, ref in step.recipe.inputs.items()} for step in steps}
+    stage_of = {str(step.recipe.ref): step.name for step in steps}
+    reads = {step.name: {name: stage_of[str(ref)] for name, ref in step.recipe.inputs.items()} for step in steps}
     data = {"shards": "shard", "tokens": "cache-clip", "text": "text"}
     assert reads == {
         "scenes": {},
@@ -140,10 +140,12 @@ def test_each_stage_reads_what_the_design_says() -> None:
 
 def test_each_step_runs_what_its_recipe_says() -> None:
     for step in line(DEMO):
-        assert isinstance(step.run, partial)
-        module = __import__(step.run.func.__module__, fromlist=["recipe"])
-        assert step.stage == module.STAGE
-        assert module.recipe(*step.run.args, **step.run.keywords) == step.recipe
+        assert isinstance(step.work, partial)
+        module = __import__(step.work.func.__module__, fromlist=["recipe"])
+        assert step.name == module.STAGE
+        # The shards' input is called by the kind of its source, and given as `source`.
+        inputs = {name: ref for name, ref in step.recipe.inputs.items() if name != "scenes"}
+        assert module.recipe(**step.work.keywords, **inputs) == step.recipe
 
 
 @pytest.mark.parametrize(
@@ -233,8 +235,8 @@ def test_where_files_lie_moves_nothing(coco: Path, tmp_path: Path) -> None:
 
 def test_real_images_start_at_shard_and_count_by_content(coco: Path, tmp_path: Path) -> None:
     sample = replace(preset("coco-sample"), data=CocoConfig(root=str(coco)))
-    assert tuple(step.stage for step in line(sample)) == STAGES[1:]
-    assert isinstance(line(sample)[0].run.keywords["source"], CocoSource)  # pyright: ignore[reportFunctionMemberAccess]
+    assert tuple(step.name for step in line(sample)) == STAGES[1:]
+    assert isinstance(line(sample)[0].work.keywords["source"], CocoSource)  # pyright: ignore[reportFunctionMemberAccess]
     other = make_coco(tmp_path / "other", seed=1)
     assert moved(sample, replace(sample, data=CocoConfig(root=str(other)))) == BELOW["shard"]
 
@@ -267,8 +269,8 @@ def test_label_maps_start_at_shard_and_count_by_content(tmp_path: Path) -> None:
 
     data = make_stuff(tmp_path / "data")
     steps = line(semantic(data))
-    assert tuple(step.stage for step in steps) == STAGES[1:]
-    assert isinstance(steps[0].run.keywords["source"], LabelSource)  # pyright: ignore[reportFunctionMemberAccess]
+    assert tuple(step.name for step in steps) == STAGES[1:]
+    assert isinstance(steps[0].work.keywords["source"], LabelSource)  # pyright: ignore[reportFunctionMemberAccess]
     before = keys(semantic(data))
     for facts, expected in (
         ({"unseen_ids": [7]}, BELOW["text"] | BELOW["cache-clip"]),

@@ -114,7 +114,7 @@ def test_users_reach_and_ancestry_of_any_graph(data: st.DataObject) -> None:
 def test_plan_says_which_field_moved_the_key(demo: Store, flags: tuple[str, ...], message: dict[str, str]) -> None:
     steps = overridden(*flags)
     explainer = Explainer((step.recipe for step in steps), Lineage(demo))
-    why = {step.stage: explainer.why(step.recipe.ref) for step in steps if demo.state(step.recipe.ref) == "missing"}
+    why = {step.name: explainer.why(step.recipe.ref) for step in steps if demo.state(step.recipe.ref) == "missing"}
     assert {stage: why[stage] for stage in message} == message
     first = next(iter(message))
     assert next(iter(why)) == first  # what comes before is fresh

@@ -71,7 +71,7 @@ def test_every_preset_configures(name: str, tmp_path: Path, monkeypatch: pytest.
     if name in ZPS:
         root = make_coco(tmp_path / "coco")
         steps = line(configure(Request(preset=name, coco=str(root))))
-        assert tuple(step.stage for step in steps) == STAGES[1:]
+        assert tuple(step.name for step in steps) == STAGES[1:]
 
 
 def test_max_steps_cuts_but_does_not_stretch_and_is_in_the_keys() -> None:
@@ -79,7 +79,7 @@ def test_max_steps_cuts_but_does_not_stretch_and_is_in_the_keys() -> None:
     cut = configure(Request(preset="demo", max_steps=400))
     assert (cut.v2c.steps, cut.g2s.steps, cut.cpa.steps) == (400, 400, demo.cpa.steps)
     assert configure(Request(preset="demo", max_steps=10_000)) == demo
-    keys = [{step.stage: step.recipe.key for step in line(config)} for config in (demo, cut)]
+    keys = [{step.name: step.recipe.key for step in line(config)} for config in (demo, cut)]
     assert [stage for stage in STAGES if keys[0][stage] != keys[1][stage]] == [
         "v2c",
         "queries",

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from pipeline import scenes
+from pipeline.line import Stage
 from pipeline.runtime import Runtime
 from pipeline.scenes import UNSEEN, VALIDATION_UNSEEN
 from pipeline.world.config import LayoutConfig, ScenesConfig
@@ -87,7 +88,7 @@ def test_the_validation_split_is_another_one_of_the_same_structure() -> None:
 
 def test_the_folder_holds_what_its_json_says(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    folder = store.open(scenes.run(SMALL, store=store, runtime=QUIET)).path
+    folder = store.open(Stage.of(scenes, SMALL).run(store, QUIET)).path
     content = json.loads((folder / "annotations" / "panoptic_train2017.json").read_text())
     assert len(content["images"]) == len(content["annotations"]) == 30
     names = {c["id"]: c["name"] for c in content["categories"]}
@@ -102,7 +103,7 @@ def test_the_folder_holds_what_its_json_says(tmp_path: Path) -> None:
 def test_mostly_seen_images_in_training_and_all_classes_in_validation(tmp_path: Path) -> None:
     config = ScenesConfig(train_images=150, val_images=100, unseen_share=0.1)
     store = Store(tmp_path)
-    folder = store.open(scenes.run(config, store=store, runtime=QUIET)).path
+    folder = store.open(Stage.of(scenes, config).run(store, QUIET)).path
     unseen = set(scenes.benchmark(config).unseen_ids)
 
     def share(split: str) -> float:

@@ -16,8 +16,11 @@ import pytest
 from coco_factory import edit_json, make_coco
 from sharding import BENCHMARK, CONFIG, JPEG, QUIET, samples, shard, tree
 
+from pipeline import shard as stage
+from pipeline.data.coco import CocoSource, coco_source
 from pipeline.data.config import ShardConfig
-from pipeline.shard import CocoSource, coco_source, recipe, run
+from pipeline.line import Stage
+from pipeline.shard import recipe
 from storage.keys import Recipe, Ref
 from storage.shards import Shards, decode_ids, decode_image
 from storage.store import Build, Store
@@ -83,12 +86,8 @@ def test_counts(coco: Path, store: Store, real: bool) -> None:
 def test_the_same_data_gives_the_same_bytes(coco: Path, tmp_path: Path) -> None:
     first = shard(coco, Store(tmp_path / "one"))
     moved = coco.rename(tmp_path / "elsewhere")
-    second = run(
-        CONFIG,
-        source=coco_source(moved),
-        benchmark=BENCHMARK,
-        store=Store(tmp_path / "two"),
-        runtime=replace(QUIET, threads=1),
+    second = Stage.of(stage, CONFIG, source=coco_source(moved), benchmark=BENCHMARK).run(
+        Store(tmp_path / "two"), replace(QUIET, threads=1)
     )
     assert first == second  # neither the folder nor the threads are in the key
     assert tree(Store(tmp_path / "one").path(first)) == tree(Store(tmp_path / "two").path(second))
@@ -129,7 +128,7 @@ def test_data_that_changed_since_planning(coco: Path, store: Store) -> None:
     source = coco_source(coco)
     (coco / "train2017" / f"{11:012d}.jpg").unlink()
     with pytest.raises(ValueError, match="no longer, the one that was planned with"):
-        run(CONFIG, source=source, benchmark=BENCHMARK, store=store, runtime=QUIET)
+        Stage.of(stage, CONFIG, source=source, benchmark=BENCHMARK).run(store, QUIET)
 
 
 def test_generated_scenes_are_a_source(coco: Path, store: Store) -> None:
@@ -138,7 +137,7 @@ def test_generated_scenes_are_a_source(coco: Path, store: Store) -> None:
             part.rename(build.path / part.name)
 
     scenes = store.build(Recipe(kind="scenes", stage="scenes", version=1, config=None, inputs={}), make)
-    made = run(CONFIG, source=scenes, benchmark=BENCHMARK, store=store, runtime=QUIET)
+    made = Stage.of(stage, CONFIG, source=scenes, benchmark=BENCHMARK).run(store, QUIET)
     assert store.open(made).manifest.inputs == {"scenes": str(scenes)}
     assert tree(store.path(made)) == tree(store.path(shard(coco, store)))
 
@@ -165,7 +164,10 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from pipeline import shard
-from pipeline.benchmarks import load_benchmark
+from pipeline.data.benchmarks import load_benchmark
+from pipeline.data.coco import coco_source
+from pipeline.data.config import ShardConfig
+from pipeline.line import Stage
 from pipeline.runtime import Runtime
 from storage.store import Store
 load = shard._load
@@ -174,9 +176,11 @@ def slow(done, item):
         time.sleep(60)
     return load(done, item)
 shard._load = slow
-shard.run(shard.ShardConfig(samples_per_tar=2, skip_bad=True), source=shard.coco_source(sys.argv[1]),
-          benchmark=load_benchmark("coco-panoptic-zps"), store=Store(Path(sys.argv[2])),
-          runtime=Runtime(progress=False))
+stage = Stage.of(
+    shard, ShardConfig(samples_per_tar=2, skip_bad=True), source=coco_source(sys.argv[1]),
+    benchmark=load_benchmark("coco-panoptic-zps"),
+)
+stage.run(Store(Path(sys.argv[2])), Runtime(progress=False))
 """
 
 

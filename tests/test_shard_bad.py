@@ -18,7 +18,7 @@ from coco_factory import edit_json, make_coco
 from PIL import Image
 from sharding import CONFIG, JPEG, PNG, samples, shard, tree
 
-from pipeline.shard import coco_source
+from pipeline.data.coco import coco_source
 from storage.shards import Shards, encode_ids
 from storage.store import Store
 

@@ -14,11 +14,13 @@ from label_factory import NAMES, UNLABELLED, make_stuff, save_labels, write_stuf
 from PIL import Image
 from sharding import CONFIG, QUIET, samples, tree
 
+from pipeline import shard as stage
 from pipeline.data.benchmarks import Benchmark, load_benchmark
 from pipeline.data.config import ShardConfig
 from pipeline.data.label_maps import image_ids, label_source, read_labels, training_splits
+from pipeline.line import Stage
 from pipeline.scoring.metrics import class_map
-from pipeline.shard import recipe, run
+from pipeline.shard import recipe
 from storage.keys import Ref
 from storage.shards import Shards, decode_ids
 from storage.store import Store
@@ -42,7 +44,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def shard(data: Path, benchmark: Benchmark, store: Store, config: ShardConfig = CONFIG) -> Ref:
-    return run(config, source=label_source(data, benchmark), benchmark=benchmark, store=store, runtime=QUIET)
+    return Stage.of(stage, config, source=label_source(data, benchmark), benchmark=benchmark).run(store, QUIET)
 
 
 def values_of(path: Path) -> np.ndarray:
@@ -112,7 +114,7 @@ def test_what_moves_the_key(data: Path, benchmark: Benchmark) -> None:
     found.add(label_source(data, benchmark).fingerprint)
     assert len(found) == 4
     with pytest.raises(ValueError, match="no longer, the one that was planned with"):
-        run(CONFIG, source=source, benchmark=benchmark, store=Store(data / "store"), runtime=QUIET)
+        Stage.of(stage, CONFIG, source=source, benchmark=benchmark).run(Store(data / "store"), QUIET)
 
 
 def test_images_are_numbered_by_name_or_by_place(data: Path, benchmark: Benchmark, store: Store) -> None:

@@ -48,7 +48,7 @@ def says(capsys: pytest.CaptureFixture[str], store: Store, *words: str, status: 
 
 
 def keys(number: int = 0) -> dict[str, str]:
-    return {step.stage: step.recipe.key for step in demo_line(number)}
+    return {step.name: step.recipe.key for step in demo_line(number)}
 
 
 def test_list_in_the_order_of_the_line_with_users_and_runs(filled: Store, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +155,7 @@ def test_gc_is_a_look_until_told(copied: Store, capsys: pytest.CaptureFixture[st
 
 
 def test_plan_says_why_and_by_whom(copied: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    (step,) = (step for step in demo_line(200) if step.stage == "v2c")
+    (step,) = (step for step in demo_line(200) if step.name == "v2c")
     copied.remove(copied.find(keys()["scenes"]))  # they hold no images to count
     words = ("plan", *DEMO, "--v2c.lr", str(step.recipe.config["lr"]))
 

@@ -28,7 +28,7 @@ logging.basicConfig(level=logging.INFO, format="%(message)s")
 from storage.atomic import write_text
 from storage.keys import Recipe
 from storage.provenance import provenance
-from storage.runs import Line, Runs
+from storage.runs import RunRecord, Runs
 from storage.store import Store
 provenance()  # which reads files that another user may not
 store, then = Store(Path(sys.argv[1])), sys.argv[2]
@@ -49,10 +49,10 @@ def work(build):
     while then and not Path(then).exists():
         time.sleep(0.01)
 try:
-    with Runs(store).running(Line.now(name="demo", command="x", refs={"cache-clip": recipe.ref})):
+    with Runs(store).running(RunRecord.now(name="demo", command="x", refs={"cache-clip": recipe.ref})):
         store.build(recipe, work)
 except ValueError as error:
-    sys.exit(f"told: {error}")
+    sys.exit(f"refused: {error}")
 """
 
 
@@ -117,7 +117,7 @@ def test_a_user_whom_the_other_keeps_out_is_told_who_and_where(shared: Path) -> 
     assert as_user(shared / "store", 64001, "die", umask=0o022)[0] == 9
     status, message = as_user(shared / "store", 64002)
     *warned, last = message.splitlines()
-    assert status == 1 and last.startswith(f"told: store {shared}/store cannot be used: {shared}/store")
+    assert status == 1 and last.startswith(f"refused: store {shared}/store cannot be used: {shared}/store")
     assert "belongs to user 64001, who must let the group write" in last and "--store" in last
     assert len(warned) == 1 and "this run is not noted" in warned[0]
 

@@ -20,6 +20,7 @@ from pipeline.data.benchmarks import Benchmark, Category, load_benchmark
 from pipeline.data.config import AugmentConfig, CocoConfig, ResizeConfig
 from pipeline.inference.model import load_model
 from pipeline.inference.vocabulary import extend
+from pipeline.line import Stage
 from pipeline.runtime import Runtime
 from pipeline.teacher.config import TeacherConfig, TextConfig
 from pipeline.teacher.prompts import synonyms
@@ -38,7 +39,7 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> TextBank:
 
 def make(root: Path, config: TextConfig = CONFIG, benchmark: Benchmark = BENCHMARK) -> TextBank:
     store = Store(root)
-    ref = text.run(config, teacher=TEACHER, benchmark=benchmark, store=store, runtime=Runtime(progress=False))
+    ref = Stage.of(text, config, teacher=TEACHER, benchmark=benchmark).run(store, Runtime(progress=False))
     return open_text(store.open(ref).path, ref.key)
 
 
@@ -116,7 +117,7 @@ def test_a_set_of_templates_stands_in_the_config_in_full() -> None:
 
 def test_the_counts_are_in_the_manifest(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    ref = text.run(CONFIG, teacher=TEACHER, benchmark=BENCHMARK, store=store, runtime=Runtime(progress=False))
+    ref = Stage.of(text, CONFIG, teacher=TEACHER, benchmark=BENCHMARK).run(store, Runtime(progress=False))
     unseen = len(BENCHMARK.unseen_ids)
     total = len(BENCHMARK.categories)
     assert store.open(ref).manifest.counts == {"classes": total, "seen": total - unseen, "templates": 3}

@@ -19,7 +19,7 @@ from pipeline.inference.model import load_model
 from pipeline.report.pictures import overlay
 from pipeline.runtime import Runtime
 from storage.keys import Ref
-from storage.shards import decode_ids, decode_image
+from storage.shards import Shards, decode_ids, decode_image
 from storage.store import Store
 
 SIDE, GAP, HEAD = 480, 8, 24  # pixels
@@ -42,7 +42,9 @@ def draw_examples(
     named = zip(benchmark.categories, benchmark.seen, strict=True)
     name_of = {category.id: category.name + " *" * (not seen) for category, seen in named}
     unseen = set(benchmark.unseen_ids)
-    samples = (sample for (sample, _), _ in samples_with_tokens(store, shards, tokens))
+    samples = (
+        sample for (sample, _), _ in samples_with_tokens(Shards(store.open(shards).path), store.open(tokens).path)
+    )
     chosen = list(islice((s for s in samples if any(x.category_id in unseen for x in s.segments)), count))
     photos = [decode_image(sample) for sample in chosen]
     columns = {

@@ -24,6 +24,7 @@ from pipeline.scoring.waterfall import pair
 from pipeline.teacher.text_bank import TextBank
 from storage.checkpoints import load_checkpoint
 from storage.keys import Ref
+from storage.shards import Shards
 from storage.store import Store
 
 Features = Mapping[int, NDArray[np.float32]]  # class index -> (n, C)
@@ -52,7 +53,7 @@ def real_features(
     `ceilings.Pairs`."""
     model = load_model(store.open(checkpoint).path, runtime.torch_device())
     found: dict[int, list[NDArray[np.float32]]] = {k: [] for k, seen in enumerate(benchmark.seen) if not seen}
-    samples = samples_with_tokens(store, shards, tokens)
+    samples = samples_with_tokens(Shards(store.open(shards).path), store.open(tokens).path)
     views = ((sample, image) for (sample, _), image in samples)
     for sample, output in outputs(
         for_inference(model.segmenter), views, ResizeConfig(**model.facts["resize"]), batch=16

@@ -70,9 +70,9 @@ def _cached(folder: Path, runtime: Runtime) -> tuple[Path, Path, Path]:
     )
     store, paths = Store(folder / "store"), {}
     for step in line(config):
-        if step.stage == "v2c":
+        if step.name == "v2c":
             break
-        paths[step.stage] = store.open(step.run(store=store, runtime=replace(runtime, dask="none"))).path
+        paths[step.name] = store.open(step.run(store=store, runtime=replace(runtime, dask="none"))).path
     return paths["shard"], paths["cache-clip"], paths["text"]
 
 

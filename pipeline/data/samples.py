@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from storage.keys import Ref
-    from storage.shards import Sample
-    from storage.store import Store
+    from storage.shards import Sample, Shards
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # of PIL's others some start programs
@@ -164,16 +162,15 @@ def read_image(path: Path) -> np.ndarray:
         raise UserError(f"{path} cannot be read as an image ({reason}); replace it or leave it out") from error
 
 
-def samples_with_tokens(store: Store, shards: Ref, tokens: Ref) -> Iterator[tuple[tuple[Sample, Tensor], Tensor]]:
-    """((sample, its instance tokens (O, D)), image (3, H, W) uint8), tars and token groups in step."""
+def samples_with_tokens(shards: Shards, tokens: Path) -> Iterator[tuple[tuple[Sample, Tensor], Tensor]]:
+    """((validation sample, its instance tokens (O, D)), image (3, H, W) uint8), tars and the folder's token groups in step."""
     import torch
 
-    from storage.shards import Shards, decode_image, read_shard
+    from storage.shards import decode_image, read_shard
     from storage.tokens import read_tokens
 
-    folder = store.open(tokens).path
-    for tar in Shards(store.open(shards).path).tars("val"):
-        group = read_tokens(folder / f"{tar.stem}.zarr")
+    for tar in shards.tars("val"):
+        group = read_tokens(tokens / f"{tar.stem}.zarr")
         for row, sample in enumerate(read_shard(tar)):
             own = torch.from_numpy(group.instance[group.rows(row)]).float()
             yield (sample, own), torch.from_numpy(decode_image(sample)).permute(2, 0, 1)

@@ -47,7 +47,7 @@ class Counts:
         )
 
 
-def count(config: Config, steps: list[Stage], store: Store) -> Counts:
+def count(config: Config, stages: list[Stage], store: Store) -> Counts:
     """Count what the line reads. Takes seconds for the JSON of all of COCO.
 
     Raises UserError as `read_split` and `find_split`.
@@ -57,7 +57,7 @@ def count(config: Config, steps: list[Stage], store: Store) -> Counts:
         if benchmark.files:
             return _count_label_maps(benchmark, Path(config.data.root), config.shard.limit)
         return _count_panoptic(benchmark, Path(config.data.root), config.shard.limit)
-    drawn = steps[0].recipe.ref
+    drawn = stages[0].recipe.ref
     if store.state(drawn) == "fresh":
         return _count_panoptic(benchmark_of_scenes(config.data), store.path(drawn), config.shard.limit)
     least = config.shard.limit or max(config.data.train_images, config.data.val_images)

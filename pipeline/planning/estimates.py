@@ -50,7 +50,7 @@ class Estimator:
     def __init__(
         self,
         config: Config,
-        steps: list[Stage],
+        stages: list[Stage],
         lineage: Lineage,
         counts: Counts,
         *,
@@ -59,7 +59,7 @@ class Estimator:
     ) -> None:
         self.config, self.lineage, self.counts = config, lineage, counts
         self.tflops, self.step_seconds = tflops, step_seconds
-        self.configs = {step.stage: json.loads(canonical(step.recipe.config)) for step in steps}
+        self.configs = {stage.name: json.loads(canonical(stage.recipe.config)) for stage in stages}
         views = None if counts.left is None else counts.left * config.queries.views
         self.amounts = {
             "scenes": counts.train + counts.val, "shard": counts.train + counts.val, "cache-clip": counts.inputs, "queries": views,
@@ -67,22 +67,22 @@ class Estimator:
             "v2c": config.v2c.steps, "g2s": config.g2s.steps, "cpa": config.cpa.steps,
         }  # fmt: skip
 
-    def estimate(self, step: Stage) -> Estimate:
+    def estimate(self, stage: Stage) -> Estimate:
         """What building this stage would take."""
-        stage, amount = step.stage, self.amounts[step.stage]
-        size = self._bytes(stage)
-        if stage == "v2c" and self.step_seconds:
+        name, amount = stage.name, self.amounts[stage.name]
+        size = self._bytes(name)
+        if name == "v2c" and self.step_seconds:
             seconds = self.step_seconds * self.config.v2c.steps
             return Estimate(bytes=size, seconds=seconds, source=f"stated: {self.step_seconds:g} s a step")
-        if amount is not None and (alike := self._newest_alike(step)):
+        if amount is not None and (alike := self._newest_alike(stage)):
             did = _amount(alike)
             share = amount / did
             seconds = alike.provenance["seconds"] * share
-            pace = f"{alike.provenance['seconds'] / did:.2g} s a {UNITS[stage]}"
+            pace = f"{alike.provenance['seconds'] / did:.2g} s a {UNITS[name]}"
             device = f" on {alike.provenance['device']}" if "device" in alike.provenance else ""
-            size = alike.bytes * (share if stage in GROWING else 1)
+            size = alike.bytes * (share if name in GROWING else 1)
             return Estimate(bytes=size, seconds=seconds, source=f"measured: {pace}{device}, {alike.ref}")
-        work = teacher_gflop(self.config.teacher.name) if stage == "cache-clip" else None
+        work = teacher_gflop(self.config.teacher.name) if name == "cache-clip" else None
         if amount is not None and work is not None:
             seconds = amount * work / 1000 / self.tflops
             return Estimate(
@@ -90,45 +90,45 @@ class Estimator:
             )
         return Estimate(bytes=size)
 
-    def _bytes(self, stage: str) -> float | None:
+    def _bytes(self, name: str) -> float | None:
         """What arithmetic alone says."""
         counts, segmenter = self.counts, self.config.v2c.segmenter
-        if stage == "shard":
+        if name == "shard":
             return counts.bytes
-        if stage == "cache-clip" and counts.inputs and (dim := teacher_dim(self.config.teacher.name)):
+        if name == "cache-clip" and counts.inputs and (dim := teacher_dim(self.config.teacher.name)):
             return counts.inputs * dim * 2
-        if stage == "queries" and self.amounts["queries"]:
+        if name == "queries" and self.amounts["queries"]:
             return self.amounts["queries"] * segmenter.queries * (segmenter.dim * 2 + 8)
         return None
 
-    def _newest_alike(self, step: Stage) -> Node | None:
+    def _newest_alike(self, stage: Stage) -> Node | None:
         """The newest artefact of the stage that was made under the same conditions, in one go."""
-        wanted = _conditions(step.stage, self.configs)
-        nodes = [node for node in self.lineage.nodes(step.recipe.kind) if node.stage == step.stage]
+        wanted = _conditions(stage.name, self.configs)
+        nodes = [node for node in self.lineage.nodes(stage.recipe.kind) if node.stage == stage.name]
         for node in sorted(nodes, key=lambda node: node.provenance["created"], reverse=True):
             if not node.provenance["resumed"] and _amount(node):
                 line = self.lineage.line(node.ref)
                 there = {one.ref for one in line.values()}
                 if all(source in there for one in line.values() for source in one.inputs.values()):
-                    found = {stage: one.config for stage, one in line.items()}
-                    if _conditions(step.stage, found) == wanted:
+                    found = {name: one.config for name, one in line.items()}
+                    if _conditions(stage.name, found) == wanted:
                         return node
         return None
 
 
-def _conditions(stage: str, configs: Mapping[str, Any]) -> dict[str, Any]:
+def _conditions(name: str, configs: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the stage's seconds a unit."""
-    own = configs[stage]
-    if stage == "scenes":
+    own = configs[name]
+    if name == "scenes":
         return _without_amounts(own["scenes"])
-    if stage == "text":
+    if name == "text":
         return {"text": own["text"], "teacher": own["teacher"]}
     real = configs["shard"]["source"] is not None  # photographs, or drawn scenes
-    if stage == "shard":
+    if name == "shard":
         return {"real": real}
-    if stage == "cache-clip":
+    if name == "cache-clip":
         return {"real": real, "teacher": own["teacher"], "tokens": own["tokens"]}
-    if stage == "evaluate":
+    if name == "evaluate":
         own = own["evaluate"]
     return {"real": real, "own": _without_amounts(own), "v2c": _without_amounts(configs["v2c"])}
 

@@ -58,7 +58,7 @@ def server(home: Path, port: int) -> Iterator[tuple[psutil.Process, dict[str, st
 def trial(folder: Path, stage: str, calm: Store, steps: list[Stage]) -> None:
     """Kill the server as soon as `stage` is complete, and see what becomes of the flow, of the store, and of the next run."""
     store, port = Store(folder / "store"), _free_port()
-    ref = next(step.recipe.ref for step in steps if step.stage == stage)
+    ref = next(step.recipe.ref for step in steps if step.name == stage)
     with server(folder / "home", port) as (process, environment):
         heard = {
             c.laddr.ip for p in _tree(process) for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN

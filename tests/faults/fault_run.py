@@ -85,7 +85,7 @@ class Faults(Suite):
         step, victim = self.draw_input(trial, rng)
         store = self.copy("store", without=step)
         child = self.child(store, [step])
-        time.sleep(rng.uniform(0, self.seconds[step.stage]))
+        time.sleep(rng.uniform(0, self.seconds[step.name]))
         self._damage(trial, store.path(victim), ("flipped", "cut", "missing", "swapped")[int(rng.integers(4))], rng)
         self.expect_told(trial, child.wait(), str(victim), or_right=True)
         trial.wrong = self.wrong(store, step)
@@ -153,7 +153,7 @@ class Faults(Suite):
             shutil.copytree(self.calm.path(earlier.recipe.ref), store.path(earlier.recipe.ref))
         child = self.child(store, [step], before=lambda: turn_clock_back(store.root, rng))
         if rng.random() < 0.5:
-            time.sleep(rng.uniform(0, self.seconds[step.stage]))
+            time.sleep(rng.uniform(0, self.seconds[step.name]))
             child.kill()
             trial.detail = "and killed"
         self.expect_right(trial, child.wait())
@@ -166,7 +166,7 @@ class Faults(Suite):
         store = self.copy("store", without=step)
         pair = [self.child(store, [step]) for _ in range(2)]
         if rng.random() < 0.5:
-            time.sleep(rng.uniform(0, 1.5 * self.seconds[step.stage]))
+            time.sleep(rng.uniform(0, 1.5 * self.seconds[step.name]))
             pair[0].kill()
             trial.detail = "one of them killed"
         for child in pair:

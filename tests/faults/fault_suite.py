@@ -78,7 +78,7 @@ class Suite:
             started = time.monotonic()
             ending = self.child(self.calm, [step]).wait()
             assert ending.kind == "ok", ending
-            self.seconds[step.stage] = time.monotonic() - started
+            self.seconds[step.name] = time.monotonic() - started
         self.bytes = {step.recipe.ref: content(self.calm, step.recipe.ref) for step in self.steps}
 
     def child(self, store: Store, steps: Sequence[Stage], before: Callable[[], object] = lambda: None) -> Child:
@@ -149,7 +149,7 @@ class Suite:
         kind = kinds[int(rng.integers(len(kinds)))]  # each kind as often, however many stages read it
         pairs = [pair for pair in pairs if pair[1].kind == kind]
         step, victim = pairs[int(rng.integers(len(pairs)))]
-        trial.place, trial.detail = kind, f"then {step.stage}"
+        trial.place, trial.detail = kind, f"then {step.name}"
         return step, victim
 
     def expect_told(self, trial: Trial, ending: Ending, name: str, *, or_right: bool) -> None:
@@ -164,7 +164,7 @@ class Suite:
             trial.problem = str(ending)
 
     def _kill(self, trial: Trial, store: Store, step: Stage, rng: np.random.Generator) -> None:
-        after = float(rng.uniform(0, self.seconds[step.stage]))
+        after = float(rng.uniform(0, self.seconds[step.name]))
         child = self.child(store, [step])
         time.sleep(after)
         child.kill()

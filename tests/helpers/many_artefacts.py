@@ -39,13 +39,13 @@ def fill(store: Store, steps: list[Stage], *, files: int = 1) -> None:
         build.counts.update(COUNTS.get(stage, {}))
 
     for step in steps:
-        store.build(step.recipe, partial(work, step.stage))
+        store.build(step.recipe, partial(work, step.name))
 
 
 def note(store: Store, name: str, steps: list[Stage]) -> RunRecord:
     """A run of the line that has ended."""
     made = RunRecord.now(
-        name=name, command="zs-seg run --preset demo", refs={step.stage: step.recipe.ref for step in steps}
+        name=name, command="zs-seg run --preset demo", refs={step.name: step.recipe.ref for step in steps}
     )
     with Runs(store).running(made):
         return made

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline import shard as stage
 from pipeline.data.benchmarks import load_benchmark
+from pipeline.data.coco import coco_source
 from pipeline.data.config import ShardConfig
+from pipeline.line import Stage
 from pipeline.runtime import Runtime
-from pipeline.shard import coco_source, run
 from storage.keys import Ref
 from storage.shards import Sample, Shards, read_shard
 from storage.store import Store
@@ -19,7 +21,7 @@ JPEG, PNG = f"train2017/{12:012d}.jpg", f"annotations/panoptic_train2017/{12:012
 
 
 def shard(coco: Path, store: Store, config: ShardConfig = CONFIG) -> Ref:
-    return run(config, source=coco_source(coco), benchmark=BENCHMARK, store=store, runtime=QUIET)
+    return Stage.of(stage, config, source=coco_source(coco), benchmark=BENCHMARK).run(store, QUIET)
 
 
 def samples(folder: Path, split: str) -> list[Sample]:

@@ -32,7 +32,7 @@ def build(store: Store, config: Config, *, until: str = "evaluate", runtime: Run
     steps: dict[str, Stage] = {}
     for step in line(config):
         step.run(store=store, runtime=runtime)
-        steps[step.stage] = step
-        if step.stage == until:
+        steps[step.name] = step
+        if step.name == until:
             break
     return steps
