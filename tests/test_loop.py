@@ -171,18 +171,18 @@ TOLD = """
 import signal, sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
-from pipeline import training
+from pipeline.training.curves import Record
 from pipeline.runtime import Runtime
 from storage.checkpoints import load_training_state
 from storage.store import Store
 from tiny import build, tiny_config
-real = training.Ranks.any
-def any_(ranks, flag, device):
-    any_.calls = getattr(any_, "calls", 0) + 1
-    if any_.calls == 4:
-        signal.raise_signal(signal.SIGTERM)  # between two steps, and yet the state of step 4 is saved
-    return real(ranks, flag, device)
-training.Ranks.any = any_
+real = Record.add
+def add(record, *arguments, **named):
+    real(record, *arguments, **named)
+    add.calls = getattr(add, "calls", 0) + 1
+    if add.calls == 3:
+        signal.raise_signal(signal.SIGTERM)  # after step 3: step 4 is done, its state is saved
+Record.add = add
 build(Store(Path(sys.argv[1])), tiny_config(), until="v2c", runtime=Runtime(progress=False, checkpoint_every=1000))
 """
 
@@ -244,7 +244,7 @@ RUN_AND_HANG = """
 import sys, time, torch
 from pathlib import Path
 torch.set_num_threads(1)  # as the tests around it: another number of threads may round otherwise
-from pipeline import training
+from pipeline.training import loop as training
 from pipeline.runtime import Runtime
 from storage.checkpoints import load_training_state
 from storage.store import Store

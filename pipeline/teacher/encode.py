@@ -63,6 +63,8 @@ def encode_tar(
     device = next(teacher.parameters()).device
     encoder = _ByAttention(teacher, config) if config.method == "attention" else _ByPixels(teacher, config)
     segment_id, encoded, kept, counts = [], [], [], []
+    # Of each of the encoder's rows: an image, or an instance of the image before it?
+    is_image: list[bool] = []
 
     def decode(sample: Sample) -> _Decoded | None:
         if hide and not kept_for_training(sample, benchmark):
@@ -76,25 +78,25 @@ def encode_tar(
         segments = sample.segments if decoded else ()
         counts.append(len(segments))
         segment_id += [s.id for s in segments]
-        encoded += [s.area >= config.min_area for s in segments]
+        large = [s.area >= config.min_area for s in segments]
+        encoded += large
         if decoded:
             encoder.add(decoded.to(device))
+            is_image += [True, *[False] * sum(large)]
         progress(1, len(segments))
     rows = encoder.finish().cpu().numpy()  # (views, images + instances, D)
-    offsets, kept, encoded = np.cumsum([0, *counts]), np.array(kept, bool), np.array(encoded, bool)
-    instances = np.diff(np.cumsum([0, *encoded])[offsets])[kept]
-    image_row = np.cumsum([0, *(1 + instances)])[:-1]  # each before its instances' rows
+    kept, encoded, image = np.array(kept, bool), np.array(encoded, bool), np.array(is_image, bool)
     global_ = np.zeros((config.views, len(kept), rows.shape[2]), np.float16)
     instance = np.zeros((config.views, len(encoded), rows.shape[2]), np.float16)
-    global_[:, kept] = rows[:, image_row]
-    instance[:, encoded] = np.delete(rows, image_row, axis=1)
+    global_[:, kept] = rows[:, image]
+    instance[:, encoded] = rows[:, ~image]
     write_tokens(
         group,
         global_=global_[0],
         instance=instance[0],
         mirrored_global=global_[1:],
         mirrored_instance=instance[1:],
-        offsets=offsets,
+        offsets=np.cumsum([0, *counts]),
         segment_id=np.array(segment_id),
         kept=kept,
     )

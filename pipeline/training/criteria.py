@@ -1,32 +1,31 @@
-"""What one training step of each stage minimises: three short classes, one a stage, side by side.
+"""The criteria of the three training stages, one class a stage, one method a loss.
 
 Each takes a batch and the step's number and yields its losses by name, already weighted, once for every part of the batch; an
-alignment loss of weight 0 is not computed.
+alignment loss of weight 0 is not computed. Equations are the paper's; models/README.md explains the decisions Dn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from models import losses
 from models.generator import Generator
+from models.mask_logits import MaskLogits
 from models.matcher import match
 from models.projector import Projector
 from models.segmenter import Segmenter
 from models.vision_centric import LinearClassifier, PrimitiveGenerator
+from pipeline.teacher.text_bank import TextBank
+from pipeline.training.config import CPAConfig, G2SConfig, V2CConfig
 from pipeline.training.distributed import ALONE, Ranks
 from pipeline.training.loader import Batch
 from pipeline.training.loop import autocast, image_generator, step_generator
 from pipeline.training.query_loader import QueryBatch
-
-if TYPE_CHECKING:
-    from pipeline.teacher.text_bank import TextBank
-    from pipeline.training.config import CPAConfig, G2SConfig, V2CConfig
-
 
 Frozen = TypeVar("Frozen", bound=nn.Module)
 
@@ -43,6 +42,41 @@ def one_hot(rows: Tensor, classes: int) -> Tensor:
     targets = torch.zeros(*rows.shape, classes + 1, device=rows.device)
     targets.scatter_(-1, rows.where(rows >= 0, classes)[..., None], 1.0)
     return targets[..., :classes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matching:
+    """The outputs of one part of a batch, L decoder outputs of B images, and which query was assigned to which segment.
+
+    `totals` (3,): images, segments and instances of the global batch, each at least 1. `labels`: row of A_s of each segment, one tensor
+    an image. `v` (L, B, Q, D), `logits` (L, B, Q, K_s), `masks` (L, B, Q, h, w). `assigned` (L, B, Q): the segment of the
+    image, or -1. Of the N matches, an image's side by side: `image`, `layer`, `query` (N,), and `row` (N,), the segment among
+    all segments of the part, one image after the other.
+    """
+
+    batch: Batch
+    totals: Tensor
+    labels: list[Tensor]
+    v: Tensor
+    logits: Tensor
+    masks: Tensor | MaskLogits
+    assigned: Tensor
+    image: Tensor
+    layer: Tensor
+    query: Tensor
+    row: Tensor
+
+    @property
+    def images(self) -> Tensor:
+        return self.totals[0]
+
+    @property
+    def segments(self) -> Tensor:
+        return self.totals[1]
+
+    @property
+    def instances(self) -> Tensor:
+        return self.totals[2]
 
 
 class V2CCriterion:
@@ -102,8 +136,18 @@ class V2CCriterion:
     ) -> dict[str, Tensor]:
         """This part's share of every term. `generators`: one an image. `totals` (3,): of the global batch, see `totals`.
         `elsewhere` (M, D): the instance tokens of its other parts, for batch negatives."""
+        matching = self.matching(batch, generators, totals)
+        mask_losses = self.mask_losses(matching, generators)
+        terms = {"class": self.class_loss(matching), **mask_losses}
+        if self.config.global_weight:
+            terms["global"] = self.global_loss(matching, generators)
+        if self.config.instance_weight:
+            terms["instance"] = self.instance_loss(matching, elsewhere)
+        return terms
+
+    def matching(self, batch: Batch, generators: Sequence[torch.Generator], totals: Tensor) -> Matching:
+        """The network's outputs of this part, and sigma^ of every decoder output."""
         config = self.config
-        images, segments, instances = totals.clamp(min=1).unbind()
         labels = [self.seen_row[label] for label in batch.labels]
         output = self.segmenter(batch.images, dense=False)
         v = self.projector(output.features)  # (L, B, Q, D)
@@ -122,50 +166,70 @@ class V2CCriterion:
         )  # (L, B, Q): segment of the image, or -1
         image, layer, query = (assigned >= 0).transpose(0, 1).nonzero(as_tuple=True)  # an image's rows side by side
         first = torch.tensor([0, *[len(label) for label in labels]], device=self.device).cumsum(0)
-        row = first[image] + assigned[layer, image, query]  # of all segments of the batch, one after the other
-        target = torch.full_like(assigned, -1)
-        target[layer, image, query] = torch.cat(labels)[row]
-        predicted, masks = output.masks[layer, image, query], torch.cat(batch.masks)
+        return Matching(
+            batch=batch,
+            totals=totals.clamp(min=1),
+            labels=labels,
+            v=v,
+            logits=logits,
+            masks=output.masks,
+            assigned=assigned,
+            image=image,
+            layer=layer,
+            query=query,
+            row=first[image] + assigned[layer, image, query],
+        )
+
+    def class_loss(self, m: Matching) -> Tensor:
+        """The focal loss of Eq. 1 over A_s, on every decoder output; an unmatched query has an all-zero target (D2)."""
+        target = torch.full_like(m.assigned, -1)
+        target[m.layer, m.image, m.query] = torch.cat(m.labels)[m.row]
+        targets = one_hot(target, len(self.text))
+        return self.config.class_weight * losses.focal_loss(m.logits, targets, normaliser=m.segments)
+
+    def mask_losses(self, m: Matching, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        """BCE (or focal, "mask") and dice of Eq. 1 on every decoder output, at drawn points or over all pixels."""
+        config = self.config
+        predicted, masks = m.masks[m.layer, m.image, m.query], torch.cat(m.batch.masks)
         if config.mask_loss == "full":
-            mask, dice = losses.full_mask_losses(predicted, masks, rows=row, normaliser=segments)
-        else:
-            rows = [len(assigned) * min(len(label), assigned.shape[2]) for label in labels]
-            mask, dice = losses.mask_losses(
-                predicted,
-                masks,
-                rows=row,
-                points=config.points,
-                normaliser=segments,
-                draws=list(zip(generators, rows, strict=True)),
-            )
-        terms = {
-            "class": config.class_weight
-            * losses.focal_loss(logits, one_hot(target, len(self.text)), normaliser=segments),
-            "bce" if config.mask_loss == "points" else "mask": config.bce_weight * mask,
-            "dice": config.dice_weight * dice,
-        }
-        last = layer == len(assigned) - 1
-        if config.global_weight:
-            matched = assigned[-1] >= 0
-            own = self.global_tokens[batch.global_rows]
-            v_a = losses.target_attention(own, v[-1], matched, gamma=config.gamma, enabled=config.target_attention)
-            bank = self.global_tokens[self._negatives(batch.global_rows, generators)]
-            terms["global"] = config.global_weight * losses.global_loss(
-                v_a, own, bank, tau=config.tau, normaliser=images
-            )
-        if config.instance_weight:
-            own = torch.cat(batch.instance_tokens)[row[last]]
-            encoded = own.any(1)  # of a segment too small for the teacher there is nothing to learn
-            terms["instance"] = config.instance_weight * losses.instance_loss(
-                v[-1][image[last], query[last]][encoded],
-                own[encoded],
-                image[last][encoded],
-                tau=config.tau,
-                negatives=config.instance_negatives,
-                elsewhere=elsewhere,
-                normaliser=instances,
-            )
-        return terms
+            mask, dice = losses.full_mask_losses(predicted, masks, rows=m.row, normaliser=m.segments)
+            return {"mask": config.bce_weight * mask, "dice": config.dice_weight * dice}
+        layers, _, queries = m.assigned.shape
+        rows = [layers * min(len(label), queries) for label in m.labels]
+        bce, dice = losses.mask_losses(
+            predicted,
+            masks,
+            rows=m.row,
+            points=config.points,
+            normaliser=m.segments,
+            draws=list(zip(generators, rows, strict=True)),
+        )
+        return {"bce": config.bce_weight * bce, "dice": config.dice_weight * dice}
+
+    def global_loss(self, m: Matching, generators: Sequence[torch.Generator]) -> Tensor:
+        """L_g (Eq. 3) of the last decoder output: V_a of Eq. 2 against its image's C_g, the bank's C_g as negatives (D3)."""
+        config = self.config
+        own = self.global_tokens[m.batch.global_rows]
+        v_a = losses.target_attention(
+            own, m.v[-1], m.assigned[-1] >= 0, gamma=config.gamma, enabled=config.target_attention
+        )
+        bank = self.global_tokens[self._negatives(m.batch.global_rows, generators)]
+        return config.global_weight * losses.global_loss(v_a, own, bank, tau=config.tau, normaliser=m.images)
+
+    def instance_loss(self, m: Matching, elsewhere: Tensor | None) -> Tensor:
+        """L_l (Eq. 4) of the last decoder output. Segments that are too small for the teacher have no token and take no part."""
+        config, last = self.config, m.layer == len(m.assigned) - 1
+        own = torch.cat(m.batch.instance_tokens)[m.row[last]]
+        encoded = own.any(1)
+        return config.instance_weight * losses.instance_loss(
+            m.v[-1][m.image[last], m.query[last]][encoded],
+            own[encoded],
+            m.image[last][encoded],
+            tau=config.tau,
+            negatives=config.instance_negatives,
+            elsewhere=elsewhere,
+            normaliser=m.instances,
+        )
 
     def _negatives(self, own: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """Rows (B, T) drawn uniformly from the cached global tokens of the same view, an image's own row excluded (D3)."""
@@ -198,23 +262,31 @@ class G2SCriterion:
         fake, mu, log_var = self.generator(real, self.text_of_class[label], eps)
         terms = {"mmd": config.mmd_weight * losses.mmd_loss(fake, real)}
         if config.diversity_weight:
-            void_image, void_query = (category < 0).nonzero(as_tuple=True)
-            unmatched = feature[void_image, void_query]
-            diversity = losses.diversity_loss(fake, real, image, unmatched, void_image, tau=config.tau)
-            terms["diversity"] = config.diversity_weight * diversity
+            terms["diversity"] = self.diversity_loss(fake, real, image, feature, category)
         if config.semantic_weight:
-            logits = self.projector.logits(self.projector(fake), self.text)
-            target = one_hot(self.seen_row[label], len(self.text))
-            terms["semantic"] = config.semantic_weight * losses.focal_loss(logits, target, normaliser=len(label))
+            terms["semantic"] = self.semantic_loss(fake, label)
         if config.kl_weight:
             terms["kl"] = config.kl_weight * losses.kl_loss(mu, log_var)
         return terms
+
+    def diversity_loss(self, fake: Tensor, real: Tensor, image: Tensor, feature: Tensor, category: Tensor) -> Tensor:
+        """L_div (Eq. 7): f'_i against its f_i; negatives are the image's other f'_j and its unmatched queries F_0."""
+        void_image, void_query = (category < 0).nonzero(as_tuple=True)
+        unmatched = feature[void_image, void_query]
+        loss = losses.diversity_loss(fake, real, image, unmatched, void_image, tau=self.config.tau)
+        return self.config.diversity_weight * loss
+
+    def semantic_loss(self, fake: Tensor, label: Tensor) -> Tensor:
+        """L_gv2s (Eq. 8): the focal loss of P(F'_s) over A_s, the projector frozen."""
+        logits = self.projector.logits(self.projector(fake), self.text)
+        target = one_hot(self.seen_row[label], len(self.text))
+        return self.config.semantic_weight * losses.focal_loss(logits, target, normaliser=len(label))
 
 
 class CPACriterion:
     """L_f = focal(P(F) over A_s) + focal(P(F'_u) over A) (paper Eq. 9): real seen and made-up unseen features, projector alone.
 
-    `text`: what the classifier tells the classes by, `Model.text`: A, or of a linear classifier the identity.
+    `text`: the classifier's rows, `Model.text`: A, or of a linear classifier the identity.
     """
 
     def __init__(
@@ -237,20 +309,25 @@ class CPACriterion:
         yield self.terms(batch, step_generator(self.config.seed, step))
 
     def terms(self, batch: QueryBatch, generator: torch.Generator) -> dict[str, Tensor]:
-        config = self.config
+        return {"real": self.real_loss(batch), "synthetic": self.synthetic_loss(generator)}
+
+    def real_loss(self, batch: QueryBatch) -> Tensor:
+        """focal(P(F)) of all queries of seen images, over A_s alone: a query over an unseen object is no negative of its class."""
         feature, category = batch.feature.to(self.device), batch.category.to(self.device)
         target = one_hot(torch.where(category >= 0, self.seen_row[category], -1), len(self.text))
-        # Over the seen classes only: a query that in truth shows an unseen object is never taught "not that unseen class".
         logits = self.projector.logits(self.projector(feature), self.text)
         matched = max(int((category >= 0).sum()), 1)
-        terms = {"real": config.real_weight * losses.focal_loss(logits, target, normaliser=matched)}
+        return self.config.real_weight * losses.focal_loss(logits, target, normaliser=matched)
+
+    def synthetic_loss(self, generator: torch.Generator) -> Tensor:
+        """focal(P(F'_u)) over A of U generated features, each of an unseen class drawn uniformly (D7)."""
+        config = self.config
         drawn = torch.randint(len(self.unseen), (config.synthetic,), generator=generator).to(self.device)
         label = self.unseen[drawn]
         fake = self.generator.generate(self.text_of_class[label], noise_into=config.noise_into, rng=generator)
         logits = self.projector.logits(self.projector(fake), self.all_text)
         target = one_hot(label, len(self.all_text))
-        terms["synthetic"] = config.synthetic_weight * losses.focal_loss(logits, target, normaliser=config.synthetic)
-        return terms
+        return config.synthetic_weight * losses.focal_loss(logits, target, normaliser=config.synthetic)
 
 
 def _encoded(tokens: Tensor) -> Tensor:

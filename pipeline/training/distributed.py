@@ -74,10 +74,6 @@ class Ranks:
         for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(part.view_as(grad))  # in place: a gradient must keep its parameter's memory format
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Does any process say so?"""
-        return flag if self.world == 1 else bool(self.sum(torch.tensor(float(flag), device=device)))
-
 
 ALONE = Ranks()
 

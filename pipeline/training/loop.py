@@ -135,9 +135,6 @@ def train(
     source = batches(start)
     with record, Terminated() as terminated:
         for step in range(start, schedule.steps):
-            if ranks.any(terminated.asked, device):
-                save(step)
-                terminated.proceed()
             began = time.perf_counter()
             batch = next(source)
             waited = time.perf_counter() - began
@@ -149,39 +146,54 @@ def train(
                 scaler.scale(torch.stack(list(terms.values())).sum()).backward()
                 own = {key: own.get(key, 0.0) + term.detach() for key, term in terms.items()}
             mine = torch.stack(list(own.values()))
+            stop = mine.new_full((1,), float(terminated.asked))
             ranks.sum_gradients(parameters)
             scaler.unscale_(optimiser)
             norm = nn.utils.clip_grad_norm_(parameters, schedule.clip or math.inf)
-            # the only copy to the CPU, after all work of the step is under way
-            numbers = torch.stack((mine, ranks.sum(mine), norm.expand_as(mine))).tolist()
-            _require_finite(name, step, batch.image_ids, list(own), *numbers, scaled=scaler.is_enabled())
+            # The one wait for the device in a step of this loop, after all its work is under way. The flag that asks every
+            # process to stop rides along.
+            numbers = torch.cat((mine, ranks.sum(torch.cat((mine, stop))), norm.view(1))).tolist()
+            terms, (*sums, stopped, length) = numbers[: len(own)], numbers[len(own) :]
+            _require_finite(name, step, batch.image_ids, list(own), terms, sums, length, scaled=scaler.is_enabled())
             scaler.step(optimiser)
             scaler.update()
             for kept, parameter in zip(average, parameters, strict=False):
                 kept.lerp_(parameter.detach(), 1.0 - schedule.ema)
-            values = dict(zip(own, numbers[1], strict=True))
-            record.add(values, norm=numbers[2][0], waited=waited, seconds=time.perf_counter() - began)
-            if (step + 1) % runtime.checkpoint_every == 0 or step + 1 == schedule.steps:
+            values = dict(zip(own, sums, strict=True))
+            record.add(values, norm=length, waited=waited, seconds=time.perf_counter() - began)
+            if stopped or (step + 1) % runtime.checkpoint_every == 0 or step + 1 == schedule.steps:
                 save(step + 1)
+            if stopped:
+                terminated.proceed()
     with torch.no_grad():
         for parameter, value in zip(parameters, average, strict=False):
             parameter.copy_(value)
 
 
 def _require_finite(
-    name: str, step: int, image_ids: list[int], names: list[str], mine: list[float], all_: list[float], norms: list[float], *, scaled: bool
-) -> None:  # fmt: skip
+    name: str,
+    step: int,
+    image_ids: list[int],
+    names: list[str],
+    mine: list[float],
+    sums: list[float],
+    norm: float,
+    *,
+    scaled: bool,
+) -> None:
+    """`mine`: this process's losses by `names`; `sums`: those of all processes; `norm`: the gradient's."""
     for term, value in zip(names, mine, strict=True):
         if not math.isfinite(value):
             raise UserError(
                 f"{name}: loss {term} is {value} at step {step} (images {image_ids}); "
                 f"the last saved state is kept; lower --{name}.lr or look at these images"
             )
-    if not all(map(math.isfinite, all_)):
-        torch.distributed.barrier()  # another process has such a loss, says so, and ends us
-    if not scaled and not math.isfinite(norms[0]):
+    if not all(map(math.isfinite, sums)):
+        # Another process has such a loss, raises, and the launcher ends this one.
+        torch.distributed.barrier()
+    if not scaled and not math.isfinite(norm):
         raise UserError(
-            f"{name}: the gradient is {norms[0]} at step {step}, every loss finite (images {image_ids}); "
+            f"{name}: the gradient is {norm} at step {step}, every loss finite (images {image_ids}); "
             f"the last saved state is kept; lower --{name}.lr or set --{name}.clip"
         )
 
