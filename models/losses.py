@@ -1,8 +1,9 @@
 """Every loss of the three training stages, as pure functions: tensors in, scalar tensors out.
 
-"Paper Eq. n" is the equation in the paper, "Dn" a decision on what the paper leaves open. The paper writes the
-contrastive losses (Eq. 3, 4, 7) without their -log; here they are what was meant, InfoNCE. All run in float32 or
-better, whatever autocast says, and give a zero that keeps the graph when there is nothing to compare.
+"The paper" is "Semantic-Centric Alignment for Zero-Shot Panoptic and Semantic Segmentation" (anonymous, under review),
+"Paper Eq. n" an equation in it, "Dn" a decision on what it leaves open; models/README.md has the table of decisions. The
+paper prints the contrastive losses (Eq. 3, 4, 7) without their -log; here they are InfoNCE. All are computed in float32 or
+better, under autocast too, and return a zero that keeps the graph when there is nothing to compare.
 """
 
 from __future__ import annotations
