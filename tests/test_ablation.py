@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from flows import ablate, presets
+from flows import presets
 from flows.cli import main
+from pipeline.ablation.rows import runs_of
 from pipeline.ablation.tables import (
     SCORES,
     SETTINGS,
@@ -75,7 +76,7 @@ def test_seeds_leave_the_teacher_and_its_tokens_alone() -> None:
 
 def test_rows_that_differ_late_share_their_stage_1() -> None:
     base = presets.preset("scenes")
-    every = [run for table in TABLES.values() for run in ablate._runs(table, base, 3)]
+    every = [run for table in TABLES.values() for run in runs_of(table, base, 3)]
     stage_1 = {(run.variant, run.ref("v2c")) for run in every}
     assert len({ref for _, ref in stage_1}) == 3 * 5  # plain, whole, and table 5's three others
     assert len({run.ref("evaluate") for run in every}) == 3 * 9
@@ -109,7 +110,7 @@ def test_means_deviations_and_gains_are_those_of_the_runs() -> None:
 
 
 def test_every_row_of_the_paper_has_a_row_here() -> None:
-    paper = json.loads((Path(ablate.__file__).parents[1] / "pipeline/ablation/paper.json").read_text())
+    paper = json.loads((Path(__file__).parents[1] / "pipeline/ablation/paper.json").read_text())
     for name, table in TABLES.items():
         assert set(paper[name]) == {variant.name for variant in table.variants}
 
