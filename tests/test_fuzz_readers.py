@@ -27,6 +27,7 @@ from pipeline.teacher.text_bank import open_text
 from pipeline.training.curves import read_curves
 from storage.checkpoints import load_checkpoint, load_training_state, save_checkpoint, save_training_state
 from storage.keys import Recipe
+from storage.errors import UserError
 from storage.queries import check_queries, read_queries, write_queries
 from storage.shards import Sample, Segment, Shards, read_shard, write_index, write_shard
 from storage.store import Build, Store
@@ -106,7 +107,7 @@ def attempt(read: Callable[[], Any]) -> Any:
     try:
         return read()
     except ValueError as error:
-        assert type(error) is ValueError and str(error) and "\n" not in str(error), repr(error)
+        assert type(error) is UserError and str(error) and "\n" not in str(error), repr(error)
         return None
 
 
