@@ -70,7 +70,7 @@ def run(
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
 
-    from pipeline.inference.maps import classes_of
+    from pipeline.inference.maps import classes_of, thresholds_of
     from pipeline.inference.model import load_model
     from pipeline.inference.vocabulary import as_trained, vocabulary_of
 
@@ -81,14 +81,14 @@ def run(
     classes = classes_of(vocabulary.embedding, vocabulary.facts, device)
     predictor = _Predictor(model=model, classes=classes, seen_offset=seen_offset, runtime=runtime)
     scores, counts = part.score(predictor, known, Path(out) if out else None)
-    per_class = scores.pop("per_class")
+    per_class, stored = scores.pop("per_class"), thresholds_of(model.facts)
     return {
         "benchmark": known.name,
         "task": known.task,
         "split": split,
         "data": part.layout,
         "checkpoint": {"stage": model.facts["stage"], "key": _key(folder), "folder": str(folder)},
-        "thresholds": {name: model.facts[name] for name in ("object_threshold", "overlap_threshold")},
+        "thresholds": {"object_threshold": stored.object_threshold, "overlap_threshold": stored.overlap_threshold},
         "seen_offset": seen_offset,
         "marks": marks(model.facts["classes"]["teacher"], known),
         "counts": {**counts, "classes": len(known.seen), "seen": sum(known.seen), "unseen": len(known.unseen_ids)},
@@ -145,22 +145,17 @@ class _Panoptic:
 
     def score(self, predictor: _Predictor, benchmark: Benchmark, out: Path | None) -> Scored:
         from pipeline.inference.export import ImagePrediction, write_coco_panoptic
+        from pipeline.inference.maps import thresholds_of
         from pipeline.scoring.rows import GroundTruth, Row
 
         row, pixels, count = Row(benchmark), _Pixels(), len(self.entries)
+        thresholds = thresholds_of(predictor.model.facts, seen_offset=predictor.seen_offset)
 
         def predictions() -> Iterator[ImagePrediction]:
             for (entry, sample), output, logits in predictor(self.samples(), count):
                 gt = GroundTruth(sample, benchmark)
                 pixels.add(gt.classes)
-                ids, segments = row.predict(
-                    gt,
-                    output.resize(),
-                    logits,
-                    predictor.classes,
-                    predictor.model.facts,
-                    seen_offset=predictor.seen_offset,
-                )
+                ids, segments = row.predict(gt, output.kept(), logits, predictor.classes, thresholds)
                 yield ImagePrediction(image_id=entry.image_id, file_name=entry.image, ids=ids, segments=segments)
 
         if out:

@@ -187,7 +187,7 @@ def choose_threshold(
 
     from models.folding import for_inference
     from pipeline.inference.forward import outputs
-    from pipeline.inference.maps import classes_of, panoptic_map
+    from pipeline.inference.maps import Thresholds, classes_of, panoptic_map
     from pipeline.scoring.metrics import PanopticQuality
     from storage.shards import decode_ids
 
@@ -198,15 +198,14 @@ def choose_threshold(
     samples = itertools.islice(data.plain_samples(), config.calibration_images)
     with runtime.bar(min(config.calibration_images, len(data)), "choosing the object threshold", "image") as bar:
         for sample, output in outputs(for_inference(model.segmenter), samples, config.resize, batch=config.batch):
-            output = output.resize()  # once, for all thresholds
+            output = output.kept()  # resized once for all thresholds
             logits = model.logits(output.features, classes.text)
             segments = [s for s in sample.segments if s.category_id in seen_ids]
             ids = decode_ids(sample)
             ids = np.where(np.isin(ids, [s.id for s in segments]), ids, 0)
             for threshold, quality in qualities.items():
-                guess, guessed = panoptic_map(
-                    output, logits, classes, object_threshold=threshold, overlap_threshold=config.overlap_threshold
-                )
+                trial = Thresholds(object_threshold=threshold, overlap_threshold=config.overlap_threshold)
+                guess, guessed = panoptic_map(output, logits, classes, trial)
                 quality.update(ids, segments, guess, guessed, image=sample.image_id)
             bar.update()
     by_threshold = {threshold: quality.result().mean().pq for threshold, quality in qualities.items()}

@@ -23,7 +23,7 @@ CAT, DOG, SKY, SEA = range(4)
 
 def waterfall(shown: Sample, output: Output, logits: Tensor) -> dict[str, Any]:
     """The loss table of one image."""
-    result, gt, output = Waterfall(BENCHMARK), GroundTruth(shown, BENCHMARK), output.resize()
+    result, gt, output = Waterfall(BENCHMARK), GroundTruth(shown, BENCHMARK), output.kept()
     pairs = paired(shown, output)
     masks, actual = Row(BENCHMARK), Row(BENCHMARK)
     masks.predict(gt, output, pairs.certain(pairs.classes, logits), CLASSES, THRESHOLDS)
@@ -33,9 +33,7 @@ def waterfall(shown: Sample, output: Output, logits: Tensor) -> dict[str, Any]:
 
 
 def paired(shown: Sample, output: Output) -> Pairs:
-    resized = output.resize().resized
-    assert resized is not None
-    return pair(GroundTruth(shown, BENCHMARK), resized)
+    return pair(GroundTruth(shown, BENCHMARK), output)
 
 
 def losses(shown: Sample, output: Output, logits: Tensor) -> dict[str, tuple[float, float]]:

@@ -23,7 +23,7 @@ from pipeline import evaluate_checkpoint
 from pipeline.data.benchmarks import Benchmark, load_benchmark
 from pipeline.data.config import AugmentConfig, CocoConfig, ResizeConfig
 from pipeline.inference.forward import outputs
-from pipeline.inference.maps import classes_of, semantic_map
+from pipeline.inference.maps import classes_of, semantic_map, thresholds_of
 from pipeline.inference.model import load_model
 from pipeline.inference.vocabulary import as_trained
 from pipeline.line import Config
@@ -269,7 +269,7 @@ def test_the_map_of_the_pictures_is_the_semantic_map(run: Run) -> None:
     for sample, output in outputs(model.segmenter, tagged, ResizeConfig(**model.facts["resize"]), batch=1):
         logits = model.logits(output.features, classes.text)
         ids, segments = SemanticRow(run.benchmark).predict(
-            GroundTruth(sample, run.benchmark), output, logits, classes, model.facts
+            GroundTruth(sample, run.benchmark), output, logits, classes, thresholds_of(model.facts)
         )
         named = class_map(ids, segments, run.benchmark.index, image=sample.image_id)
         np.testing.assert_array_equal(named, semantic_map(output, logits, classes))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.projector import class_products
 from pipeline.data.benchmarks import Benchmark
-from pipeline.inference.maps import Classes, Output, PredictedSegment
+from pipeline.inference.maps import Classes, Output, PredictedSegment, thresholds_of
 from pipeline.inference.model import Model
 from pipeline.scoring.rows import GroundTruth, Row, SemanticRow
 from pipeline.scoring.sweeps import Sweeps
@@ -53,7 +53,12 @@ class Evaluator:
         self.rows: dict[str, Row | SemanticRow] = {name: row(benchmark) for name in names}
         self.waterfalls = {name: Waterfall(benchmark) for name in CHECKPOINTS}
         self.sweeps = {
-            name: Sweeps(benchmark, model.facts, object_thresholds=object_thresholds, seen_offsets=seen_offsets)
+            name: Sweeps(
+                benchmark,
+                thresholds_of(model.facts),
+                object_thresholds=object_thresholds,
+                seen_offsets=seen_offsets,
+            )
             for name, model in models.items()
         }
         self.images = 0
@@ -66,28 +71,27 @@ class Evaluator:
 
         `own`: the teacher's tokens of its segments (O, D).
         """
-        gt, output = GroundTruth(sample, self.benchmark), output.resize()
-        assert output.resized is not None
-        pairs = pair(gt, output.resized)
+        gt, output = GroundTruth(sample, self.benchmark), output.kept()
+        pairs = pair(gt, output)
         logits = {name: model.logits(output.features, model.text) for name, model in self.models.items()}
         guess = class_products(own.to(self.classes.text.device), self.classes.text).argmax(1).cpu().numpy()
 
-        stage_1 = self.models["inductive"]
+        stage_1 = self.models["inductive"].facts
         self.rows["ceiling"].rename(gt, guess.tolist())
-        self.rows["control"].predict(
-            gt, output, logits["inductive"], self.classes, stage_1.facts, seen_offset=self.control_offset
-        )
+        control = thresholds_of(stage_1, seen_offset=self.control_offset)
+        self.rows["control"].predict(gt, output, logits["inductive"], self.classes, control)
         certain = pairs.certain(pairs.classes, logits["inductive"])
-        self.rows["true_classes"].predict(gt, output, certain, self.classes, stage_1.facts)
+        self.rows["true_classes"].predict(gt, output, certain, self.classes, thresholds_of(stage_1))
         maps: dict[str, Map] = {}
         for name, model in self.models.items():
-            maps[name] = self.rows[name].predict(gt, output, logits[name], self.classes, model.facts)
+            thresholds = thresholds_of(model.facts)
+            maps[name] = self.rows[name].predict(gt, output, logits[name], self.classes, thresholds)
             named = np.zeros(len(sample.segments), np.int64)  # crowds are left out whatever their name
             named[pairs.segments] = logits[name].argmax(1).cpu().numpy()[pairs.nearest]
             self.rows[f"true_masks_{name}"].rename(gt, named.tolist())
             if self.benchmark.task == "semantic":
                 continue
-            self.waterfalls[name].update(gt, output, pairs, logits[name], self.classes, model.facts)
+            self.waterfalls[name].update(gt, output, pairs, logits[name], self.classes, thresholds)
             if self.images < self.sweep_images:
                 self.sweeps[name].update(gt, output, logits[name], self.classes)
 

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from pipeline.data.benchmarks import Benchmark
-from pipeline.inference.maps import Classes, Output, PredictedSegment, panoptic_map, semantic_map
+from pipeline.inference.maps import Classes, Output, PredictedSegment, Thresholds, panoptic_map, semantic_map
 from pipeline.scoring.metrics import ConfusionMatrix, PanopticQuality, class_map, scores, semantic_scores
 from storage.shards import Sample, decode_ids
 
@@ -37,17 +37,13 @@ class Row:
         output: Output,
         logits: Tensor,
         classes: Classes,
-        facts: dict[str, Any],
-        *,
-        seen_offset: float = 0.0,
+        thresholds: Thresholds,
     ) -> tuple[np.ndarray, list[PredictedSegment]]:
         """Score one image by its class logits; returns the panoptic map."""
-        thresholds = {name: facts[name] for name in ("object_threshold", "overlap_threshold")}
-        ids, segments = panoptic_map(output, logits, classes, seen_offset=seen_offset, **thresholds)
+        ids, segments = panoptic_map(output, logits, classes, thresholds)
         self.quality.update(gt.ids, gt.sample.segments, ids, segments, image=gt.sample.image_id)
-        self.confusion.update(
-            gt.classes, semantic_map(output, logits, classes, seen_offset=seen_offset), image=gt.sample.image_id
-        )
+        found = semantic_map(output, logits, classes, seen_offset=thresholds.seen_offset)
+        self.confusion.update(gt.classes, found, image=gt.sample.image_id)
         return ids, segments
 
     def rename(self, gt: GroundTruth, guess: list[int]) -> None:
@@ -84,13 +80,11 @@ class SemanticRow:
         output: Output,
         logits: Tensor,
         classes: Classes,
-        facts: dict[str, Any],
-        *,
-        seen_offset: float = 0.0,
+        thresholds: Thresholds,
     ) -> tuple[np.ndarray, list[PredictedSegment]]:
-        """Score one image by its class logits; returns the semantic map, each class in it as one segment. The thresholds in
-        `facts` decide nothing here."""
-        found = semantic_map(output, logits, classes, seen_offset=seen_offset)
+        """Score one image by its class logits; returns the semantic map, each class in it as one segment. Of the thresholds
+        only `seen_offset` has an effect here."""
+        found = semantic_map(output, logits, classes, seen_offset=thresholds.seen_offset)
         self.confusion.update(gt.classes, found, image=gt.sample.image_id)
         shown = [
             PredictedSegment(id=k + 1, category_id=self.benchmark.categories[k].id, score=1.0)

@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pipeline.data.benchmarks import Benchmark
-from pipeline.inference.maps import Classes, Output, ResizedMasks, panoptic_map
+from pipeline.inference.maps import Classes, Output, Thresholds, panoptic_map
 from pipeline.scoring.metrics import PanopticQuality, PanopticResult
 from pipeline.scoring.rows import GroundTruth
 
@@ -48,7 +48,7 @@ class Pairs:
 
 
 @torch.no_grad()
-def pair(gt: GroundTruth, masks: ResizedMasks) -> Pairs:
+def pair(gt: GroundTruth, output: Output) -> Pairs:
     """The class-blind one-to-one assignment of highest summed IoU between true segments and queries (masks >= 0.5).
 
     As in panoptic quality, crowds take no part and pixels of void count in no union. A pair without a common pixel is none.
@@ -57,13 +57,14 @@ def pair(gt: GroundTruth, masks: ResizedMasks) -> Pairs:
     classes = np.array([gt.benchmark.index[gt.sample.segments[i].category_id] for i in segments], np.int64)
     if not len(segments):
         return Pairs(segments=segments, classes=classes, query=segments, nearest=segments)
-    probabilities = masks.probabilities.flatten(1)
+    masks = output.probabilities()
+    probabilities = masks.flatten(1)
     ids = torch.from_numpy(gt.ids.astype(np.int64)).to(probabilities.device).flatten()
     truth = torch.stack([ids == gt.sample.segments[i].id for i in segments]).float()  # (n, H * W)
     annotated = (ids != 0).float()
     columns = torch.cat([truth, annotated[None]]).T
     # float32 counts pixels exactly up to 2^24 of them
-    overlap = torch.cat([(part.flatten(1) >= 0.5).float() @ columns for part in masks.probabilities.split(16)])
+    overlap = torch.cat([(part.flatten(1) >= 0.5).float() @ columns for part in masks.split(16)])
     overlap = overlap.T.double().cpu().numpy()
     inter, query_area = overlap[:-1], overlap[-1]
     area = truth.sum(1).double().cpu().numpy()
@@ -102,9 +103,15 @@ class Waterfall:
         self._right = {group: np.zeros(3, np.int64) for group in (True, False)}  # pairs, right within group, over all
 
     def update(
-        self, gt: GroundTruth, output: Output, pairs: Pairs, logits: Tensor, classes: Classes, facts: dict[str, Any]
+        self,
+        gt: GroundTruth,
+        output: Output,
+        pairs: Pairs,
+        logits: Tensor,
+        classes: Classes,
+        thresholds: Thresholds,
     ) -> None:
-        """Counts one image. `output` must be resized, `logits` (Q, K) are the checkpoint's, `facts` holds its thresholds."""
+        """Counts one image; `logits` (Q, K) and `thresholds` are the checkpoint's."""
         paired = pairs.query >= 0
         own = logits.float().cpu().numpy()[pairs.query]  # (n, K), of no meaning where there is no query
         seen = np.array(self.benchmark.seen)
@@ -115,9 +122,8 @@ class Waterfall:
             of_group = paired & (truth_seen == group)
             right = [names[of_group] == pairs.classes[of_group] for names in (within, over_all)]
             counts += [of_group.sum(), right[0].sum(), right[1].sum()]
-        thresholds = {name: facts[name] for name in ("object_threshold", "overlap_threshold")}
         for quality, names in ((self.within_group, within), (self.over_all, over_all)):
-            found = panoptic_map(output, pairs.certain(names, logits), classes, **thresholds)
+            found = panoptic_map(output, pairs.certain(names, logits), classes, thresholds)
             quality.update(gt.ids, gt.sample.segments, *found, image=gt.sample.image_id)
 
     def result(self, *, true_classes: PanopticResult, actual: PanopticResult) -> dict[str, Any]:
