@@ -93,15 +93,8 @@ def run(
         resize = ResizeConfig(**stage_1.facts["resize"])
         count = sum(_counts(store, shards))
         with runtime.bar(count, "evaluating", "image") as bar:
-            evaluator = Evaluator(
-                benchmark,
-                models,
-                classes_of(bank.embedding, bank.classes(), device),
-                control_offset=config.control_offset,
-                sweep_images=config.sweep_images,
-                object_thresholds=config.object_thresholds,
-                seen_offsets=config.seen_offsets,
-            )
+            classes = classes_of(bank.embedding, bank.classes(), device)
+            evaluator = Evaluator(benchmark, models, classes, config)
             for (sample, own), output in outputs(for_inference(stage_1.segmenter), samples, resize, batch=config.batch):
                 maps = evaluator.update(sample, own, output)
                 if len(pictures) < config.pictures and any(

@@ -29,6 +29,7 @@ def waterfall(shown: Sample, output: Output, logits: Tensor) -> dict[str, Any]:
     masks.predict(gt, output, pairs.certain(pairs.classes, logits), CLASSES, THRESHOLDS)
     actual.predict(gt, output, logits, CLASSES, THRESHOLDS)
     result.update(gt, output, pairs, logits, CLASSES, THRESHOLDS)
+    assert masks.quality is not None and actual.quality is not None
     return result.result(true_classes=masks.quality.result(), actual=actual.quality.result())
 
 

@@ -29,7 +29,7 @@ from pipeline.inference.vocabulary import as_trained
 from pipeline.line import Config
 from pipeline.report.write import console_table
 from pipeline.scoring.metrics import ConfusionMatrix, class_map, semantic_scores
-from pipeline.scoring.rows import GroundTruth, SemanticRow
+from pipeline.scoring.rows import GroundTruth, Row
 from pipeline.teacher.encode import shown_in_training
 from pipeline.teacher.text_bank import open_text
 from pipeline.training.loader import TrainingData
@@ -268,7 +268,7 @@ def test_the_map_of_the_pictures_is_the_semantic_map(run: Run) -> None:
     ]
     for sample, output in outputs(model.segmenter, tagged, ResizeConfig(**model.facts["resize"]), batch=1):
         logits = model.logits(output.features, classes.text)
-        ids, segments = SemanticRow(run.benchmark).predict(
+        ids, segments = Row(run.benchmark).predict(
             GroundTruth(sample, run.benchmark), output, logits, classes, thresholds_of(model.facts)
         )
         named = class_map(ids, segments, run.benchmark.index, image=sample.image_id)

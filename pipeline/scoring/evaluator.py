@@ -3,7 +3,7 @@ lost and the sweeps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from models.projector import class_products
 from pipeline.data.benchmarks import Benchmark
-from pipeline.inference.maps import Classes, Output, PredictedSegment, thresholds_of
+from pipeline.inference.maps import Classes, Output, thresholds_of
 from pipeline.inference.model import Model
-from pipeline.scoring.rows import GroundTruth, Row, SemanticRow
+from pipeline.scoring.config import EvaluateConfig
+from pipeline.scoring.rows import GroundTruth, Map, Row
 from pipeline.scoring.sweeps import Sweeps
 from pipeline.scoring.waterfall import Waterfall, pair
 from storage.shards import Sample
 
 CHECKPOINTS = ("inductive", "transductive")
-Map = tuple[np.ndarray, list[PredictedSegment]]
 
 
 class Evaluator:
@@ -30,9 +30,7 @@ class Evaluator:
         benchmark: classes and split.
         models: "inductive" and "transductive", with the same segmenter and thresholds.
         classes: the teacher's rows of the classes, in the benchmark's order.
-        control_offset: the seen_offset of the control row.
-        sweep_images: how many images the sweeps see, the first ones.
-        object_thresholds, seen_offsets: the sweeps' grids.
+        config: the control row's offset, and the sweeps' grids and number of images.
     """
 
     def __init__(
@@ -40,24 +38,18 @@ class Evaluator:
         benchmark: Benchmark,
         models: Mapping[str, Model],
         classes: Classes,
-        *,
-        control_offset: float,
-        sweep_images: int,
-        object_thresholds: Sequence[float],
-        seen_offsets: Sequence[float],
+        config: EvaluateConfig,
     ) -> None:
-        self.benchmark, self.models, self.classes = benchmark, models, classes
-        self.control_offset, self.sweep_images = control_offset, sweep_images
+        self.benchmark, self.models, self.classes, self.config = benchmark, models, classes, config
         names = *CHECKPOINTS, "control", "ceiling", "true_classes", *(f"true_masks_{name}" for name in CHECKPOINTS)
-        row = Row if benchmark.task == "panoptic" else SemanticRow
-        self.rows: dict[str, Row | SemanticRow] = {name: row(benchmark) for name in names}
+        self.rows = {name: Row(benchmark) for name in names}
         self.waterfalls = {name: Waterfall(benchmark) for name in CHECKPOINTS}
         self.sweeps = {
             name: Sweeps(
                 benchmark,
                 thresholds_of(model.facts),
-                object_thresholds=object_thresholds,
-                seen_offsets=seen_offsets,
+                object_thresholds=config.object_thresholds,
+                seen_offsets=config.seen_offsets,
             )
             for name, model in models.items()
         }
@@ -78,7 +70,7 @@ class Evaluator:
 
         stage_1 = self.models["inductive"].facts
         self.rows["ceiling"].rename(gt, guess.tolist())
-        control = thresholds_of(stage_1, seen_offset=self.control_offset)
+        control = thresholds_of(stage_1, seen_offset=self.config.control_offset)
         self.rows["control"].predict(gt, output, logits["inductive"], self.classes, control)
         certain = pairs.certain(pairs.classes, logits["inductive"])
         self.rows["true_classes"].predict(gt, output, certain, self.classes, thresholds_of(stage_1))
@@ -92,7 +84,7 @@ class Evaluator:
             if self.benchmark.task == "semantic":
                 continue
             self.waterfalls[name].update(gt, output, pairs, logits[name], self.classes, thresholds)
-            if self.images < self.sweep_images:
+            if self.images < self.config.sweep_images:
                 self.sweeps[name].update(gt, output, logits[name], self.classes)
 
         for position, k in zip(pairs.classes, guess[pairs.segments], strict=True):
@@ -116,7 +108,7 @@ class Evaluator:
         }
 
     def _diagnosis(self) -> dict[str, Any]:
-        quality = {name: row.quality.result() for name, row in self.rows.items() if isinstance(row, Row)}
+        quality = {name: row.quality.result() for name, row in self.rows.items() if row.quality is not None}
         if not quality:
             return {}
         return {
@@ -125,7 +117,7 @@ class Evaluator:
                 for name, waterfall in self.waterfalls.items()
             },
             "sweeps": {
-                "images": min(self.images, self.sweep_images),
+                "images": min(self.images, self.config.sweep_images),
                 "of": self.images,
                 **{name: sweeps.curves() for name, sweeps in self.sweeps.items()},
             },
