@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -20,6 +20,7 @@ from pipeline.ablation.page import page, picture
 from pipeline.ablation.tables import TABLES, Table, cells, html, markdown, seeded, summary, sweep
 from pipeline.line import Config, Stage, benchmark_of, line
 from pipeline.runtime import Runtime
+from pipeline.scoring.records import Report, read_report
 from pipeline.world.config import ScenesConfig
 from storage.atomic import write_text
 from storage.errors import UserError
@@ -161,10 +162,10 @@ def build_group(runs: Sequence[Run], root: Path, runtime: Runtime) -> None:
 
 def write_table(folder: Path, table: Table, runs: Sequence[Run], store: Store) -> list[list[str]]:
     """`<table>.json` and `<table>.md` in `folder`; returns the table's cells."""
-    reports: dict[str, list[Mapping[str, Any]]] = {}
+    reports: dict[str, list[Report]] = {}
     for run in runs:
-        report = store.open(run.ref("evaluate")).path / "report.json"
-        reports.setdefault(run.variant, []).append(json.loads(report.read_text(encoding="utf-8")))
+        report = read_report(store.open(run.ref("evaluate")).path / "report.json")
+        reports.setdefault(run.variant, []).append(report)
     rows = summary(table, reports)
     keys = [{"variant": r.variant, "seed": r.seed, **{s.stage: s.recipe.ref.key for s in r.steps}} for r in runs]
     lines = cells(table, rows)

@@ -102,13 +102,12 @@ def _walk(request: Request, runtime: Runtime, first: str, last: str, force: Sequ
 
 
 def _print_report(name: str, folder: Any) -> None:
-    import json
-
     from rich.console import Console
 
     from pipeline.report.write import console_table
+    from pipeline.scoring.records import read_report
 
-    Console().print(console_table(json.loads((folder / "report.json").read_text(encoding="utf-8"))))
+    Console().print(console_table(read_report(folder / "report.json")))
     print(f"report of {name}: {folder / 'report.html'}")
 
 

@@ -10,7 +10,7 @@ from pipeline.data.config import ResizeConfig
 from pipeline.data.samples import samples_with_tokens
 from pipeline.runtime import Runtime
 from pipeline.scoring.config import EvaluateConfig
-from pipeline.scoring.published import marks
+from pipeline.scoring.records import HEADLINE, Report
 from storage.errors import UserError
 from storage.keys import Recipe, Ref
 from storage.store import Build, Store
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from storage.shards import Sample
 
 STAGE, VERSION = "evaluate", 2
-HEADLINE = {"panoptic": ("sPQ", "uPQ", "hPQ"), "semantic": ("sIoU", "uIoU", "hIoU")}
 log = logging.getLogger(__name__)
 
 
@@ -74,7 +73,6 @@ def run(
         from pipeline.inference.model import load_model, require_same_classes
         from pipeline.report.write import write_report
         from pipeline.scoring.evaluator import Evaluator
-        from pipeline.scoring.published import beside_the_paper
         from pipeline.teacher.text_bank import open_text
         from pipeline.training.curves import read_curves
 
@@ -102,35 +100,17 @@ def run(
                 ):
                     pictures.append(_picture(sample, maps, benchmark))
                 bar.update()
-        results, warnings = evaluator.results(), marks(bank.teacher, benchmark)
-        report = {
-            "benchmark": benchmark.name,
-            "marks": warnings,
-            **results,
-            "published": beside_the_paper(benchmark.name, results, images=count, marks=warnings),
-            "settings": {
-                **(
-                    _thresholds(stage_1) if benchmark.task == "panoptic" else {}
-                ),  # they decide nothing in a semantic map
-                "seen_offset": 0.0,
-                "control_offset": config.control_offset,
-                "images": count,
-                "teacher": f"{bank.teacher['name']} / {bank.teacher['pretrained']}",
-            },
-        }
+        report = evaluator.report(bank.teacher)
         stages = (("v2c", inductive), ("g2s", generator), ("cpa", transductive))
         curves = {stage: read_curves(store.open(ref).path) for stage, ref in stages}
         write_report(build.path, report, curves=curves, pictures=pictures)
+        left_out = report.left_out
         log.info(
-            "ceilings: %d crowd segments take no part; %d segments have no query over them",
-            *results["left_out"].values(),
+            "ceilings leave out %d crowd segments; %d segments have no query over them",
+            left_out.crowd_segments,
+            left_out.segments_without_a_query,
         )
-        build.counts |= {
-            name: {key: round(results[name][key], 3) for key in HEADLINE[benchmark.task]} for name in evaluator.rows
-        }
-        if "sweeps" in results:
-            build.counts["sweep_images"] = results["sweeps"]["images"]
-        build.counts |= {"images": count, "left_out": results["left_out"]}
+        build.counts |= counts(report, benchmark.task)
 
     inputs = {
         "shards": shards,
@@ -143,12 +123,14 @@ def run(
     return store.build(recipe(config, benchmark=benchmark, **inputs), work)
 
 
-def _thresholds(model: Model) -> dict[str, Any]:
-    return {
-        "object_threshold": model.facts["object_threshold"],
-        "object_threshold_chosen_on": "seen classes of training images",
-        "overlap_threshold": model.facts["overlap_threshold"],
+def counts(report: Report, task: str) -> dict[str, Any]:
+    """What the manifest holds of a report: every row's headline, what was counted, and what was left out."""
+    content: dict[str, Any] = {
+        name: {key: round(getattr(row, key), 3) for key in HEADLINE[task]} for name, row in report.rows.items()
     }
+    if report.sweeps is not None:
+        content["sweep_images"] = report.sweeps.images
+    return content | {"images": report.settings.images, "left_out": report.left_out.content()}
 
 
 def _require_same_segmenter(one: Model, other: Model) -> None:

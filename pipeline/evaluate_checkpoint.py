@@ -6,7 +6,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -57,8 +57,8 @@ def run(
     values.
 
     Returns what was scored and how: `benchmark`, `task`, `split`, `data` (the layout found), `checkpoint` (stage, key,
-    folder), `thresholds`, `seen_offset`, `marks` (warnings), `counts`, `scores` in percent (`metrics.scores` or
-    `metrics.semantic_scores`; null where no class is seen, or none unseen) and `per_class`.
+    folder), `thresholds`, `seen_offset`, `marks` (warnings), `counts`, `scores` in percent (`PanopticScores` or
+    `SemanticScores`; null where no class is seen, or none unseen) and `per_class`.
 
     Raises UserError where an input is missing, broken or does not fit.
     """
@@ -162,7 +162,7 @@ class _Panoptic:
             write_coco_panoptic(out, predictions(), categories=benchmark.categories, rle=True)
         else:
             deque(predictions(), maxlen=0)
-        return row.scores(), {"images": count, **pixels.counts()}
+        return asdict(row.scores()), {"images": count, **pixels.counts()}
 
 
 def _panoptic(benchmark: Benchmark, root: Path, split: str) -> _Panoptic:
@@ -196,7 +196,7 @@ class _Semantic:
             if out:
                 write_labels(out / f"{item.name}.png", guess, benchmark)
         scores = semantic_scores(confusion, categories=benchmark.categories, seen=benchmark.seen)
-        return scores, {"images": len(self.images), **pixels.counts()}
+        return asdict(scores), {"images": len(self.images), **pixels.counts()}
 
 
 def _semantic(benchmark: Benchmark, root: Path, split: str) -> _Semantic:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from pipeline.line import Stage
 from pipeline.report.page import SETTINGS
 from pipeline.scoring.metrics import ConfusionMatrix, PanopticQuality
 from pipeline.scoring.published import marks
+from pipeline.scoring.records import read_report
 from pipeline.scoring.rows import GroundTruth, Row
 from pipeline.teacher.text_bank import TextBank, open_text
 from storage.keys import Recipe, Ref
@@ -40,13 +41,13 @@ def score(shown: Sample, output: Output, logits: Tensor, *, seen_offset: float =
     row = Row(BENCHMARK)
     thresholds = replace(THRESHOLDS, seen_offset=seen_offset)
     row.predict(GroundTruth(shown, BENCHMARK), output, logits, CLASSES, thresholds)
-    return row.scores()
+    return asdict(row.scores())
 
 
 def ceiling(shown: Sample, guess: list[int]) -> dict[str, Any]:
     row = Row(BENCHMARK)
     row.rename(GroundTruth(shown, BENCHMARK), guess)
-    return row.scores()
+    return asdict(row.scores())
 
 
 def right(shown: Sample) -> list[int]:
@@ -120,7 +121,7 @@ def test_crowds_are_no_predictions_in_the_ceiling() -> None:
         row = Row(BENCHMARK)
         row.rename(GroundTruth(shown, BENCHMARK), guess)
         assert row.confusion.counts.sum() == HEIGHT * WIDTH - 240
-        scores = row.scores()
+        scores = asdict(row.scores())
         assert {key: scores[key] for key in SCORES} == dict.fromkeys(SCORES, pytest.approx(100))
         assert per_class(scores, "tp")["cat"] == 1 and sum(per_class(scores, "fp").values()) == 0
 
@@ -264,6 +265,8 @@ def test_the_line_ends_in_a_report(world: tuple[Store, dict[str, Stage]], report
     facts = load_model(store.path(steps["v2c"].recipe.ref)).facts
     assert report["settings"]["object_threshold"] == facts["object_threshold"]
     assert report["settings"]["overlap_threshold"] == facts["overlap_threshold"]
+    text = (artefact.path / "report.json").read_text()
+    assert read_report(artefact.path / "report.json").to_json() == text
     page = (artefact.path / "report.html").read_text()
     assert page.startswith("<!doctype html>") and page.count("data:image/") >= 2
     assert all(f"losses of {stage}" in page for stage in ("v2c", "g2s", "cpa"))

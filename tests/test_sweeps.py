@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ def swept(
     curves = Sweeps(BENCHMARK, STORED, object_thresholds=thresholds, seen_offsets=offsets)
     for sample, output, logits in shown:
         curves.update(GroundTruth(sample, BENCHMARK), output, logits, CLASSES)
-    return curves.curves()
+    return asdict(curves.curves())
 
 
 def at(shown: list[tuple[Sample, Output, Tensor]], **change: float) -> dict[str, float]:
@@ -61,7 +61,7 @@ def at(shown: list[tuple[Sample, Output, Tensor]], **change: float) -> dict[str,
     row, thresholds = Row(BENCHMARK), replace(STORED, **change)
     for sample, output, logits in shown:
         row.predict(GroundTruth(sample, BENCHMARK), output, logits, CLASSES, thresholds)
-    scores: dict[str, Any] = row.scores()
+    scores = asdict(row.scores())
     return {key: scores[key] for key in ("sPQ", "uPQ", "hPQ")}
 
 

@@ -15,16 +15,16 @@ from pipeline.data.benchmarks import Benchmark
 from pipeline.inference.maps import Classes, Output, thresholds_of
 from pipeline.inference.model import Model
 from pipeline.scoring.config import EvaluateConfig
+from pipeline.scoring.published import beside_the_paper, marks
+from pipeline.scoring.records import CHECKPOINTS, ROWS, LeftOut, Losses, Report, Settings, SweepReport, TeacherAccuracy
 from pipeline.scoring.rows import GroundTruth, Map, Row
 from pipeline.scoring.sweeps import Sweeps
 from pipeline.scoring.waterfall import Waterfall, pair
 from storage.shards import Sample
 
-CHECKPOINTS = ("inductive", "transductive")
-
 
 class Evaluator:
-    """Counts the images given to `update`, in their order; `results` is the report's part so far.
+    """Counts the images given to `update`, in their order; `report` is the report of them.
 
     Args:
         benchmark: classes and split.
@@ -41,8 +41,7 @@ class Evaluator:
         config: EvaluateConfig,
     ) -> None:
         self.benchmark, self.models, self.classes, self.config = benchmark, models, classes, config
-        names = *CHECKPOINTS, "control", "ceiling", "true_classes", *(f"true_masks_{name}" for name in CHECKPOINTS)
-        self.rows = {name: Row(benchmark) for name in names}
+        self.rows = {name: Row(benchmark) for name in ROWS}
         self.waterfalls = {name: Waterfall(benchmark) for name in CHECKPOINTS}
         self.sweeps = {
             name: Sweeps(
@@ -54,7 +53,7 @@ class Evaluator:
             for name, model in models.items()
         }
         self.images = 0
-        self.left_out = {"crowd segments": 0, "segments without a query": 0}
+        self.left_out = LeftOut(crowd_segments=0, segments_without_a_query=0)
         self._right: dict[bool, list[bool]] = {True: [], False: []}  # seen -> is the teacher right?
 
     @torch.no_grad()
@@ -89,36 +88,57 @@ class Evaluator:
 
         for position, k in zip(pairs.classes, guess[pairs.segments], strict=True):
             self._right[self.benchmark.seen[position]].append(bool(k == position))
-        self.left_out["crowd segments"] += len(sample.segments) - len(pairs.segments)
-        self.left_out["segments without a query"] += int((pairs.query < 0).sum())
+        self.left_out = LeftOut(
+            crowd_segments=self.left_out.crowd_segments + len(sample.segments) - len(pairs.segments),
+            segments_without_a_query=self.left_out.segments_without_a_query + int((pairs.query < 0).sum()),
+        )
         self.images += 1
         return maps
 
-    def results(self) -> dict[str, Any]:
-        """`metrics.scores` (or `semantic_scores`) of every row by its name; of a panoptic benchmark `losses`, see
-        `Waterfall.result`, and `sweeps`, see `Sweeps.curves`, by checkpoint; `left_out`; and `teacher_accuracy`."""
-        accuracy: dict[str, float] = {"instances": sum(map(len, self._right.values()))}
-        for name, flag in (("seen", True), ("unseen", False)):
-            accuracy[name] = 100 * sum(self._right[flag]) / max(len(self._right[flag]), 1)
+    def report(self, teacher: Mapping[str, Any]) -> Report:
+        """The report of the images so far; `teacher`: name and pretrained weights of the frozen CLIP."""
+        rows = {name: row.scores() for name, row in self.rows.items()}
+        warnings = marks(teacher, self.benchmark)
+        settings: dict[str, Any] = {
+            "seen_offset": 0.0,
+            "control_offset": self.config.control_offset,
+            "images": self.images,
+            "teacher": f"{teacher['name']} / {teacher['pretrained']}",
+        }
+        panoptic = self.benchmark.task == "panoptic"
+        if panoptic:
+            stored = thresholds_of(self.models["inductive"].facts)
+            settings |= {
+                "object_threshold": stored.object_threshold,
+                "object_threshold_chosen_on": "seen classes of training images",
+                "overlap_threshold": stored.overlap_threshold,
+            }
+        return Report(
+            benchmark=self.benchmark.name,
+            marks=warnings,
+            rows=rows,
+            losses=self._losses() if panoptic else None,
+            sweeps=self._swept() if panoptic else None,
+            left_out=self.left_out,
+            teacher_accuracy=TeacherAccuracy(
+                instances=sum(map(len, self._right.values())),
+                **{
+                    name: 100 * sum(self._right[flag]) / max(len(self._right[flag]), 1)
+                    for name, flag in (("seen", True), ("unseen", False))
+                },
+            ),
+            published=beside_the_paper(self.benchmark.name, rows, images=self.images, marks=warnings),
+            settings=Settings(**settings),
+        )
+
+    def _losses(self) -> dict[str, Losses]:
+        quality = {name: row.quality.result() for name, row in self.rows.items() if row.quality is not None}
         return {
-            **{name: row.scores() for name, row in self.rows.items()},
-            **self._diagnosis(),
-            "left_out": dict(self.left_out),
-            "teacher_accuracy": accuracy,
+            name: waterfall.result(true_classes=quality["true_classes"], actual=quality[name])
+            for name, waterfall in self.waterfalls.items()
         }
 
-    def _diagnosis(self) -> dict[str, Any]:
-        quality = {name: row.quality.result() for name, row in self.rows.items() if row.quality is not None}
-        if not quality:
-            return {}
-        return {
-            "losses": {
-                name: waterfall.result(true_classes=quality["true_classes"], actual=quality[name])
-                for name, waterfall in self.waterfalls.items()
-            },
-            "sweeps": {
-                "images": min(self.images, self.config.sweep_images),
-                "of": self.images,
-                **{name: sweeps.curves() for name, sweeps in self.sweeps.items()},
-            },
-        }
+    def _swept(self) -> SweepReport:
+        counted = min(self.images, self.config.sweep_images)
+        curves = {name: sweeps.curves() for name, sweeps in self.sweeps.items()}
+        return SweepReport(images=counted, of=self.images, **curves)

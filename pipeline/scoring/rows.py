@@ -10,6 +10,7 @@ from torch import Tensor
 from pipeline.data.benchmarks import Benchmark
 from pipeline.inference.maps import Classes, Output, PredictedSegment, Thresholds, panoptic_map, semantic_map
 from pipeline.scoring.metrics import ConfusionMatrix, PanopticQuality, class_map, scores, semantic_scores
+from pipeline.scoring.records import Scores
 from storage.shards import Sample, decode_ids
 
 Map = tuple[np.ndarray, list[PredictedSegment]]  # ids (H, W), 0 = void, and a segment for every other id
@@ -69,8 +70,8 @@ class Row:
         if self.quality is not None:
             self.quality.update(gt.ids, gt.sample.segments, ids, named, image=image)
 
-    def scores(self) -> dict[str, Any]:
-        """See `metrics.scores`, and of a semantic benchmark `metrics.semantic_scores`."""
+    def scores(self) -> Scores:
+        """The row so far."""
         classes: dict[str, Any] = {"categories": self.benchmark.categories, "seen": self.benchmark.seen}
         if self.quality is None:
             return semantic_scores(self.confusion, **classes)

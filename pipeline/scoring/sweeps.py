@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 from torch import Tensor
 
 from pipeline.data.benchmarks import Benchmark
 from pipeline.inference.maps import Classes, Output, Thresholds, choose, merge
 from pipeline.scoring.metrics import Matches, PanopticQuality, harmonic_mean
+from pipeline.scoring.records import SweepCurves, SweepPoint
 from pipeline.scoring.rows import GroundTruth
 
 
@@ -58,14 +60,16 @@ class Sweeps:
                     known[same] = quality.match(gt.ids, gt.sample.segments, *found, image=gt.sample.image_id)
                 quality.add(known[same])
 
-    def curves(self) -> dict[str, list[dict[str, float]]]:
-        """{"object_threshold", "seen_offset"} -> a point for each setting in ascending order: `value`, and sPQ, uPQ, hPQ in percent."""
-        is_seen = self.benchmark.seen
-        result: dict[str, list[dict[str, float]]] = {}
-        for name, curve in self._curves.items():
-            result[name] = []
-            for setting, quality in curve.items():
+    def curves(self) -> SweepCurves:
+        """Both curves so far."""
+        seen = np.array(self.benchmark.seen)
+
+        def points(name: str) -> list[SweepPoint]:
+            found = []
+            for setting, quality in self._curves[name].items():
                 counts = quality.result()
-                s, u = (counts.mean([flag == group for flag in is_seen]).pq for group in (True, False))
-                result[name].append({"value": getattr(setting, name), "sPQ": s, "uPQ": u, "hPQ": harmonic_mean(s, u)})
-        return result
+                s, u = counts.mean(seen).pq, counts.mean(~seen).pq
+                found.append(SweepPoint(value=getattr(setting, name), sPQ=s, uPQ=u, hPQ=harmonic_mean(s, u)))
+            return found
+
+        return SweepCurves(object_threshold=points("object_threshold"), seen_offset=points("seen_offset"))

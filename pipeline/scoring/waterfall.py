@@ -8,7 +8,6 @@ quality, and the losses add up to all that is missing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from pipeline.data.benchmarks import Benchmark
 from pipeline.inference.maps import Classes, Output, Thresholds, panoptic_map
 from pipeline.scoring.metrics import PanopticQuality, PanopticResult
+from pipeline.scoring.records import Losses, NamedRight, SeenUnseen
 from pipeline.scoring.rows import GroundTruth
 
 LOSSES = ("absent", "masks", "classification", "seen_bias", "selection")
@@ -126,33 +126,27 @@ class Waterfall:
             found = panoptic_map(output, pairs.certain(names, logits), classes, thresholds)
             quality.update(gt.ids, gt.sample.segments, *found, image=gt.sample.image_id)
 
-    def result(self, *, true_classes: PanopticResult, actual: PanopticResult) -> dict[str, Any]:
-        """The levels and losses in percent; `true_classes` and `actual` are the masks' and the prediction's own results.
-
-        Returns:
-            `levels`: "truth" (100) and, for each of `LOSSES`, what is left after it; `losses`: each of `LOSSES`. All of them
-            as {"sPQ", "uPQ"}. `named_right`: {"seen", "unseen"} -> `segments` with a query, and the percentage of them that
-            are named right `within_group` and `over_all`.
-        """
+    def result(self, *, true_classes: PanopticResult, actual: PanopticResult) -> Losses:
+        """Levels and losses so far; `true_classes` and `actual` are the masks' and the prediction's own results."""
         seen = np.array(self.benchmark.seen)
         shown = np.where(true_classes.tp + true_classes.fn > 0, 100.0, 0.0)
         pqs = [shown, *(r.pq for r in (true_classes, self.within_group.result(), self.over_all.result(), actual))]
-        levels = {"truth": {"sPQ": 100.0, "uPQ": 100.0}}
+        levels = {"truth": SeenUnseen(sPQ=100.0, uPQ=100.0)}
         for name, pq in zip(LOSSES, pqs, strict=True):
-            levels[name] = {
-                key: float(pq[of].mean()) if of.any() else 0.0 for key, of in (("sPQ", seen), ("uPQ", ~seen))
-            }
-        names = list(levels)
-        losses = {
-            name: {key: levels[above][key] - levels[name][key] for key in ("sPQ", "uPQ")}
-            for above, name in zip(names, LOSSES, strict=False)
-        }
-        named_right = {
-            group: {
-                "segments": int(counts[0]),
-                "within_group": 100 * float(counts[1] / max(counts[0], 1)),
-                "over_all": 100 * float(counts[2] / max(counts[0], 1)),
-            }
-            for group, counts in (("seen", self._right[True]), ("unseen", self._right[False]))
-        }
-        return {"levels": levels, "losses": losses, "named_right": named_right}
+            s, u = (float(pq[group].mean()) if group.any() else 0.0 for group in (seen, ~seen))
+            levels[name] = SeenUnseen(sPQ=s, uPQ=u)
+        return Losses(
+            levels=levels,
+            losses={
+                name: SeenUnseen(sPQ=above.sPQ - levels[name].sPQ, uPQ=above.uPQ - levels[name].uPQ)
+                for above, name in zip(levels.values(), LOSSES, strict=False)
+            },
+            named_right={
+                group: NamedRight(
+                    segments=int(counts[0]),
+                    within_group=100 * float(counts[1] / max(counts[0], 1)),
+                    over_all=100 * float(counts[2] / max(counts[0], 1)),
+                )
+                for group, counts in (("seen", self._right[True]), ("unseen", self._right[False]))
+            },
+        )
