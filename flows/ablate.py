@@ -15,11 +15,10 @@ from typing import Any
 
 from flows.request import configure, open_request
 from flows.runs import build, select
-from flows.tables import duration
 from pipeline.ablation.page import page, picture
 from pipeline.ablation.tables import TABLES, Table, cells, html, markdown, seeded, summary, sweep
 from pipeline.line import Config, Stage, benchmark_of, line
-from pipeline.runtime import Runtime
+from pipeline.runtime import Runtime, duration
 from pipeline.scoring.records import Report, read_report
 from pipeline.world.config import ScenesConfig
 from storage.atomic import write_text

@@ -9,10 +9,10 @@ from typing import Any
 
 from flows import runs
 from flows.request import Request, configure, open_request, open_runtime, open_store
-from flows.tables import duration, print_table, size
+from flows.tables import print_table, size
 from pipeline import v2c
 from pipeline.line import Stage, line
-from pipeline.runtime import Runtime, torchrun_rank, under_torchrun
+from pipeline.runtime import Runtime, duration, torchrun_rank, under_torchrun
 from storage.differences import Explainer
 from storage.errors import UserError
 from storage.lineage import Lineage

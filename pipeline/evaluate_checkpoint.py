@@ -133,15 +133,14 @@ class _Panoptic:
         return {"root": str(self.root), "images": self.folder, "labels": labels, "list": f"{labels}.json"}
 
     def samples(self) -> Iterator[tuple[tuple[Entry, Sample], Tensor]]:
-        import torch
-
+        from pipeline.data.transforms import channels_first
         from storage.shards import decode_image
 
         for entry in self.entries:
             sample = panoptic_sample(self.root, self.folder, entry)
             if isinstance(sample, str):
                 raise UserError(f"{self.root}: {self.folder} image {entry.image_id} {sample}; re-download it")
-            yield (entry, sample), torch.from_numpy(decode_image(sample)).permute(2, 0, 1)
+            yield (entry, sample), channels_first(decode_image(sample))
 
     def score(self, predictor: _Predictor, benchmark: Benchmark, out: Path | None) -> Scored:
         from pipeline.inference.export import ImagePrediction, write_coco_panoptic
@@ -178,13 +177,12 @@ class _Semantic:
     layout: dict[str, str]
 
     def score(self, predictor: _Predictor, benchmark: Benchmark, out: Path | None) -> Scored:
-        import torch
-
+        from pipeline.data.transforms import channels_first
         from pipeline.inference.maps import semantic_map
         from pipeline.scoring.metrics import ConfusionMatrix, semantic_scores
 
         confusion, pixels = ConfusionMatrix(len(benchmark.categories)), _Pixels()
-        views = ((item, torch.from_numpy(read_image(item.image)).permute(2, 0, 1)) for item in self.images)
+        views = ((item, channels_first(read_image(item.image))) for item in self.images)
         for item, output, logits in predictor(views, len(self.images)):
             labels = read_labels(item.label, benchmark)
             if labels.shape != output.original_size:

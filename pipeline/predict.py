@@ -34,10 +34,9 @@ def run(
     """
     files, weights = find_images(images), checkpoint_folder(store, checkpoint)  # mistakes before the slow imports
 
-    import torch
-
     from models.folding import for_inference
     from pipeline.data.config import ResizeConfig
+    from pipeline.data.transforms import channels_first
     from pipeline.inference.export import ImagePrediction, write_coco_panoptic
     from pipeline.inference.forward import outputs
     from pipeline.inference.maps import classes_of, panoptic_map, thresholds_of
@@ -58,7 +57,7 @@ def run(
     thresholds = thresholds_of(model.facts)
 
     def predictions() -> Iterator[ImagePrediction]:
-        views = ((file, torch.from_numpy(read_image(file)).permute(2, 0, 1)) for file in files)
+        views = ((file, channels_first(read_image(file))) for file in files)
         with runtime.bar(len(files), "predicting", "image") as bar:
             for file, output in outputs(
                 for_inference(model.segmenter), views, ResizeConfig(**model.facts["resize"]), batch=1

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from models.folding import for_inference
 from pipeline.data.benchmarks import Benchmark
 from pipeline.data.config import ResizeConfig
 from pipeline.data.samples import samples_with_tokens
+from pipeline.data.transforms import channels_first
 from pipeline.inference.forward import outputs
 from pipeline.inference.maps import PredictedSegment, classes_of, panoptic_map, thresholds_of
 from pipeline.inference.model import load_model
@@ -61,7 +61,7 @@ def draw_examples(
         model = load_model(store.open(ref).path, device)
         classes = classes_of(model.text, model.facts["classes"], device)
         thresholds = thresholds_of(model.facts)
-        views = ((photo, torch.from_numpy(photo).permute(2, 0, 1)) for photo in photos)
+        views = ((photo, channels_first(photo)) for photo in photos)
         columns[title] = []
         for photo, output in outputs(
             for_inference(model.segmenter), views, ResizeConfig(**model.facts["resize"]), batch=8

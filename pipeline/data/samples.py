@@ -168,6 +168,7 @@ def samples_with_tokens(store: Store, shards: Ref, tokens: Ref) -> Iterator[tupl
     """((sample, its instance tokens (O, D)), image (3, H, W) uint8), tars and token groups in step."""
     import torch
 
+    from pipeline.data.transforms import channels_first
     from storage.shards import Shards, decode_image, read_shard
     from storage.tokens import read_tokens
 
@@ -176,4 +177,4 @@ def samples_with_tokens(store: Store, shards: Ref, tokens: Ref) -> Iterator[tupl
         group = read_tokens(folder / f"{tar.stem}.zarr")
         for row, sample in enumerate(read_shard(tar)):
             own = torch.from_numpy(group.instance[group.rows(row)]).float()
-            yield (sample, own), torch.from_numpy(decode_image(sample)).permute(2, 0, 1)
+            yield (sample, own), channels_first(decode_image(sample))

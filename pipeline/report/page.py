@@ -10,6 +10,7 @@ from pipeline.report.loss_table import loss_table
 from pipeline.report.pictures import Picture, picture_rows
 from pipeline.report.plots import loss_plot, sweep_plot
 from pipeline.report.style import SCRIPT, STYLE
+from pipeline.runtime import duration
 from pipeline.scoring.records import (
     CHECKPOINTS,
     HEADLINE,
@@ -104,7 +105,7 @@ def page(report: Report, *, curves: Mapping[str, Sequence[Mapping[str, float]]],
 def lineage_section(lineage: Mapping[str, Built]) -> str:
     """Stage -> what was built, as a section of the page."""
     rows = "".join(
-        f"<tr><th scope=row>{escape(stage)}<td><code>{escape(made.ref)}</code><td class=number>{_time(made.seconds)}"
+        f"<tr><th scope=row>{escape(stage)}<td><code>{escape(made.ref)}</code><td class=number>{duration(made.seconds)}"
         for stage, made in lineage.items()
     )
     return _section("Lineage", f"<table class=plain>{rows}</table>")
@@ -206,13 +207,6 @@ def _settings(settings: Settings) -> str:
         f"<tr><th scope=row>{escape(name)}<td>{escape(str(value))}" for name, value in settings.content().items()
     )
     return f"<table class=plain>{rows}</table>"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def _curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
