@@ -8,12 +8,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from flows.request import configure, open_request
-from flows.tables import duration
 from pipeline.ablation import rows
 from pipeline.ablation.page import page
 from pipeline.ablation.tables import TABLES, Table, html, markdown, sweep
 from pipeline.line import Config
-from pipeline.runtime import Runtime
+from pipeline.runtime import Runtime, duration
 from storage.atomic import write_text
 from storage.errors import UserError
 from storage.runs import RunRecord, Runs

@@ -5,12 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Mapping
-from typing import Any
 
-from pipeline.report.page import SETTINGS, percent, present
+from pipeline.report.page import SETTINGS, percent
 from pipeline.report.pictures import data_url
-from pipeline.report.write import TABLE_COLUMNS
+from pipeline.report.write import headline
+from pipeline.scoring.records import Report
 
 PANEL = 200  # pixels, the longer side of one panel
 GAP = 4
@@ -18,11 +17,12 @@ ROW = re.compile(r"--photo:url\(data:image/jpeg;base64,([^)]+)\)(.*?)</div>", re
 OVERLAY = re.compile(r'href="data:image/png;base64,([^"]+)"')
 
 
-def score_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
+def score_rows(report: Report) -> list[dict[str, str]]:
     """The report's headline, one row a setting, numbers in percent."""
-    keys = present(report)
-    columns = [name for name in TABLE_COLUMNS if name in report[keys[0]]]
-    return [{"percent": SETTINGS[key].name} | {name: percent(report[key][name]) for name in columns} for key in keys]
+    return [
+        {"percent": setting.name} | {name: percent(getattr(report.rows[key], name)) for name in headline(report)}
+        for key, setting in SETTINGS.items()
+    ]
 
 
 def pictures(page: str, rows: int = 3) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 
 from flows import runs
 from flows.request import Request, configure, open_request, open_runtime, open_store
-from flows.tables import duration, print_table, size
+from flows.tables import print_table, size
 from pipeline import v2c
 from pipeline.line import Stage, line
-from pipeline.runtime import Runtime, torchrun_rank, under_torchrun
+from pipeline.runtime import Runtime, duration, torchrun_rank, under_torchrun
 from storage.differences import Explainer
 from storage.errors import UserError
 from storage.lineage import Lineage
@@ -102,13 +102,12 @@ def _walk(request: Request, runtime: Runtime, first: str, last: str, force: Sequ
 
 
 def _print_report(name: str, folder: Any) -> None:
-    import json
-
     from rich.console import Console
 
     from pipeline.report.write import console_table
+    from pipeline.scoring.records import read_report
 
-    Console().print(console_table(json.loads((folder / "report.json").read_text(encoding="utf-8"))))
+    Console().print(console_table(read_report(folder / "report.json")))
     print(f"report of {name}: {folder / 'report.html'}")
 
 

@@ -3,7 +3,6 @@ watches and records."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,6 +17,7 @@ from flows.presets import PRESETS
 from flows.request import Request, configure
 from pipeline.line import STAGES, Stage, line
 from pipeline.runtime import Runtime
+from pipeline.scoring.records import read_report
 from storage.keys import Ref
 from storage.store import Store
 
@@ -117,8 +117,8 @@ def _show_stages(preset: str, stages: list[Stage], store: Store) -> None:
 
 def _show_report(preset: str, folder: Path) -> None:
     page = (folder / "report.html").absolute()
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    marks = "; ".join((report["benchmark"], *report["marks"]))
+    report = read_report(folder / "report.json")
+    marks = "; ".join((report.benchmark, *report.marks))
     create_table_artifact(artifacts.score_rows(report), key=f"{preset}-scores", description=marks)
     create_link_artifact(page.as_uri(), str(page), key=f"{preset}-report", description="On the worker's machine")
     if shown := artifacts.pictures(page.read_text(encoding="utf-8")):

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.request import Request
-from flows.tables import duration
 from pipeline.line import Stage
-from pipeline.runtime import Runtime, torchrun_rank
+from pipeline.runtime import Runtime, duration, torchrun_rank
 from storage.errors import UserError
 from storage.keys import Ref
 from storage.runs import RunRecord, Runs

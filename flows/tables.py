@@ -45,13 +45,3 @@ def age(created: str) -> str:
         if seconds >= 2 * length:
             return f"{seconds // length:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def duration(seconds: float) -> str:
-    """ "0.4 s", "12 s", "3 min 20 s" or "2 h 05 min"."""
-    if seconds < 9.5:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 1:
-        return f"{rest} s"
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

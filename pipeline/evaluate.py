@@ -10,7 +10,7 @@ from pipeline.data.config import ResizeConfig
 from pipeline.data.samples import samples_with_tokens
 from pipeline.runtime import Runtime
 from pipeline.scoring.config import EvaluateConfig
-from pipeline.scoring.published import marks
+from pipeline.scoring.records import HEADLINE, Report
 from storage.errors import UserError
 from storage.keys import Recipe, Ref
 from storage.store import Build
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from storage.shards import Sample
 
 STAGE, VERSION = "evaluate", 2
-HEADLINE = {"panoptic": ("sPQ", "uPQ", "hPQ"), "semantic": ("sIoU", "uIoU", "hIoU")}
 log = logging.getLogger(__name__)
 
 
@@ -60,7 +59,6 @@ def build(build: Build, config: EvaluateConfig, runtime: Runtime, *, benchmark: 
     from pipeline.inference.model import load_model, require_same_classes
     from pipeline.report.write import write_report
     from pipeline.scoring.evaluator import Evaluator
-    from pipeline.scoring.published import beside_the_paper
     from pipeline.teacher.text_bank import open_text
     from pipeline.training.curves import read_curves
     from storage.shards import Shards
@@ -77,17 +75,9 @@ def build(build: Build, config: EvaluateConfig, runtime: Runtime, *, benchmark: 
     shards = Shards(build.open("shards").path)
     samples = samples_with_tokens(shards, build.open("tokens").path)
     resize = ResizeConfig(**stage_1.facts["resize"])
-    count = sum(shards.counts("val"))
-    with runtime.bar(count, "evaluating", "image") as bar:
-        evaluator = Evaluator(
-            benchmark,
-            models,
-            classes_of(bank.embedding, bank.classes(), device),
-            control_offset=config.control_offset,
-            sweep_images=config.sweep_images,
-            object_thresholds=config.object_thresholds,
-            seen_offsets=config.seen_offsets,
-        )
+    with runtime.bar(sum(shards.counts("val")), "evaluating", "image") as bar:
+        classes = classes_of(bank.embedding, bank.classes(), device)
+        evaluator = Evaluator(benchmark, models, classes, config)
         for (sample, own), output in outputs(for_inference(stage_1.segmenter), samples, resize, batch=config.batch):
             maps = evaluator.update(sample, own, output)
             if len(pictures) < config.pictures and any(
@@ -95,41 +85,27 @@ def build(build: Build, config: EvaluateConfig, runtime: Runtime, *, benchmark: 
             ):
                 pictures.append(_picture(sample, maps, benchmark))
             bar.update()
-    results, warnings = evaluator.results(), marks(bank.teacher, benchmark)
-    report = {
-        "benchmark": benchmark.name,
-        "marks": warnings,
-        **results,
-        "published": beside_the_paper(benchmark.name, results, images=count, marks=warnings),
-        "settings": {
-            **(_thresholds(stage_1) if benchmark.task == "panoptic" else {}),  # they decide nothing in a semantic map
-            "seen_offset": 0.0,
-            "control_offset": config.control_offset,
-            "images": count,
-            "teacher": f"{bank.teacher['name']} / {bank.teacher['pretrained']}",
-        },
-    }
+    report = evaluator.report(bank.teacher)
     trained = {"v2c": "inductive", "g2s": "generator", "cpa": "transductive"}
     curves = {stage: read_curves(build.open(name).path) for stage, name in trained.items()}
     write_report(build.path, report, curves=curves, pictures=pictures)
+    left_out = report.left_out
     log.info(
-        "ceilings: %d crowd segments take no part; %d segments have no query over them",
-        *results["left_out"].values(),
+        "ceilings leave out %d crowd segments; %d segments have no query over them",
+        left_out.crowd_segments,
+        left_out.segments_without_a_query,
     )
-    build.counts |= {
-        name: {key: round(results[name][key], 3) for key in HEADLINE[benchmark.task]} for name in evaluator.rows
-    }
-    if "sweeps" in results:
-        build.counts["sweep_images"] = results["sweeps"]["images"]
-    build.counts |= {"images": count, "left_out": results["left_out"]}
+    build.counts |= counts(report, benchmark.task)
 
 
-def _thresholds(model: Model) -> dict[str, Any]:
-    return {
-        "object_threshold": model.facts["object_threshold"],
-        "object_threshold_chosen_on": "seen classes of training images",
-        "overlap_threshold": model.facts["overlap_threshold"],
+def counts(report: Report, task: str) -> dict[str, Any]:
+    """What the manifest holds of a report: every row's headline, what was counted, and what was left out."""
+    content: dict[str, Any] = {
+        name: {key: round(getattr(row, key), 3) for key in HEADLINE[task]} for name, row in report.rows.items()
     }
+    if report.sweeps is not None:
+        content["sweep_images"] = report.sweeps.images
+    return content | {"images": report.settings.images, "left_out": report.left_out.content()}
 
 
 def _require_same_segmenter(one: Model, other: Model) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -57,8 +57,8 @@ def run(
     values.
 
     Returns what was scored and how: `benchmark`, `task`, `split`, `data` (the layout found), `checkpoint` (stage, key,
-    folder), `thresholds`, `seen_offset`, `marks` (warnings), `counts`, `scores` in percent (`metrics.scores` or
-    `metrics.semantic_scores`; null where no class is seen, or none unseen) and `per_class`.
+    folder), `thresholds`, `seen_offset`, `marks` (warnings), `counts`, `scores` in percent (`PanopticScores` or
+    `SemanticScores`; null where no class is seen, or none unseen) and `per_class`.
 
     Raises UserError where an input is missing, broken or does not fit.
     """
@@ -70,7 +70,7 @@ def run(
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
 
-    from pipeline.inference.maps import classes_of
+    from pipeline.inference.maps import classes_of, thresholds_of
     from pipeline.inference.model import load_model
     from pipeline.inference.vocabulary import as_trained, vocabulary_of
 
@@ -81,14 +81,14 @@ def run(
     classes = classes_of(vocabulary.embedding, vocabulary.facts, device)
     predictor = _Predictor(model=model, classes=classes, seen_offset=seen_offset, runtime=runtime)
     scores, counts = part.score(predictor, known, Path(out) if out else None)
-    per_class = scores.pop("per_class")
+    per_class, stored = scores.pop("per_class"), thresholds_of(model.facts)
     return {
         "benchmark": known.name,
         "task": known.task,
         "split": split,
         "data": part.layout,
         "checkpoint": {"stage": model.facts["stage"], "key": _key(folder), "folder": str(folder)},
-        "thresholds": {name: model.facts[name] for name in ("object_threshold", "overlap_threshold")},
+        "thresholds": {"object_threshold": stored.object_threshold, "overlap_threshold": stored.overlap_threshold},
         "seen_offset": seen_offset,
         "marks": marks(model.facts["classes"]["teacher"], known),
         "counts": {**counts, "classes": len(known.seen), "seen": sum(known.seen), "unseen": len(known.unseen_ids)},
@@ -133,41 +133,35 @@ class _Panoptic:
         return {"root": str(self.root), "images": self.folder, "labels": labels, "list": f"{labels}.json"}
 
     def samples(self) -> Iterator[tuple[tuple[Entry, Sample], Tensor]]:
-        import torch
-
+        from pipeline.data.transforms import channels_first
         from storage.shards import decode_image
 
         for entry in self.entries:
             sample = panoptic_sample(self.root, self.folder, entry)
             if isinstance(sample, str):
                 raise UserError(f"{self.root}: {self.folder} image {entry.image_id} {sample}; re-download it")
-            yield (entry, sample), torch.from_numpy(decode_image(sample)).permute(2, 0, 1)
+            yield (entry, sample), channels_first(decode_image(sample))
 
     def score(self, predictor: _Predictor, benchmark: Benchmark, out: Path | None) -> Scored:
         from pipeline.inference.export import ImagePrediction, write_coco_panoptic
+        from pipeline.inference.maps import thresholds_of
         from pipeline.scoring.rows import GroundTruth, Row
 
         row, pixels, count = Row(benchmark), _Pixels(), len(self.entries)
+        thresholds = thresholds_of(predictor.model.facts, seen_offset=predictor.seen_offset)
 
         def predictions() -> Iterator[ImagePrediction]:
             for (entry, sample), output, logits in predictor(self.samples(), count):
                 gt = GroundTruth(sample, benchmark)
                 pixels.add(gt.classes)
-                ids, segments = row.predict(
-                    gt,
-                    output.resize(),
-                    logits,
-                    predictor.classes,
-                    predictor.model.facts,
-                    seen_offset=predictor.seen_offset,
-                )
+                ids, segments = row.predict(gt, output.kept(), logits, predictor.classes, thresholds)
                 yield ImagePrediction(image_id=entry.image_id, file_name=entry.image, ids=ids, segments=segments)
 
         if out:
             write_coco_panoptic(out, predictions(), categories=benchmark.categories, rle=True)
         else:
             deque(predictions(), maxlen=0)
-        return row.scores(), {"images": count, **pixels.counts()}
+        return asdict(row.scores()), {"images": count, **pixels.counts()}
 
 
 def _panoptic(benchmark: Benchmark, root: Path, split: str) -> _Panoptic:
@@ -183,13 +177,12 @@ class _Semantic:
     layout: dict[str, str]
 
     def score(self, predictor: _Predictor, benchmark: Benchmark, out: Path | None) -> Scored:
-        import torch
-
+        from pipeline.data.transforms import channels_first
         from pipeline.inference.maps import semantic_map
         from pipeline.scoring.metrics import ConfusionMatrix, semantic_scores
 
         confusion, pixels = ConfusionMatrix(len(benchmark.categories)), _Pixels()
-        views = ((item, torch.from_numpy(read_image(item.image)).permute(2, 0, 1)) for item in self.images)
+        views = ((item, channels_first(read_image(item.image))) for item in self.images)
         for item, output, logits in predictor(views, len(self.images)):
             labels = read_labels(item.label, benchmark)
             if labels.shape != output.original_size:
@@ -201,7 +194,7 @@ class _Semantic:
             if out:
                 write_labels(out / f"{item.name}.png", guess, benchmark)
         scores = semantic_scores(confusion, categories=benchmark.categories, seen=benchmark.seen)
-        return scores, {"images": len(self.images), **pixels.counts()}
+        return asdict(scores), {"images": len(self.images), **pixels.counts()}
 
 
 def _semantic(benchmark: Benchmark, root: Path, split: str) -> _Semantic:

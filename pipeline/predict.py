@@ -34,13 +34,12 @@ def run(
     """
     files, weights = find_images(images), checkpoint_folder(store, checkpoint)  # mistakes before the slow imports
 
-    import torch
-
     from models.folding import for_inference
     from pipeline.data.config import ResizeConfig
+    from pipeline.data.transforms import channels_first
     from pipeline.inference.export import ImagePrediction, write_coco_panoptic
     from pipeline.inference.forward import outputs
-    from pipeline.inference.maps import classes_of, panoptic_map
+    from pipeline.inference.maps import classes_of, panoptic_map, thresholds_of
     from pipeline.inference.model import load_model
     from pipeline.inference.vocabulary import extend
     from pipeline.report.pictures import overlay
@@ -55,16 +54,16 @@ def run(
     vocabulary = extend(model, names, teacher_weights, runtime)
     classes = classes_of(vocabulary.embedding, vocabulary.facts, device)
     name_of = {category.id: category.name for category in vocabulary.categories}
-    thresholds = {name: model.facts[name] for name in ("object_threshold", "overlap_threshold")}
+    thresholds = thresholds_of(model.facts)
 
     def predictions() -> Iterator[ImagePrediction]:
-        views = ((file, torch.from_numpy(read_image(file)).permute(2, 0, 1)) for file in files)
+        views = ((file, channels_first(read_image(file))) for file in files)
         with runtime.bar(len(files), "predicting", "image") as bar:
             for file, output in outputs(
                 for_inference(model.segmenter), views, ResizeConfig(**model.facts["resize"]), batch=1
             ):
                 logits = model.logits(output.features, classes.text)
-                ids, segments = panoptic_map(output, logits, classes, **thresholds)
+                ids, segments = panoptic_map(output, logits, classes, thresholds)
                 overlay(read_image(file), ids, segments, name_of).save(folder / "overlay" / f"{file.stem}.png")
                 yield ImagePrediction(image_id=image_ids[file], file_name=file.name, ids=ids, segments=segments)
                 bar.update()

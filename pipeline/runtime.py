@@ -1,4 +1,4 @@
-"""How a stage runs here: device, threads, progress. Nothing in this file is part of any key."""
+"""How a stage runs here: device, threads, progress, time. Nothing in this file is part of any key."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ from storage.errors import UserError
 if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
+
+
+def duration(seconds: float) -> str:
+    """ "0.4 s", "12 s", "3 min 20 s" or "2 h 05 min"."""
+    if seconds < 9.5:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def under_torchrun() -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.teacher_files import SMALL_BACKBONE
 from pipeline.runtime import Runtime, torchrun_rank
+from pipeline.scoring.config import OBJECT_THRESHOLDS
 from pipeline.training.config import SegmenterConfig, V2CConfig
 from storage.errors import UserError
 from storage.keys import Recipe, Ref, sha256_file
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from pipeline.training.loader import TrainingData
 
 STAGE, VERSION = "v2c", 2
-THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 log = logging.getLogger(__name__)
 
 
@@ -179,26 +179,25 @@ def choose_threshold(
 
     from models.folding import for_inference
     from pipeline.inference.forward import outputs
-    from pipeline.inference.maps import classes_of, panoptic_map
+    from pipeline.inference.maps import Thresholds, classes_of, panoptic_map
     from pipeline.scoring.metrics import PanopticQuality
     from storage.shards import decode_ids
 
     device = next(model.projector.parameters()).device
     classes = classes_of(bank.embedding, bank.classes(), device).only(torch.tensor(bank.seen, device=device))
     seen_ids = set(classes.ids.tolist())
-    qualities = {threshold: PanopticQuality(sorted(seen_ids)) for threshold in THRESHOLDS}
+    qualities = {threshold: PanopticQuality(sorted(seen_ids)) for threshold in OBJECT_THRESHOLDS}
     samples = itertools.islice(data.plain_samples(), config.calibration_images)
     with runtime.bar(min(config.calibration_images, len(data)), "choosing the object threshold", "image") as bar:
         for sample, output in outputs(for_inference(model.segmenter), samples, config.resize, batch=config.batch):
-            output = output.resize()  # once, for all thresholds
+            output = output.kept()  # resized once for all thresholds
             logits = model.logits(output.features, classes.text)
             segments = [s for s in sample.segments if s.category_id in seen_ids]
             ids = decode_ids(sample)
             ids = np.where(np.isin(ids, [s.id for s in segments]), ids, 0)
             for threshold, quality in qualities.items():
-                guess, guessed = panoptic_map(
-                    output, logits, classes, object_threshold=threshold, overlap_threshold=config.overlap_threshold
-                )
+                trial = Thresholds(object_threshold=threshold, overlap_threshold=config.overlap_threshold)
+                guess, guessed = panoptic_map(output, logits, classes, trial)
                 quality.update(ids, segments, guess, guessed, image=sample.image_id)
             bar.update()
     by_threshold = {threshold: quality.result().mean().pq for threshold, quality in qualities.items()}

@@ -23,9 +23,9 @@ from webdataset.writer import TarWriter
 
 from storage.atomic import replacing, write_text
 from storage.errors import UserError
+from storage.id_colours import colours_of, ids_of
 
 INDEX = "index.json"
-MAX_SEGMENT_ID = 256**3 - 1
 _TAR = re.compile(r"(train|val)-\d{6}\.tar")
 _MEMBER = re.compile(r"\d{12}\.(jpg|json|png)")
 _BLOCK = tarfile.BLOCKSIZE
@@ -157,8 +157,7 @@ def decode_image(sample: Sample) -> np.ndarray:
 
 def decode_ids(sample: Sample) -> np.ndarray:
     """The segment id of each pixel, (H, W) int32: R + 256 G + 65536 B, 0 = void. Raises as `decode_image`."""
-    rgb = np.asarray(open_image(sample.png, "PNG").convert("RGB")).astype(np.int32)
-    return rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+    return ids_of(np.asarray(open_image(sample.png, "PNG").convert("RGB")))
 
 
 def open_image(data: bytes, kind: str) -> Image.Image:
@@ -179,10 +178,9 @@ def refuse_bomb(image: Image.Image) -> None:
 
 def encode_ids(ids: np.ndarray) -> bytes:
     """The inverse of `decode_ids`: (H, W) integers from 0 to 2^24 - 1 -> PNG."""
-    assert ids.ndim == 2 and ids.min() >= 0 and ids.max() <= MAX_SEGMENT_ID, (ids.shape, ids.min(), ids.max())
-    rgb = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
+    assert ids.ndim == 2, ids.shape
     file = io.BytesIO()
-    Image.fromarray(rgb).save(file, format="PNG")
+    Image.fromarray(colours_of(ids)).save(file, format="PNG")
     return file.getvalue()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from reports import panoptic_scores, report
 from tiny import tiny_config
 
 from flows import presets
@@ -31,6 +32,7 @@ from pipeline.ablation.tables import (
     sweep,
 )
 from pipeline.line import Config, line
+from pipeline.scoring.records import Report
 from storage.store import Store
 
 
@@ -82,22 +84,28 @@ def test_rows_that_differ_late_share_their_stage_1() -> None:
     assert len({run.ref("evaluate") for run in every}) == 3 * 9
 
 
-def report(seed: int, shift: float) -> dict[str, Any]:
+def drawn(seed: int, shift: float) -> Report:
     rng = np.random.default_rng(seed)
-    return {s: {k: float(rng.uniform(10, 60)) + shift for k in SCORES} | {"PQ": 1.0} for s in SETTINGS}
+    return report(
+        {s: panoptic_scores(**{k: float(rng.uniform(10, 60)) + shift for k in SCORES}, PQ=1.0) for s in SETTINGS}
+    )
+
+
+def of(run: Report, setting: str, score: str) -> float:
+    return getattr(run.rows[setting], score)
 
 
 def test_means_deviations_and_gains_are_those_of_the_runs() -> None:
     table = Table(name="table4", title="modules", variants=TABLES["table4"].variants)
-    runs = {v.name: [report(seed, i) for seed in range(3)] for i, v in enumerate(table.variants)}
+    runs = {v.name: [drawn(seed, i) for seed in range(3)] for i, v in enumerate(table.variants)}
     rows = summary(table, runs)
     for row in rows:
         for setting in SETTINGS:
             for score in SCORES:
-                values = [run[setting][score] for run in runs[row["name"]]]
+                values = [of(run, setting, score) for run in runs[row["name"]]]
                 assert row["mean"][setting][score] == pytest.approx(np.mean(values))
                 assert row["sd"][setting][score] == pytest.approx(np.std(values, ddof=1))
-        gains = [run["transductive"]["hPQ"] - run["control"]["hPQ"] for run in runs[row["name"]]]
+        gains = [of(run, "transductive", "hPQ") - of(run, "control", "hPQ") for run in runs[row["name"]]]
         assert row["gain"] == {"mean": pytest.approx(np.mean(gains)), "sd": pytest.approx(statistics.stdev(gains))}
     assert rows[2]["paper"]["transductive"] == {"hPQ": 22.6, "sPQ": 31.0, "uPQ": 17.7}
     lines = cells(table, rows)
@@ -117,7 +125,7 @@ def test_every_row_of_the_paper_has_a_row_here() -> None:
 
 def test_a_single_run_has_no_deviation_and_a_sweep_no_paper() -> None:
     table = Table(name="sweep", title="one", variants=(Variant(name="as the preset", change=as_is),))
-    (row,) = summary(table, {"as the preset": [report(0, 0)]})
+    (row,) = summary(table, {"as the preset": [drawn(0, 0)]})
     assert row["paper"] == {} and row["sd"]["inductive"]["hPQ"] == 0.0
     heads, line = cells(table, [row])
     assert len(heads) == 9 and line[3] == f"{row['mean']['inductive']['hPQ']:.1f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,13 @@ from pipeline.data.benchmarks import Benchmark
 from pipeline.data.transforms import ResizeConfig
 from pipeline.evaluate import _require_same_segmenter
 from pipeline.inference.forward import outputs
-from pipeline.inference.maps import Output, classes_of, panoptic_map, semantic_map
+from pipeline.inference.maps import Output, Thresholds, classes_of, panoptic_map, semantic_map
 from pipeline.inference.model import Model, build_model, load_model, require_same_classes, save_model
 from pipeline.line import Stage
 from pipeline.report.page import SETTINGS
 from pipeline.scoring.metrics import ConfusionMatrix, PanopticQuality
 from pipeline.scoring.published import marks
+from pipeline.scoring.records import read_report
 from pipeline.scoring.rows import GroundTruth, Row
 from pipeline.teacher.text_bank import TextBank, open_text
 from storage.keys import Recipe, Ref
@@ -36,16 +37,17 @@ from storage.tokens import read_tokens, write_tokens
 SCORES = ["sPQ", "uPQ", "hPQ", "sIoU", "uIoU", "hIoU", "PQ", "SQ", "RQ", "PQ_th", "PQ_st"]
 
 
-def score(shown: Sample, output: Output, logits: Tensor, **settings: float) -> dict[str, Any]:
+def score(shown: Sample, output: Output, logits: Tensor, *, seen_offset: float = 0.0) -> dict[str, Any]:
     row = Row(BENCHMARK)
-    row.predict(GroundTruth(shown, BENCHMARK), output, logits, CLASSES, THRESHOLDS, **settings)
-    return row.scores()
+    thresholds = replace(THRESHOLDS, seen_offset=seen_offset)
+    row.predict(GroundTruth(shown, BENCHMARK), output, logits, CLASSES, thresholds)
+    return asdict(row.scores())
 
 
 def ceiling(shown: Sample, guess: list[int]) -> dict[str, Any]:
     row = Row(BENCHMARK)
     row.rename(GroundTruth(shown, BENCHMARK), guess)
-    return row.scores()
+    return asdict(row.scores())
 
 
 def right(shown: Sample) -> list[int]:
@@ -84,7 +86,7 @@ def test_thresholds_and_seen_offset_reach_the_prediction() -> None:
     lowered = score(quarters(), output, logits, seen_offset=0.1)
     assert per_class(lowered, "fp")["dog"] == 1
     assert per_class(lowered, "IoU") == pytest.approx({"cat": 50, "dog": 50, "sky": 100, "sea": 100})
-    ids, segments = panoptic_map(output, logits, CLASSES, object_threshold=0.7, overlap_threshold=0.8)
+    ids, segments = panoptic_map(output, logits, CLASSES, replace(THRESHOLDS, object_threshold=0.7))
     assert len(segments) == 4 and not ids[:12, :20].any()
     assert (semantic_map(output, logits, CLASSES)[:12, :20] == 0).all()
     assert (semantic_map(output, logits, CLASSES, seen_offset=0.1)[:12, :20] == 1).all()
@@ -119,7 +121,7 @@ def test_crowds_are_no_predictions_in_the_ceiling() -> None:
         row = Row(BENCHMARK)
         row.rename(GroundTruth(shown, BENCHMARK), guess)
         assert row.confusion.counts.sum() == HEIGHT * WIDTH - 240
-        scores = row.scores()
+        scores = asdict(row.scores())
         assert {key: scores[key] for key in SCORES} == dict.fromkeys(SCORES, pytest.approx(100))
         assert per_class(scores, "tp")["cat"] == 1 and sum(per_class(scores, "fp").values()) == 0
 
@@ -224,7 +226,7 @@ def test_outputs_do_not_depend_on_their_neighbours() -> None:
     assert [o.image_size for _, o in together] == [(48, 72)] * 3 + [(72, 48), (48, 72), (48, 73), (48, 48)]
     assert [o.padded_size for _, o in together] == [(64, 96)] * 3 + [(96, 64), (64, 96), (64, 96), (64, 64)]
     for (_, one), (_, other), size in zip(alone, together, sizes, strict=True):
-        assert one.sizes == other.sizes and one.original_size == size
+        assert (one.padded_size, one.image_size) == (other.padded_size, other.image_size) and one.original_size == size
         assert torch.allclose(one.features, other.features, atol=1e-4) and torch.allclose(
             one.masks, other.masks, atol=1e-3
         )
@@ -263,6 +265,8 @@ def test_the_line_ends_in_a_report(world: tuple[Store, dict[str, Stage]], report
     facts = load_model(store.path(steps["v2c"].recipe.ref)).facts
     assert report["settings"]["object_threshold"] == facts["object_threshold"]
     assert report["settings"]["overlap_threshold"] == facts["overlap_threshold"]
+    text = (artefact.path / "report.json").read_text()
+    assert read_report(artefact.path / "report.json").to_json() == text
     page = (artefact.path / "report.html").read_text()
     assert page.startswith("<!doctype html>") and page.count("data:image/") >= 2
     assert all(f"losses of {stage}" in page for stage in ("v2c", "g2s", "cpa"))
@@ -309,8 +313,12 @@ def test_each_setting_from_its_own_checkpoint(world: tuple[Store, dict[str, Stag
                 image = torch.from_numpy(decode_image(shown)).permute(2, 0, 1)
                 _, output = next(outputs(model.segmenter, [(None, image)], ResizeConfig(short=96, longest=96), batch=1))
                 logits = model.projector.logits(model.projector(output.features), bank.embedding)
-                thresholds = {name: model.facts[name] for name in ("object_threshold", "overlap_threshold")}
-                ids, segments = panoptic_map(output, logits, classes, seen_offset=offset, **thresholds)
+                thresholds = Thresholds(
+                    object_threshold=model.facts["object_threshold"],
+                    overlap_threshold=model.facts["overlap_threshold"],
+                    seen_offset=offset,
+                )
+                ids, segments = panoptic_map(output, logits, classes, thresholds)
                 quality.update(gt, shown.segments, ids, segments, image=shown.image_id)
                 truth = np.full(gt.shape, -1)
                 for segment in shown.segments:

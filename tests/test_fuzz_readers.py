@@ -26,8 +26,8 @@ from pipeline.scoring.pq import read_panoptic
 from pipeline.teacher.text_bank import open_text
 from pipeline.training.curves import read_curves
 from storage.checkpoints import load_checkpoint, load_training_state, save_checkpoint, save_training_state
-from storage.keys import Recipe
 from storage.errors import UserError
+from storage.keys import Recipe
 from storage.queries import check_queries, read_queries, write_queries
 from storage.shards import Sample, Segment, Shards, read_shard, write_index, write_shard
 from storage.store import Build, Store

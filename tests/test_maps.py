@@ -12,16 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.inference.maps import PredictedSegment, choose, classify, merge, panoptic, resize_masks, semantic
+from pipeline.inference.maps import Classes, Output, PredictedSegment, Thresholds, panoptic_map, semantic_map
 from pipeline.scoring.metrics import PanopticQuality
 from storage.shards import Segment
 
 CATEGORY_IDS = torch.tensor([1, 4, 90, 200])
 ISTHING = torch.tensor([True, True, False, False])
 SEEN = torch.tensor([True, False, True, False])
+CLASSES = Classes(text=torch.eye(4), ids=CATEGORY_IDS, isthing=ISTHING, seen=SEEN)
 
 
-def draw(seed: int, queries: int) -> dict[str, Any]:
+def draw(seed: int, queries: int) -> tuple[Output, Tensor]:
+    """A random output and class logits (Q, 4)."""
     rng = torch.Generator().manual_seed(seed)
 
     def size(low: int, high: int) -> tuple[int, int]:
@@ -30,41 +32,40 @@ def draw(seed: int, queries: int) -> dict[str, Any]:
 
     padded = size(4, 17)
     coarse = 2 * torch.randn(queries, 3, 3, generator=rng) - 0.5
-    return {
-        "class_probabilities": torch.rand(queries, 4, generator=rng),
-        "mask_logits": F.interpolate(coarse[None], size(2, 7), mode="bicubic")[0],
-        "padded_size": padded,
-        "image_size": (max(1, padded[0] - 2), max(1, padded[1] - 3)),
-        "original_size": size(1, 20),
-    }
+    output = Output(
+        features=torch.zeros(queries, 2),
+        masks=F.interpolate(coarse[None], size(2, 7), mode="bicubic")[0],
+        padded_size=padded,
+        image_size=(max(1, padded[0] - 2), max(1, padded[1] - 3)),
+        original_size=size(1, 20),
+    )
+    return output, torch.rand(queries, 4, generator=rng).logit()
 
 
-def resized(case: dict[str, Any]) -> np.ndarray:
+def resized(output: Output) -> np.ndarray:
     """(Q, H, W) sigmoid masks, one query at a time."""
-    height, width = case["image_size"]
+    height, width = output.image_size
     masks = []
-    for logits in case["mask_logits"]:
-        big = F.interpolate(logits[None, None], case["padded_size"], mode="bilinear", align_corners=False)
-        original = F.interpolate(
-            big[:, :, :height, :width], case["original_size"], mode="bilinear", align_corners=False
-        )
+    for logits in output.masks:
+        big = F.interpolate(logits[None, None], output.padded_size, mode="bilinear", align_corners=False)
+        original = F.interpolate(big[:, :, :height, :width], output.original_size, mode="bilinear", align_corners=False)
         masks.append(original[0, 0].sigmoid().numpy())
     return np.stack(masks)
 
 
 def slow_panoptic(
-    case: dict[str, Any], object_threshold: float, overlap_threshold: float, seen_offset: float
+    output: Output, logits: Tensor, thresholds: Thresholds
 ) -> dict[frozenset[tuple[int, int]], tuple[int, float]]:
     """{pixels of the segment: (category, score)}."""
-    masks = resized(case)
+    masks = resized(output)
     candidates = []
-    for query, probabilities in enumerate(case["class_probabilities"].numpy()):
-        lowered = [p - np.float32(seen_offset * bool(s)) for p, s in zip(probabilities, SEEN, strict=True)]
+    for query, probabilities in enumerate(logits.sigmoid().numpy()):
+        lowered = [p - np.float32(thresholds.seen_offset * bool(s)) for p, s in zip(probabilities, SEEN, strict=True)]
         best = int(np.argmax(lowered))
-        if probabilities[best] > object_threshold:
+        if probabilities[best] > thresholds.object_threshold:
             candidates.append((query, best, probabilities[best]))
     pixels: dict[int, set[tuple[int, int]]] = {query: set() for query, _, _ in candidates}
-    height, width = case["original_size"]
+    height, width = output.original_size
     for y in range(height):
         for x in range(width):
             if candidates:
@@ -74,7 +75,7 @@ def slow_panoptic(
     things, stuff = [], {}
     for query, class_, score in candidates:
         own = int((masks[query] >= 0.5).sum())
-        if not pixels[query] or len(pixels[query]) / own < overlap_threshold:
+        if not pixels[query] or len(pixels[query]) / own < thresholds.overlap_threshold:
             continue
         if ISTHING[class_]:
             things.append((frozenset(pixels[query]), (int(CATEGORY_IDS[class_]), float(score))))
@@ -105,38 +106,17 @@ def as_sets(ids: np.ndarray, segments: list[PredictedSegment]) -> dict[frozenset
 def test_panoptic_equals_the_slow_reference(
     seed: int, queries: int, object_threshold: float, overlap_threshold: float, seen_offset: float, chunk: int
 ) -> None:
-    case = draw(seed, queries)
+    output, logits = draw(seed, queries)
+    thresholds = Thresholds(
+        object_threshold=object_threshold, overlap_threshold=overlap_threshold, seen_offset=seen_offset
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.inference.maps.CHUNK_ELEMENTS", chunk)
-        ids, segments = panoptic(
-            **case,
-            isthing=ISTHING,
-            category_ids=CATEGORY_IDS,
-            object_threshold=object_threshold,
-            overlap_threshold=overlap_threshold,
-            seen=SEEN,
-            seen_offset=seen_offset,
-        )
-        again = decided(case, object_threshold, overlap_threshold, seen_offset)
-    assert ids.shape == case["original_size"] and ids.dtype == np.int32
-    assert as_sets(ids, segments) == slow_panoptic(case, object_threshold, overlap_threshold, seen_offset)
+        ids, segments = panoptic_map(output, logits, CLASSES, thresholds)
+        again = panoptic_map(output.kept(), logits, CLASSES, thresholds)
+    assert ids.shape == output.original_size and ids.dtype == np.int32
+    assert as_sets(ids, segments) == slow_panoptic(output, logits, thresholds)
     assert again[1] == segments and again[0].dtype == np.int32 and (again[0] == ids).all()
-
-
-def decided(
-    case: dict[str, Any], object_threshold: float, overlap_threshold: float, seen_offset: float
-) -> tuple[np.ndarray, list[PredictedSegment]]:
-    """The same map from masks that were resized beforehand."""
-    chosen = choose(case["class_probabilities"], seen=SEEN, object_threshold=object_threshold, seen_offset=seen_offset)
-    masks = resize_masks(case["mask_logits"], **sizes_of(case))
-    return merge(
-        chosen, masks.of(chosen.queries), original_size=case["original_size"], isthing=ISTHING,
-        category_ids=CATEGORY_IDS, overlap_threshold=overlap_threshold,
-    )  # fmt: skip
-
-
-def sizes_of(case: dict[str, Any]) -> dict[str, Any]:
-    return {name: case[name] for name in ("padded_size", "image_size", "original_size")}
 
 
 @settings(max_examples=60, deadline=None)
@@ -147,15 +127,14 @@ def sizes_of(case: dict[str, Any]) -> dict[str, Any]:
     chunk=st.sampled_from([1, 500, 2**24]),
 )
 def test_semantic_equals_the_slow_reference(seed: int, queries: int, seen_offset: float, chunk: int) -> None:
-    case = draw(seed, queries)
+    output, logits = draw(seed, queries)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.inference.maps.CHUNK_ELEMENTS", chunk)
-        classes = semantic(**case, seen=SEEN, seen_offset=seen_offset)
-        masks = resize_masks(case["mask_logits"], **sizes_of(case))
-        again = classify(case["class_probabilities"], masks.probabilities, seen=SEEN, seen_offset=seen_offset)
-    assert (again == classes).all() and again.dtype == classes.dtype
-    assert classes.shape == case["original_size"]
-    masks, probabilities = resized(case).astype(np.float64), case["class_probabilities"].double().numpy()
+        classes = semantic_map(output, logits, CLASSES, seen_offset=seen_offset)
+        again = semantic_map(output.kept(), logits, CLASSES, seen_offset=seen_offset)
+    assert (again == classes).all() and again.dtype == classes.dtype == np.int32
+    assert classes.shape == output.original_size
+    masks, probabilities = resized(output).astype(np.float64), logits.sigmoid().double().numpy()
     for (y, x), chosen in np.ndenumerate(classes):
         sums = [
             sum(probabilities[q, k] * masks[q, y, x] for q in range(queries)) - seen_offset * bool(SEEN[k])
@@ -164,15 +143,65 @@ def test_semantic_equals_the_slow_reference(seed: int, queries: int, seen_offset
         assert sums[chosen] >= max(sums) - 1e-5
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), queries=st.integers(1, 8), chunk=st.sampled_from([1, 500, 2**24]))
+def test_masks_and_areas_equal_the_slow_reference(seed: int, queries: int, chunk: int) -> None:
+    """Whether they are kept or not, all of them or some, whatever the chunks; these move the last bit of a sigmoid."""
+    output, _ = draw(seed, queries)
+    some = torch.arange(queries)[seed % queries :]
+    expected = resized(output)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.inference.maps.CHUNK_ELEMENTS", chunk)
+        for one in (output, output.kept()):
+            np.testing.assert_allclose(one.probabilities().numpy(), expected, rtol=1e-6)
+            parts = list(one.chunks(some))
+            found = torch.cat([part for part, _ in parts]).numpy()
+            np.testing.assert_allclose(found, expected[some.numpy()], rtol=1e-6)
+            areas = [int(area) for _, own in parts for area in own]
+            assert areas == (expected[some.numpy()] >= 0.5).sum((1, 2)).tolist()
+
+
+def test_kept_masks_are_resized_once_and_others_only_where_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    resize = Output._resize
+    monkeypatch.setattr(Output, "_resize", lambda self, logits: (counts.append(len(logits)), resize(self, logits))[1])
+    output, logits = draw(0, 6)
+    kept = output.kept()
+    assert kept.kept() is kept and not counts  # lazily
+    for one, expected in ((output, [4, 6, 4, 6]), (kept, [6])):
+        counts.clear()
+        for _ in range(2):
+            panoptic_map(one, logits, CLASSES, _keeping(4, logits))
+            semantic_map(one, logits, CLASSES)
+        assert counts == expected
+
+
+def _keeping(count: int, logits: Tensor) -> Thresholds:
+    """The thresholds that keep the `count` best queries."""
+    scores = logits.sigmoid().amax(1).sort(descending=True).values
+    return Thresholds(object_threshold=float(scores[count]), overlap_threshold=0.0)
+
+
 def predict(
-    probabilities: Tensor, logits: Tensor, object_threshold: float = 0.5, overlap_threshold: float = 0.8, **kwargs: Any
+    probabilities: Tensor,
+    masks: Tensor,
+    object_threshold: float = 0.5,
+    overlap_threshold: float = 0.8,
+    seen_offset: float = 0.0,
+    **sizes: tuple[int, int],
 ) -> tuple[np.ndarray, list[PredictedSegment]]:
-    size = tuple(logits.shape[1:])
-    sizes: dict[str, Any] = {"padded_size": size, "image_size": size, "original_size": size} | kwargs
-    return panoptic(
-        probabilities, logits, isthing=ISTHING, category_ids=CATEGORY_IDS, seen=SEEN,
-        object_threshold=object_threshold, overlap_threshold=overlap_threshold, **sizes,
-    )  # fmt: skip
+    """The map of class probabilities (Q, 4) and mask logits (Q, h, w)."""
+    thresholds = Thresholds(
+        object_threshold=object_threshold, overlap_threshold=overlap_threshold, seen_offset=seen_offset
+    )
+    return panoptic_map(sized(masks, **sizes), probabilities.logit(), CLASSES, thresholds)
+
+
+def sized(masks: Tensor, **sizes: tuple[int, int]) -> Output:
+    """An output whose sizes are those of `masks` but for `sizes`."""
+    own = (masks.shape[1], masks.shape[2])
+    every: dict[str, Any] = {"padded_size": own, "image_size": own, "original_size": own} | sizes
+    return Output(features=torch.zeros(len(masks), 2), masks=masks, **every)
 
 
 def one_hot(*classes: int, score: float = 0.9) -> Tensor:
@@ -193,10 +222,8 @@ def test_crop_comes_before_the_resize_to_the_original() -> None:
     logits[0, :, :3] = 9
     ids, _ = predict(one_hot(0), logits, image_size=(4, 6), original_size=(40, 60))
     assert (ids[:, :29] == 1).all() and (ids[:, 31:] == 0).all()
-    classes = semantic(
-        torch.cat([one_hot(0), one_hot(1, score=0.5)]), torch.cat([logits, -logits]),
-        padded_size=(8, 8), image_size=(4, 6), original_size=(40, 60), seen=SEEN,
-    )  # fmt: skip
+    both = sized(torch.cat([logits, -logits]), image_size=(4, 6), original_size=(40, 60))
+    classes = semantic_map(both, torch.cat([one_hot(0), one_hot(1, score=0.5)]).logit(), CLASSES)
     assert (classes[:, :28] == 0).all() and (classes[:, 32:] == 1).all()
 
 

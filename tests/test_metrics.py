@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -197,15 +198,15 @@ def test_scores_splits_seen_and_unseen() -> None:
     index = {category: k for k, category in enumerate(IDS)}
     confusion.update(class_map(gt_ids, gt, index, image=1), class_map(gt_ids, found, index, image=1), image=1)
     report = scores(quality.result(), confusion, categories=CATEGORIES, seen=[True, False, True])
-    assert report["sPQ"] == pytest.approx((200 / 3 + 100) / 2)
-    assert (report["uPQ"], report["hPQ"], report["uIoU"], report["hIoU"]) == (0, 0, 0, 0)
-    assert report["sIoU"] == pytest.approx((50 + 100) / 2)
-    assert (report["PQ_st"], report["absent_seen"], report["absent_unseen"]) == (100, 0, 0)
-    assert report["per_class"][1] == {
+    assert report.sPQ == pytest.approx((200 / 3 + 100) / 2)
+    assert (report.uPQ, report.hPQ, report.uIoU, report.hIoU) == (0, 0, 0, 0)
+    assert report.sIoU == pytest.approx((50 + 100) / 2)
+    assert (report.PQ_st, report.absent_seen, report.absent_unseen) == (100, 0, 0)
+    assert asdict(report.per_class[1]) == {
         "id": 4, "name": "dog", "isthing": True, "seen": False,
         "PQ": 0, "SQ": 0, "RQ": 0, "IoU": 0, "tp": 0, "fp": 1, "fn": 0,
     }  # fmt: skip
-    json.dumps(report, allow_nan=False)
+    json.dumps(asdict(report), allow_nan=False)  # plain numbers, none of numpy
 
 
 def test_semantic_scores_of_a_small_case_by_hand() -> None:
@@ -217,15 +218,15 @@ def test_semantic_scores_of_a_small_case_by_hand() -> None:
     scores = semantic_scores(confusion, categories=categories, seen=[True, False, True, False])
     cat, dog = 400 / 7, 60.0
     seen, unseen = cat / 2, dog / 2  # emu, absent, counts 0 among the unseen
-    assert scores["mIoU"] == pytest.approx((cat + dog + 0) / 3)  # and is left out of the mean of all
-    assert (scores["sIoU"], scores["uIoU"]) == pytest.approx((seen, unseen))
-    assert scores["hIoU"] == pytest.approx(2 * seen * unseen / (seen + unseen))
-    assert scores["accuracy"] == pytest.approx(70)
-    assert (scores["absent_seen"], scores["absent_unseen"]) == (0, 1)
-    assert [(row["name"], row["pixels"]) for row in scores["per_class"]] == [
+    assert scores.mIoU == pytest.approx((cat + dog + 0) / 3)  # and is left out of the mean of all
+    assert (scores.sIoU, scores.uIoU) == pytest.approx((seen, unseen))
+    assert scores.hIoU == pytest.approx(2 * seen * unseen / (seen + unseen))
+    assert scores.accuracy == pytest.approx(70)
+    assert (scores.absent_seen, scores.absent_unseen) == (0, 1)
+    assert [(row.name, row.pixels) for row in scores.per_class] == [
         ("cat", 6),
         ("dog", 3),
         ("cow", 1),
         ("emu", 0),
     ]
-    assert [row["IoU"] for row in scores["per_class"]] == pytest.approx([cat, dog, 0, 0])
+    assert [row.IoU for row in scores.per_class] == pytest.approx([cat, dog, 0, 0])

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from reports import panoptic_scores
 
 from pipeline.data.benchmarks import SPLITS, load_benchmark
 from pipeline.scoring.published import RESULTS, beside_the_paper
 
 KEYS = "sPQ", "uPQ", "hPQ", "sIoU", "uIoU", "hIoU"
 OURS = {
-    setting: {key: 1000.0 * place + number for number, key in enumerate(KEYS)}
-    for place, setting in enumerate(("inductive", "transductive"), start=1)
+    row: panoptic_scores(**{key: 1000.0 * place + number for number, key in enumerate(KEYS)})
+    for place, row in enumerate(("inductive", "transductive"), start=1)
 }
 FULL: dict[str, Any] = {"images": 5000, "marks": []}
 
@@ -20,15 +21,15 @@ FULL: dict[str, Any] = {"images": 5000, "marks": []}
 def test_a_full_run_fills_its_row() -> None:
     table = beside_the_paper("coco-panoptic-zps", OURS, **FULL)
     assert table is not None
-    assert table["columns"] == ["inductive hPQ", "sPQ", "uPQ", "transductive hPQ", "sPQ", "uPQ"]
-    assert table["published"]["the paper"] == [20.8, 40.5, 14.0, 27.5, 39.2, 21.2]
-    assert table["ours"] == {"this run": [1002, 1000, 1001, 2002, 2000, 2001]}
-    assert table["note"] == ""
+    assert table.columns == ["inductive hPQ", "sPQ", "uPQ", "transductive hPQ", "sPQ", "uPQ"]
+    assert table.published["the paper"] == [20.8, 40.5, 14.0, 27.5, 39.2, 21.2]
+    assert table.ours == {"this run": [1002, 1000, 1001, 2002, 2000, 2001]}
+    assert table.note == ""
     semantic = beside_the_paper("coco-stuff-zss", OURS, **FULL)
     assert semantic is not None
-    assert semantic["columns"] == ["hIoU", "sIoU", "uIoU"]
-    assert semantic["published"]["the paper, R101c"] == [41.4, 42.4, 40.5]
-    assert semantic["ours"] == {
+    assert semantic.columns == ["hIoU", "sIoU", "uIoU"]
+    assert semantic.published["the paper, R101c"] == [41.4, 42.4, 40.5]
+    assert semantic.ours == {
         "this run, inductive": [1005, 1003, 1004],
         "this run, transductive": [2005, 2003, 2004],
     }
@@ -45,17 +46,18 @@ def test_a_full_run_fills_its_row() -> None:
 def test_anything_less_stays_blank_and_says_why(benchmark: str, change: dict[str, Any], reason: str) -> None:
     table = beside_the_paper(benchmark, OURS, **(FULL | change))
     assert table is not None
-    assert all(value is None for values in table["ours"].values() for value in values)
-    assert reason in table["note"]
-    assert table["published"] == (beside_the_paper(benchmark, OURS, **FULL) or {})["published"]
+    assert all(value is None for values in table.ours.values() for value in values)
+    assert reason in table.note
+    full = beside_the_paper(benchmark, OURS, **FULL)
+    assert full is not None and table.published == full.published
 
 
 def test_every_row_fits_its_columns() -> None:
     for benchmark in ("coco-panoptic-zps", "coco-stuff-zss"):
         table = beside_the_paper(benchmark, OURS, **FULL)
         assert table is not None
-        for values in [*table["published"].values(), *table["ours"].values()]:
-            assert len(values) == len(table["columns"])
+        for values in [*table.published.values(), *table.ours.values()]:
+            assert len(values) == len(table.columns)
 
 
 def test_other_benchmarks_have_no_table_and_the_results_are_no_benchmark() -> None:

@@ -9,16 +9,19 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import reports
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from reports import losses
 
 from pipeline.data.benchmarks import Category
 from pipeline.inference.maps import PredictedSegment
@@ -26,8 +29,10 @@ from pipeline.report.page import SETTINGS
 from pipeline.report.pictures import UNSEEN, Picture
 from pipeline.report.plots import spread
 from pipeline.report.write import console_table, publish, write_report
-from pipeline.scoring.metrics import ConfusionMatrix, PanopticQuality, class_map, scores
+from pipeline.scoring.metrics import ConfusionMatrix, PanopticQuality, class_map, scores, semantic_scores
 from pipeline.scoring.published import beside_the_paper
+from pipeline.scoring.records import ROWS, Built, PanopticScores, Report, Settings, read_report
+from storage.errors import UserError
 from storage.shards import Segment
 
 CATEGORIES = (
@@ -41,7 +46,7 @@ IDS = np.full((12, 12), 3, np.int32)
 IDS[1:5, 1:5], IDS[6:11, 4:10], IDS[:, 11] = 1, 2, 0
 
 
-def result(*category_ids: int) -> dict[str, Any]:
+def result(*category_ids: int) -> PanopticScores:
     """True masks under the given names."""
     gt = [Segment(id=i, category_id=i, area=0, iscrowd=False) for i in (1, 2, 3)]
     found = [PredictedSegment(id=i, category_id=c, score=1.0) for i, c in zip((1, 2, 3), category_ids, strict=True)]
@@ -59,55 +64,15 @@ def overlay(*names: str) -> tuple[np.ndarray, dict[int, tuple[str, bool]]]:
 
 
 @pytest.fixture(scope="module")
-def report() -> dict[str, Any]:
-    return {
-        "benchmark": "tiny <world>",
-        "marks": ["stand-in teacher", "random weights"],
-        "inductive": result(1, 1, 3),
-        "control": result(1, 1, 3),
-        "transductive": result(1, 2, 3),
-        "ceiling": result(1, 2, 3),
-        "true_masks_inductive": result(1, 1, 3),
-        "true_masks_transductive": result(1, 2, 3),
-        "true_classes": result(1, 2, 3),
-        "losses": {"inductive": losses(masks=(10.0, 20.0), seen_bias=(-2.5, 43.21)), "transductive": losses()},
-        "sweeps": {
-            "images": 300,
-            "of": 5000,
-            **{
-                name: {"object_threshold": curve(0.1, 0.5), "seen_offset": curve(0.0, 0.1)}
-                for name in ("inductive", "transductive")
-            },
-        },
-        "left_out": {"crowd segments": 1017, "segments without a query": 3},
-        "published": None,
-        "teacher_accuracy": {"seen": 97.25, "unseen": 66.6, "instances": 1234},
-        "settings": {
-            "object_threshold": 0.1,
-            "object_threshold_chosen_on": "seen classes of training images",
-            "seen_offset": 0.0,
-        },
-    }
-
-
-def losses(**points: tuple[float, float]) -> dict[str, Any]:
-    """A waterfall with those losses, (seen, unseen), and none elsewhere."""
-    levels, found, left = {"truth": {"sPQ": 100.0, "uPQ": 100.0}}, {}, (100.0, 100.0)
-    for name in ("absent", "masks", "classification", "seen_bias", "selection"):
-        lost = points.get(name, (0.0, 0.0))
-        left = left[0] - lost[0], left[1] - lost[1]
-        levels[name] = {"sPQ": left[0], "uPQ": left[1]}
-        found[name] = {"sPQ": lost[0], "uPQ": lost[1]}
-    right = {"segments": 2345, "within_group": 81.25, "over_all": 36.5}
-    return {"levels": levels, "losses": found, "named_right": {"seen": right, "unseen": right}}
-
-
-def curve(*values: float) -> list[dict[str, float]]:
-    return [{"value": v, "sPQ": 60 - v, "uPQ": 30 + v, "hPQ": 40.0} for v in values]
+def report() -> Report:
+    wrong, right = result(1, 1, 3), result(1, 2, 3)
+    rows = {name: wrong if name in ("inductive", "control", "true_masks_inductive") else right for name in ROWS}
+    lost = {"inductive": losses(masks=(10.0, 20.0), seen_bias=(-2.5, 43.21)), "transductive": losses()}
+    return reports.report(rows, marks=["stand-in teacher", "random weights"], losses=lost)
 
 
 @pytest.fixture(scope="module")
-def folder(report: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report")
     picture = Picture(
         image=np.full((12, 12, 3), 90, np.uint8),
@@ -157,13 +122,57 @@ def masks(folder: Path) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(str(url).split(",")[1])))) for url in urls]
 
 
-def test_json_holds_the_report(folder: Path, report: dict[str, Any]) -> None:
-    assert json.loads((folder / "report.json").read_text()) == report
+def test_json_holds_the_report(folder: Path, report: Report) -> None:
+    """All of it: the record comes back, and every number stands in the file under its name."""
+    assert read_report(folder / "report.json") == report
+    content = json.loads((folder / "report.json").read_text())
+    assert list(content) == [
+        "benchmark", "marks", *ROWS, "losses", "sweeps", "left_out", "teacher_accuracy", "published", "settings",
+    ]  # fmt: skip
+    row = report.rows["inductive"]
+    assert isinstance(row, PanopticScores)
+    assert (
+        content["inductive"]["uPQ"] == row.uPQ
+        and content["inductive"]["per_class"][1]["fn"] == row.per_class[1].fn == 1
+    )
+    assert content["losses"]["inductive"]["losses"]["seen_bias"] == {"sPQ": -2.5, "uPQ": 43.21}
+    assert content["losses"]["inductive"]["named_right"]["unseen"]["over_all"] == 36.5
+    assert content["sweeps"]["transductive"]["seen_offset"][1] == {"value": 0.1, "sPQ": 59.9, "uPQ": 30.1, "hPQ": 40.0}
+    assert content["left_out"] == {"crowd segments": 1017, "segments without a query": 3}
+    assert content["settings"]["object_threshold"] == 0.1 and content["published"] is None
 
 
-def test_nan_is_refused(tmp_path: Path, report: dict[str, Any]) -> None:
+def test_a_semantic_report_comes_back(report: Report) -> None:
+    confusion = ConfusionMatrix(3)
+    confusion.update(np.array([[0, 1, 2]]), np.array([[0, 0, 2]]), image=1)
+    row = semantic_scores(confusion, categories=CATEGORIES, seen=SEEN)
+    settings = Settings(seen_offset=0.0, control_offset=0.1, images=1, teacher="t")
+    semantic = replace(report, rows=dict.fromkeys(ROWS, row), losses=None, sweeps=None, settings=settings)
+    assert Report.from_json(semantic.to_json()) == semantic
+    assert not {"losses", "sweeps", "object_threshold"} & set(re.findall(r'"(\w+)":', semantic.to_json()))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda text: text[:-1], "JSONDecodeError"),
+        (lambda text: text.replace('"ceiling"', '"roof"'), "KeyError: 'ceiling'"),
+        (lambda text: text.replace('"segments"', '"pieces"'), "pieces"),
+        (lambda text: "[]", "AttributeError"),
+    ],
+)
+def test_what_is_no_report_is_named(report: Report, tmp_path: Path, change: Callable[[str], str], reason: str) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(change(report.to_json()))
+    with pytest.raises(UserError, match=re.escape(reason)) as caught:
+        read_report(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_nan_is_refused(tmp_path: Path, report: Report) -> None:
+    settings = replace(report.settings, control_offset=float("nan"))
     with pytest.raises(ValueError, match="JSON"):
-        write_report(tmp_path, report | {"settings": report["settings"] | {"x": float("nan")}}, curves={}, pictures=[])
+        write_report(tmp_path, replace(report, settings=settings), curves={}, pictures=[])
     assert not list(tmp_path.iterdir())
 
 
@@ -237,9 +246,9 @@ def test_loss_table(folder: Path) -> None:
     assert "1,017 crowd segments" in text and "3 segments have no query" in text
 
 
-def test_absent_classes_have_a_row_where_there_are_some(report: dict[str, Any], tmp_path: Path) -> None:
+def test_absent_classes_have_a_row_where_there_are_some(report: Report, tmp_path: Path) -> None:
     lost = {"inductive": losses(absent=(5.0, 0.0)), "transductive": losses(absent=(5.0, 0.0))}
-    write_report(tmp_path, report | {"losses": lost}, curves={}, pictures=[])
+    write_report(tmp_path, replace(report, losses=lost), curves={}, pictures=[])
     assert "absent classes" in page(tmp_path).text
 
 
@@ -251,9 +260,9 @@ def test_sweeps_say_what_they_are(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("images", [5000, 100])
-def test_the_papers_table(report: dict[str, Any], tmp_path: Path, images: int) -> None:
-    published = beside_the_paper("coco-panoptic-zps", report, images=images, marks=[])
-    write_report(tmp_path, report | {"published": published}, curves={}, pictures=[])
+def test_the_papers_table(report: Report, tmp_path: Path, images: int) -> None:
+    published = beside_the_paper("coco-panoptic-zps", report.rows, images=images, marks=[])
+    write_report(tmp_path, replace(report, published=published), curves={}, pictures=[])
     parsed = page(tmp_path)
     rows = {row[0]: row[1:] for row in parsed.rows if row}
     assert rows["the paper"] == ["20.8", "40.5", "14.0", "27.5", "39.2", "21.2"]
@@ -261,19 +270,19 @@ def test_the_papers_table(report: dict[str, Any], tmp_path: Path, images: int) -
     assert ("100 validation images were scored" in parsed.text) == (images == 100)
 
 
-def test_csv_holds_every_class_and_setting(folder: Path, report: dict[str, Any]) -> None:
+def test_csv_holds_every_class_and_setting(folder: Path, report: Report) -> None:
     with (folder / "per_class.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == ["red circle", "<b>&star", "fog"]
     assert [row["seen"] for row in rows] == ["True", "False", "True"]
     assert len(rows[0]) == 4 + 7 * len(SETTINGS)
-    for row, facts in zip(rows, report["inductive"]["per_class"], strict=True):
+    for row, facts in zip(rows, report.rows["inductive"].per_class, strict=True):
         assert {key: float(row[f"inductive_{key}"]) for key in ("PQ", "SQ", "RQ", "IoU", "tp", "fp", "fn")} == {
-            key: facts[key] for key in ("PQ", "SQ", "RQ", "IoU", "tp", "fp", "fn")
+            key: getattr(facts, key) for key in ("PQ", "SQ", "RQ", "IoU", "tp", "fp", "fn")
         }
 
 
-def test_learning_rate_is_not_drawn(report: dict[str, Any], tmp_path: Path) -> None:
+def test_learning_rate_is_not_drawn(report: Report, tmp_path: Path) -> None:
     pages = []
     for extra in ({}, {"lr": 0.1}, {"mmd": 0.1}):
         write_report(tmp_path, report, curves={"g2s": [{"step": 10, "total": 1.0} | extra]}, pictures=[])
@@ -295,12 +304,15 @@ def test_overlays(folder: Path) -> None:
     assert not (inductive == unseen).all(-1).any()  # no unseen name there
 
 
-def test_publish_adds_the_run(folder: Path, report: dict[str, Any], tmp_path: Path) -> None:
+def test_publish_adds_the_run(folder: Path, report: Report, tmp_path: Path) -> None:
     lineage = {"v2c": {"ref": "checkpoint/0123456789abcdef", "seconds": 75.0}}
     publish(folder, tmp_path / "runs" / "demo", preset="demo", lineage=lineage)
     publish(folder, tmp_path / "runs" / "demo", preset="demo", lineage=lineage)
+    published = read_report(tmp_path / "runs" / "demo" / "report.json")
+    built = {"v2c": Built(ref="checkpoint/0123456789abcdef", seconds=75.0)}
+    assert published == replace(report, preset="demo", lineage=built)
     content = json.loads((tmp_path / "runs" / "demo" / "report.json").read_text())
-    assert content == report | {"preset": "demo", "lineage": lineage}
+    assert (content["preset"], content["lineage"]) == ("demo", lineage)
     table = tmp_path / "runs" / "demo" / "per_class.csv"
     assert table.read_bytes() == (folder / "per_class.csv").read_bytes()
     parsed = page(tmp_path / "runs" / "demo")
@@ -308,7 +320,7 @@ def test_publish_adds_the_run(folder: Path, report: dict[str, Any], tmp_path: Pa
     assert ["v2c", "checkpoint/0123456789abcdef", "1 min 15 s"] in [row[:3] for row in parsed.rows]
 
 
-def test_console_table(report: dict[str, Any]) -> None:
+def test_console_table(report: Report) -> None:
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=120)

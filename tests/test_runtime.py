@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.runtime import Runtime
+from pipeline.runtime import Runtime, duration
 
 
 def test_devices() -> None:
@@ -33,3 +33,14 @@ def test_the_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
         with Runtime(progress=progress).bar(2, "shard", "img") as bar:
             bar.update(2)
         assert ("shard: 100%" in capsys.readouterr().err) == progress
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (0.44, "0.4 s"), (9.49, "9.5 s"), (9.5, "10 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"),
+        (3599, "59 min 59 s"), (7499, "2 h 04 min"), (90_000, "25 h 00 min"),
+    ],
+)  # fmt: skip
+def test_durations(seconds: float, expected: str) -> None:
+    assert duration(seconds) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,14 @@ import torch
 from quarters import BENCHMARK, CLASSES, HEIGHT, WIDTH, quarters
 from torch import Tensor
 
-from pipeline.inference.maps import Output
+from pipeline.inference.maps import Output, Thresholds
 from pipeline.scoring import sweeps as module
 from pipeline.scoring.metrics import harmonic_mean
 from pipeline.scoring.rows import GroundTruth, Row
 from pipeline.scoring.sweeps import Sweeps
 from storage.shards import Sample, decode_ids
 
-FACTS = {"object_threshold": 0.35, "overlap_threshold": 0.5}
+STORED = Thresholds(object_threshold=0.35, overlap_threshold=0.5)
 THRESHOLDS, OFFSETS = (0.1, 0.5, 0.8), (0.05, 0.2, 0.5)
 
 
@@ -49,18 +50,18 @@ def swept(
     thresholds: tuple[float, ...] = THRESHOLDS,
     offsets: tuple[float, ...] = OFFSETS,
 ) -> dict[str, list[dict[str, float]]]:
-    curves = Sweeps(BENCHMARK, FACTS, object_thresholds=thresholds, seen_offsets=offsets)
+    curves = Sweeps(BENCHMARK, STORED, object_thresholds=thresholds, seen_offsets=offsets)
     for sample, output, logits in shown:
-        curves.update(GroundTruth(sample, BENCHMARK), output.resize(), logits, CLASSES)
-    return curves.curves()
+        curves.update(GroundTruth(sample, BENCHMARK), output, logits, CLASSES)
+    return asdict(curves.curves())
 
 
 def at(shown: list[tuple[Sample, Output, Tensor]], **change: float) -> dict[str, float]:
     """One setting's prediction, the usual way."""
-    row, offset = Row(BENCHMARK), change.pop("seen_offset", 0.0)
+    row, thresholds = Row(BENCHMARK), replace(STORED, **change)
     for sample, output, logits in shown:
-        row.predict(GroundTruth(sample, BENCHMARK), output, logits, CLASSES, FACTS | change, seen_offset=offset)
-    scores: dict[str, Any] = row.scores()
+        row.predict(GroundTruth(sample, BENCHMARK), output, logits, CLASSES, thresholds)
+    scores = asdict(row.scores())
     return {key: scores[key] for key in ("sPQ", "uPQ", "hPQ")}
 
 
@@ -86,13 +87,13 @@ def test_every_point_is_the_prediction_there() -> None:
 def test_equal_decisions_are_made_once(monkeypatch: Any) -> None:
     """Certain queries decide the same at all settings but the highest threshold: two maps, not eight."""
     calls = []
-    merged = module.merged_map
+    merge = module.merge
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
-        return merged(*args, **kwargs)
+        return merge(*args, **kwargs)
 
-    monkeypatch.setattr(module, "merged_map", counted)
+    monkeypatch.setattr(module, "merge", counted)
     ((shown, output, _),) = images(1)
     logits = torch.full((7, 4), -9.0)
     for query, segment in enumerate(shown.segments):

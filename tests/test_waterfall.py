@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import permutations
 from typing import Any
 
@@ -23,19 +24,18 @@ CAT, DOG, SKY, SEA = range(4)
 
 def waterfall(shown: Sample, output: Output, logits: Tensor) -> dict[str, Any]:
     """The loss table of one image."""
-    result, gt, output = Waterfall(BENCHMARK), GroundTruth(shown, BENCHMARK), output.resize()
+    result, gt, output = Waterfall(BENCHMARK), GroundTruth(shown, BENCHMARK), output.kept()
     pairs = paired(shown, output)
     masks, actual = Row(BENCHMARK), Row(BENCHMARK)
     masks.predict(gt, output, pairs.certain(pairs.classes, logits), CLASSES, THRESHOLDS)
     actual.predict(gt, output, logits, CLASSES, THRESHOLDS)
     result.update(gt, output, pairs, logits, CLASSES, THRESHOLDS)
-    return result.result(true_classes=masks.quality.result(), actual=actual.quality.result())
+    assert masks.quality is not None and actual.quality is not None
+    return asdict(result.result(true_classes=masks.quality.result(), actual=actual.quality.result()))
 
 
 def paired(shown: Sample, output: Output) -> Pairs:
-    resized = output.resize().resized
-    assert resized is not None
-    return pair(GroundTruth(shown, BENCHMARK), resized)
+    return pair(GroundTruth(shown, BENCHMARK), output)
 
 
 def losses(shown: Sample, output: Output, logits: Tensor) -> dict[str, tuple[float, float]]:
@@ -142,9 +142,10 @@ def test_the_losses_add_up(seed: int, queries: int) -> None:
     found = waterfall(shown, output, logits)
     row = Row(BENCHMARK)
     row.predict(GroundTruth(shown, BENCHMARK), output, logits, CLASSES, THRESHOLDS)
+    scores = asdict(row.scores())
     for key in ("sPQ", "uPQ"):
-        assert sum(loss[key] for loss in found["losses"].values()) == pytest.approx(100 - row.scores()[key], abs=1e-9)
-        assert found["levels"]["selection"][key] == row.scores()[key]
+        assert sum(loss[key] for loss in found["losses"].values()) == pytest.approx(100 - scores[key], abs=1e-9)
+        assert found["levels"]["selection"][key] == scores[key]
 
 
 @settings(max_examples=60, deadline=None)

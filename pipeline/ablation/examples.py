@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from models.folding import for_inference
 from pipeline.data.benchmarks import Benchmark
 from pipeline.data.config import ResizeConfig
 from pipeline.data.samples import samples_with_tokens
+from pipeline.data.transforms import channels_first
 from pipeline.inference.forward import outputs
-from pipeline.inference.maps import PredictedSegment, classes_of, panoptic_map
+from pipeline.inference.maps import PredictedSegment, classes_of, panoptic_map, thresholds_of
 from pipeline.inference.model import load_model
 from pipeline.report.pictures import overlay
 from pipeline.runtime import Runtime
@@ -62,13 +62,14 @@ def draw_examples(
     for title, ref in checkpoints.items():
         model = load_model(store.open(ref).path, device)
         classes = classes_of(model.text, model.facts["classes"], device)
-        thresholds = {name: model.facts[name] for name in ("object_threshold", "overlap_threshold")}
-        views = ((photo, torch.from_numpy(photo).permute(2, 0, 1)) for photo in photos)
+        thresholds = thresholds_of(model.facts)
+        views = ((photo, channels_first(photo)) for photo in photos)
         columns[title] = []
         for photo, output in outputs(
             for_inference(model.segmenter), views, ResizeConfig(**model.facts["resize"]), batch=8
         ):
-            ids, segments = panoptic_map(output, model.logits(output.features, classes.text), classes, **thresholds)
+            logits = model.logits(output.features, classes.text)
+            ids, segments = panoptic_map(output, logits, classes, thresholds)
             columns[title].append(overlay(photo, ids, segments, name_of))
     _sheet(columns).save(path)
 

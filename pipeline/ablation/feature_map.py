@@ -50,7 +50,7 @@ def real_features(
     store: Store, *, checkpoint: Ref, shards: Ref, tokens: Ref, benchmark: Benchmark, runtime: Runtime
 ) -> dict[int, NDArray[np.float32]]:
     """Of every unseen class the features of the queries nearest to its segments of the validation images by their masks, see
-    `ceilings.Pairs`."""
+    `waterfall.Pairs`."""
     model = load_model(store.open(checkpoint).path, runtime.torch_device())
     found: dict[int, list[NDArray[np.float32]]] = {k: [] for k, seen in enumerate(benchmark.seen) if not seen}
     samples = samples_with_tokens(Shards(store.open(shards).path), store.open(tokens).path)
@@ -58,9 +58,7 @@ def real_features(
     for sample, output in outputs(
         for_inference(model.segmenter), views, ResizeConfig(**model.facts["resize"]), batch=16
     ):
-        output = output.resize()
-        assert output.resized is not None
-        pairs = pair(GroundTruth(sample, benchmark), output.resized)
+        pairs = pair(GroundTruth(sample, benchmark), output)
         for k, query in zip(pairs.classes.tolist(), pairs.nearest.tolist(), strict=True):
             if k in found:
                 found[k].append(output.features[query].float().cpu().numpy())

@@ -7,15 +7,15 @@ import logging
 import multiprocessing
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pipeline.ablation.tables import Table, cells, markdown, seeded, summary
 from pipeline.line import Config, Stage, line
 from pipeline.runtime import Runtime
+from pipeline.scoring.records import Report, read_report
 from pipeline.world.config import ScenesConfig
 from storage.atomic import write_text
 from storage.keys import Ref
@@ -134,10 +134,10 @@ def _log_all(lines: Sequence[str]) -> None:
 
 def write_table(folder: Path, table: Table, runs: Sequence[Run], store: Store) -> list[list[str]]:
     """`<table>.json` and `<table>.md` in `folder`; returns the table's cells."""
-    reports: dict[str, list[Mapping[str, Any]]] = {}
+    reports: dict[str, list[Report]] = {}
     for run in runs:
-        report = store.open(run.ref("evaluate")).path / "report.json"
-        reports.setdefault(run.variant, []).append(json.loads(report.read_text(encoding="utf-8")))
+        report = read_report(store.open(run.ref("evaluate")).path / "report.json")
+        reports.setdefault(run.variant, []).append(report)
     rows = summary(table, reports)
     keys = [{"variant": r.variant, "seed": r.seed, **{name: ref.key for name, ref in r.refs.items()}} for r in runs]
     lines = cells(table, rows)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.line import Config
+from pipeline.scoring.records import Report
 
 PAPER = Path(__file__).parent / "paper.json"
 SETTINGS = "inductive", "control", "transductive"
@@ -167,11 +168,11 @@ def seeded(config: Config, seed: int) -> Config:
     )
 
 
-def summary(table: Table, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def summary(table: Table, runs: Mapping[str, Sequence[Report]]) -> list[dict[str, Any]]:
     """Every row: its runs, their mean and standard deviation, and the paper's row.
 
     Args:
-        runs: variant's name -> a report of each seed (`report.json`), at least one.
+        runs: variant's name -> the report of each seed, at least one.
 
     Returns:
         per variant `name`, `runs` [{setting: {score: percent}}], `mean` and `sd` {setting: {score: points}} (sd over
@@ -181,7 +182,9 @@ def summary(table: Table, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> li
     paper = json.loads(PAPER.read_text(encoding="utf-8")).get(table.name, {})
     rows = []
     for variant in table.variants:
-        scores = [{s: {k: report[s][k] for k in SCORES} for s in SETTINGS} for report in runs[variant.name]]
+        scores = [
+            {s: {k: getattr(report.rows[s], k) for k in SCORES} for s in SETTINGS} for report in runs[variant.name]
+        ]
         gains = [run["transductive"]["hPQ"] - run["control"]["hPQ"] for run in scores]
         rows.append(
             {

@@ -20,7 +20,7 @@ from pipeline.bench.harness import Row, alternate, machine
 from pipeline.bench.reference import build_mask2former, ours_of_mask2former
 from pipeline.data.config import ResizeConfig
 from pipeline.inference.forward import outputs
-from pipeline.inference.maps import Classes, panoptic_map
+from pipeline.inference.maps import Classes, Thresholds, panoptic_map
 from pipeline.runtime import Runtime
 
 CLASSES, TEXT_DIM, KEPT = 133, 512, 20
@@ -68,7 +68,7 @@ def _ours(image: Tensor, resize: ResizeConfig, device: torch.device) -> Any:
     def run(threshold: float) -> Any:
         ((_, output),) = outputs(segmenter, [(None, image)], resize, batch=1)
         logits = projector.logits(projector(output.features), classes.text)
-        panoptic_map(output, logits, classes, object_threshold=threshold, overlap_threshold=0.8)
+        panoptic_map(output, logits, classes, Thresholds(object_threshold=threshold, overlap_threshold=0.8))
         return logits.sigmoid().amax(1)
 
     threshold = float(run(1.0).topk(KEPT + 1).values[-1])

@@ -166,6 +166,7 @@ def samples_with_tokens(shards: Shards, tokens: Path) -> Iterator[tuple[tuple[Sa
     """((validation sample, its instance tokens (O, D)), image (3, H, W) uint8), tars and the folder's token groups in step."""
     import torch
 
+    from pipeline.data.transforms import channels_first
     from storage.shards import decode_image, read_shard
     from storage.tokens import read_tokens
 
@@ -173,4 +174,4 @@ def samples_with_tokens(shards: Shards, tokens: Path) -> Iterator[tuple[tuple[Sa
         group = read_tokens(tokens / f"{tar.stem}.zarr")
         for row, sample in enumerate(read_shard(tar)):
             own = torch.from_numpy(group.instance[group.rows(row)]).float()
-            yield (sample, own), torch.from_numpy(decode_image(sample)).permute(2, 0, 1)
+            yield (sample, own), channels_first(decode_image(sample))

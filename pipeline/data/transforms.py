@@ -17,6 +17,11 @@ PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53]).view(
 PIXEL_STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
 
 
+def channels_first(image: np.ndarray) -> Tensor:
+    """A decoded image (H, W, 3) uint8 as a tensor (3, H, W) of the same memory."""
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+
 def normalise(image: Tensor) -> Tensor:
     """(3, H, W) in 0..255 -> zero mean, unit deviation by ImageNet's statistics."""
     return (image.float() - PIXEL_MEAN) / PIXEL_STD

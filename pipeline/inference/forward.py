@@ -1,4 +1,4 @@
-"""Images through the frozen segmenter, and what it says turned into panoptic maps: for queries, calibration, evaluation, prediction."""
+"""Images through the frozen segmenter: for calibration, evaluation and prediction."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from torch import Tensor
 from models.segmenter import Segmenter
 from pipeline.data.config import ResizeConfig
 from pipeline.data.transforms import resize_for_test
-from pipeline.inference.maps import (
-    Output,
-)
+from pipeline.inference.maps import Output
 
 Tag = TypeVar("Tag")
 
@@ -22,8 +20,11 @@ Tag = TypeVar("Tag")
 def outputs(
     segmenter: Segmenter, images: Iterable[tuple[Tag, Tensor]], resize: ResizeConfig, *, batch: int
 ) -> Iterator[tuple[Tag, Output]]:
-    """(tag, Output) for (tag, image (3, H, W) uint8), in order. Neighbours of equal padded size share a forward pass, so that an
-    image's result does not depend on padding it would not have alone."""
+    """(tag, Output) for each (tag, image (3, H, W) uint8), in order.
+
+    At most `batch` neighbours share a forward pass, and only those of equal padded size, so that an image's result does
+    not depend on padding it would not have alone.
+    """
     device = next(segmenter.parameters()).device
     group: list[tuple[Tag, Tensor, tuple[int, int], tuple[int, int]]] = []
 

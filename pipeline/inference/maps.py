@@ -1,16 +1,17 @@
-"""From a segmenter's class probabilities and mask logits to panoptic and semantic maps at the image's original size.
+"""From a segmenter's output and class logits to panoptic and semantic maps at the image's original size.
 
 Masks are upsampled to the padded network input, cropped to the resized image and resized to the original size, in that
-order, as logits; the sigmoid comes last. That is most of the work, so it comes in two forms: `panoptic` and `semantic`
-resize what they need in chunks and keep nothing, so any image needs a few hundred MB; who makes many maps of one image
-calls `resize_masks` once, and `choose`, `merge` and `classify` for each map. Both give the same maps to the last bit.
+order, as logits; the sigmoid comes last. That is most of the work and of the memory. A panoptic map resizes the masks of
+the queries it keeps, chunk by chunk, and holds none, so that an image of any size needs a few hundred MB. For several
+maps of one image, `Output.kept` resizes every mask once and holds them. Both give the same maps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,10 +23,46 @@ CHUNK_ELEMENTS = 2**24  # values of one resized or classified chunk: 64 MB of fl
 
 
 @dataclass(frozen=True, kw_only=True)
-class Output:
-    """What the segmenter says about one image: features (Q, C), mask logits (Q, h, w), and the sizes the masks go back through.
+class Thresholds:
+    """The three numbers of a panoptic map (D8).
 
-    `resized`: the masks at the original size, where many maps are made of this image (see `resize`); the maps are the same without.
+    Attributes:
+        object_threshold: a query is kept if its class score, in [0, 1], is above this.
+        overlap_threshold: a segment is kept if the pixels it wins are at least this share of its mask's pixels, in [0, 1].
+        seen_offset: subtracted from the seen classes' scores when a query chooses its class (calibrated stacking). The
+            chosen class keeps its own score.
+    """
+
+    object_threshold: float
+    overlap_threshold: float
+    seen_offset: float = 0.0
+
+
+def thresholds_of(facts: Mapping[str, Any], *, seen_offset: float = 0.0) -> Thresholds:
+    """The thresholds that a checkpoint stores among its facts."""
+    return Thresholds(
+        object_threshold=facts["object_threshold"],
+        overlap_threshold=facts["overlap_threshold"],
+        seen_offset=seen_offset,
+    )
+
+
+class _Resized(NamedTuple):
+    probabilities: Tensor  # (Q, H, W) float32
+    areas: Tensor  # (Q,) pixels of at least 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """The segmenter's output for one image.
+
+    Attributes:
+        features: (Q, C).
+        masks: (Q, h, w) mask logits over the padded input.
+        padded_size: height and width of the network's input.
+        image_size: height and width of the resized image, in the input's top left corner.
+        original_size: height H and width W of the image as stored.
+        keep: hold the resized masks once they were made, see `kept`.
     """
 
     features: Tensor
@@ -33,20 +70,46 @@ class Output:
     padded_size: tuple[int, int]
     image_size: tuple[int, int]
     original_size: tuple[int, int]
-    resized: ResizedMasks | None = None
+    keep: bool = False
 
-    def resize(self) -> Output:
-        """The same with its masks resized once and kept."""
-        return replace(self, resized=resize_masks(self.masks, **self.sizes))
+    def kept(self) -> Output:
+        """The same output for several maps of the image: its masks are resized at the first use and held as long as it is,
+        4 Q H W bytes (123 MB for 100 queries at 480 x 640)."""
+        return self if self.keep else replace(self, keep=True)
 
-    @property
-    def sizes(self) -> dict[str, tuple[int, int]]:
-        return {"padded_size": self.padded_size, "image_size": self.image_size, "original_size": self.original_size}
+    @torch.no_grad()
+    def probabilities(self) -> Tensor:
+        """Every mask at the original size, (Q, H, W) float32 in [0, 1]."""
+        return self._held.probabilities if self.keep else torch.cat(list(self._resize(self.masks)))
+
+    @torch.no_grad()
+    def chunks(self, queries: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The masks of `queries` (n >= 1,) at the original size, in their order, a chunk at a time: probabilities (m, H, W)
+        float32, and areas (m,), each mask's pixels of at least 0.5."""
+        if not self.keep:
+            yield from ((part, _areas(part)) for part in self._resize(self.masks[queries]))
+            return
+        for part in queries.to(self._held.areas.device).split(_per_chunk(self.original_size)):
+            yield self._held.probabilities[part], self._held.areas[part]
+
+    @cached_property
+    def _held(self) -> _Resized:
+        masks = torch.cat(list(self._resize(self.masks)))
+        areas = torch.cat([_areas(part) for part in masks.split(_per_chunk(self.original_size))])
+        return _Resized(probabilities=masks, areas=areas)
+
+    def _resize(self, logits: Tensor) -> Iterator[Tensor]:
+        """(n, h, w) logits over the padded input -> chunks (m, H, W) of probabilities over the original image."""
+        for part in logits.split(_per_chunk(self.padded_size, self.original_size)):
+            padded = F.interpolate(part[None].float(), self.padded_size, mode="bilinear", align_corners=False)
+            image = padded[..., : self.image_size[0], : self.image_size[1]]
+            yield F.interpolate(image, self.original_size, mode="bilinear", align_corners=False)[0].sigmoid_()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classes:
-    """The classes a prediction chooses from: unit text embeddings (K, D) or (K, S, D), see `TextBank`, category ids, thing and seen flags (K,)."""
+    """The classes a prediction chooses from: unit text embeddings (K, D) or (K, S, D), see `TextBank`, category ids (K,)
+    of the data set, thing and seen flags (K,) bool."""
 
     text: Tensor
     ids: Tensor
@@ -56,6 +119,16 @@ class Classes:
     def only(self, which: Tensor) -> Classes:
         """The classes where `which` (K,) is true."""
         return Classes(text=self.text[which], ids=self.ids[which], isthing=self.isthing[which], seen=self.seen[which])
+
+
+def classes_of(text: Tensor, facts: Mapping[str, Any], device: torch.device) -> Classes:
+    """The classes a checkpoint or text bank lists (`ids`, `isthing`, `seen`), on `device`."""
+    return Classes(
+        text=text.to(device),
+        ids=torch.tensor(facts["ids"], device=device),
+        isthing=torch.tensor(facts["isthing"], device=device),
+        seen=torch.tensor(facts["seen"], device=device),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,60 +142,74 @@ class PredictedSegment:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """What n queries stand for: their indices (n,), ascending, one class index each (n,), one score each (n,) float32."""
+    """The n queries that a panoptic map is merged from: indices (n,), ascending, a class index each (n,), and that class's
+    score (n,) float32."""
 
     queries: Tensor
     classes: Tensor
     scores: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResizedMasks:
-    """All queries' mask probabilities (Q, H, W) float32 at the original size (123 MB for 100 queries at 480 x 640), and the
-    pixels (Q,) where each is at least 0.5."""
+def panoptic_map(
+    output: Output, logits: Tensor, classes: Classes, thresholds: Thresholds
+) -> tuple[NDArray[np.int32], list[PredictedSegment]]:
+    """The panoptic map of one image (MaskFormer's inference with sigmoid scores, D8).
 
-    probabilities: Tensor
-    areas: Tensor
+    A query takes its best class and keeps it when the score is above `object_threshold`. Each pixel goes to the query
+    with the highest score * mask, and to void where that mask is below 0.5. A query whose pixels are fewer than
+    `overlap_threshold` of its own mask (>= 0.5) is dropped, its pixels become void. Stuff of one class is one segment.
 
-    def of(self, queries: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Chunks of those queries' (probabilities, areas), in order."""
-        queries = queries.to(self.areas.device)
-        for part in queries.split(_per_chunk(self.probabilities.shape[-2:])):
-            yield self.probabilities[part], self.areas[part]
+    Args:
+        output: the segmenter's, Q queries.
+        logits: (Q, K) class logits; the score is their sigmoid.
+        classes: K of them.
+        thresholds: see `Thresholds`.
+
+    Returns:
+        ids (H, W) with 0 = void, and one segment for every other id, 1, 2, ...; a merged stuff segment has the highest
+        score of its queries.
+    """
+    chosen = choose(logits.sigmoid(), classes.seen, thresholds)
+    return merge(output, chosen, classes, overlap_threshold=thresholds.overlap_threshold)
 
 
 @torch.no_grad()
-def choose(class_probabilities: Tensor, *, seen: Tensor, object_threshold: float, seen_offset: float = 0.0) -> Chosen:
-    """The queries whose best class scores above `object_threshold`; arguments as in `panoptic`."""
-    scores = class_probabilities.float()
-    classes = (scores - seen_offset * seen).argmax(1)
+def semantic_map(output: Output, logits: Tensor, classes: Classes, *, seen_offset: float = 0.0) -> NDArray[np.int32]:
+    """The class index of every pixel (H, W): argmax_k of sum_q p_qk * sigmoid(m_q(x)), with p the sigmoid of `logits` (Q, K).
+
+    `seen_offset` is subtracted from the seen classes' sums at every pixel.
+    """
+    scores, masks = logits.sigmoid().float(), output.probabilities()
+    offset = (seen_offset * classes.seen.to(scores))[:, None]
+    pixels = max(1, CHUNK_ELEMENTS // scores.shape[1])
+    parts = masks.flatten(1).split(pixels, dim=1)
+    found = torch.cat([(scores.T @ part - offset).argmax(0) for part in parts])
+    return found.view(masks.shape[1:]).cpu().numpy().astype(np.int32)
+
+
+@torch.no_grad()
+def choose(scores: Tensor, seen: Tensor, thresholds: Thresholds) -> Chosen:
+    """The queries whose best class scores above `object_threshold`: scores (Q, K) in [0, 1], `seen` (K,) bool."""
+    scores = scores.float()
+    classes = (scores - thresholds.seen_offset * seen).argmax(1)
     scores = scores.gather(1, classes[:, None])[:, 0]
-    kept = (scores > object_threshold).nonzero()[:, 0]
+    kept = (scores > thresholds.object_threshold).nonzero()[:, 0]
     return Chosen(queries=kept, classes=classes[kept], scores=scores[kept])
 
 
 @torch.no_grad()
 def merge(
-    chosen: Chosen,
-    masks: Iterable[tuple[Tensor, Tensor]],
-    *,
-    original_size: tuple[int, int],
-    isthing: Tensor,
-    category_ids: Tensor,
-    overlap_threshold: float,
+    output: Output, chosen: Chosen, classes: Classes, *, overlap_threshold: float
 ) -> tuple[NDArray[np.int32], list[PredictedSegment]]:
-    """The chosen queries' masks as one panoptic map; arguments and result as in `panoptic`.
-
-    `masks` holds the chosen queries' masks in order, in chunks: probabilities (n, H, W) and areas (n,), see `ResizedMasks`.
-    """
+    """The chosen queries' masks as one panoptic map; see `panoptic_map`."""
     count = len(chosen.queries)
     if not count:
-        return np.zeros(original_size, np.int32), []
+        return np.zeros(output.original_size, np.int32), []
     best: Tensor | None = None
     winner = inside = torch.empty(0)
     areas: list[Tensor] = []
     start = 0
-    for probabilities, own in masks:
+    for probabilities, own in output.chunks(chosen.queries):
         scores = chosen.scores[start : start + len(own)].to(probabilities.device)
         value, index = (probabilities * scores[:, None, None]).max(0)
         inner = probabilities.gather(0, index[None])[0] >= 0.5  # is the winner's mask >= 0.5 here?
@@ -142,9 +229,9 @@ def merge(
     segments: list[PredictedSegment] = []
     stuff: dict[int, int] = {}  # class -> position in `segments`
     segment_of_query = np.zeros(count + 1, np.int32)  # the last entry stands for "no query"
-    classes, scores, things, ids = (t.tolist() for t in (chosen.classes, chosen.scores, isthing, category_ids))
+    indices, scores, things, ids = (t.tolist() for t in (chosen.classes, chosen.scores, classes.isthing, classes.ids))
     for query in survives.nonzero()[:, 0].tolist():
-        class_, score = classes[query], scores[query]
+        class_, score = indices[query], scores[query]
         position = len(segments) if things[class_] else stuff.setdefault(class_, len(segments))
         if position == len(segments):
             segments.append(PredictedSegment(id=position + 1, category_id=ids[class_], score=score))
@@ -157,101 +244,6 @@ def merge(
     return segment_of_query[owner], segments
 
 
-@torch.no_grad()
-def panoptic(
-    class_probabilities: Tensor,
-    mask_logits: Tensor,
-    *,
-    isthing: Tensor,
-    category_ids: Tensor,
-    padded_size: tuple[int, int],
-    image_size: tuple[int, int],
-    original_size: tuple[int, int],
-    object_threshold: float,
-    overlap_threshold: float,
-    seen: Tensor,
-    seen_offset: float = 0.0,
-) -> tuple[NDArray[np.int32], list[PredictedSegment]]:
-    """The panoptic map of one image (MaskFormer's inference with sigmoid scores, D8).
-
-    A query takes its best class and keeps it when the score is above `object_threshold`. Each pixel goes to the query
-    with the highest score * mask, and to void where that mask is below 0.5. A query whose pixels are fewer than
-    `overlap_threshold` of its own mask (>= 0.5) is dropped, its pixels become void. Stuff of one class is one segment.
-
-    Args:
-        class_probabilities: (Q, K) p = sigmoid(logit).
-        mask_logits: (Q, h, w) over the padded input.
-        isthing: (K,) bool.
-        category_ids: (K,) integer, the dataset's id of every class.
-        padded_size: height and width of the network's input.
-        image_size: height and width of the resized image, in the input's top left corner.
-        original_size: height and width of the image as stored.
-        object_threshold: in [0, 1].
-        overlap_threshold: in [0, 1].
-        seen: (K,) bool.
-        seen_offset: subtracted from the seen classes' scores when a query chooses its class (calibrated stacking); the
-            chosen class keeps its own score.
-
-    Returns:
-        ids (H, W) with 0 = void, and one segment for every other id, 1, 2, ...; a merged stuff segment has the highest
-        score of its queries.
-    """
-    chosen = choose(class_probabilities, seen=seen, object_threshold=object_threshold, seen_offset=seen_offset)
-    sizes = padded_size, image_size, original_size
-    masks = ((part, _areas(part)) for part in _resized(mask_logits[chosen.queries], *sizes))
-    return merge(
-        chosen, masks, original_size=original_size, isthing=isthing, category_ids=category_ids,
-        overlap_threshold=overlap_threshold,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def semantic(
-    class_probabilities: Tensor,
-    mask_logits: Tensor,
-    *,
-    padded_size: tuple[int, int],
-    image_size: tuple[int, int],
-    original_size: tuple[int, int],
-    seen: Tensor,
-    seen_offset: float = 0.0,
-) -> NDArray[np.int32]:
-    """The class index of every pixel (H, W): argmax_k of sum_q p_qk * sigmoid(m_q(x)).
-
-    Arguments as in `panoptic`; `seen_offset` is subtracted from the seen classes' sums at every pixel.
-    """
-    masks = torch.cat(list(_resized(mask_logits, padded_size, image_size, original_size)))
-    return classify(class_probabilities, masks, seen=seen, seen_offset=seen_offset)
-
-
-@torch.no_grad()
-def classify(
-    class_probabilities: Tensor, mask_probabilities: Tensor, *, seen: Tensor, seen_offset: float = 0.0
-) -> NDArray[np.int32]:
-    """`semantic` from mask probabilities (Q, H, W) at the original size."""
-    probabilities = class_probabilities.float()
-    offset = (seen_offset * seen.to(probabilities))[:, None]
-    pixels = max(1, CHUNK_ELEMENTS // probabilities.shape[1])
-    parts = mask_probabilities.flatten(1).split(pixels, dim=1)
-    classes = torch.cat([(probabilities.T @ part - offset).argmax(0) for part in parts])
-    return classes.view(mask_probabilities.shape[1:]).cpu().numpy().astype(np.int32)
-
-
-@torch.no_grad()
-def resize_masks(
-    mask_logits: Tensor,
-    *,
-    padded_size: tuple[int, int],
-    image_size: tuple[int, int],
-    original_size: tuple[int, int],
-) -> ResizedMasks:
-    """Every query's mask at the original size; arguments as in `panoptic`."""
-    masks = torch.cat(list(_resized(mask_logits, padded_size, image_size, original_size)))
-    return ResizedMasks(
-        probabilities=masks, areas=torch.cat([_areas(part) for part in masks.split(_per_chunk(original_size))])
-    )
-
-
 def _areas(probabilities: Tensor) -> Tensor:
     return (probabilities >= 0.5).flatten(1).sum(1)
 
@@ -259,73 +251,3 @@ def _areas(probabilities: Tensor) -> Tensor:
 def _per_chunk(*sizes: tuple[int, ...]) -> int:
     """Masks a chunk, when the largest of their sizes is one of `sizes`."""
     return max(1, CHUNK_ELEMENTS // max(height * width for height, width in sizes))
-
-
-def _resized(
-    logits: Tensor, padded_size: tuple[int, int], image_size: tuple[int, int], original_size: tuple[int, int]
-) -> Iterator[Tensor]:
-    """(Q, h, w) logits over the padded input -> chunks (n, H, W) of probabilities over the original image, float32."""
-    for part in logits.split(_per_chunk(padded_size, original_size)):
-        padded = F.interpolate(part[None].float(), padded_size, mode="bilinear", align_corners=False)
-        image = padded[..., : image_size[0], : image_size[1]]
-        yield F.interpolate(image, original_size, mode="bilinear", align_corners=False)[0].sigmoid_()
-
-
-def panoptic_map(
-    output: Output,
-    logits: Tensor,
-    classes: Classes,
-    *,
-    object_threshold: float,
-    overlap_threshold: float,
-    seen_offset: float = 0.0,
-) -> tuple[np.ndarray, list[PredictedSegment]]:
-    """Ids (H, W) and segments from class logits (Q, K); see `prediction.panoptic`."""
-    probabilities = logits.sigmoid()
-    if output.resized is not None:
-        chosen = choose(probabilities, seen=classes.seen, object_threshold=object_threshold, seen_offset=seen_offset)
-        return merged_map(output, chosen, classes, overlap_threshold=overlap_threshold)
-    return panoptic(
-        probabilities,
-        output.masks,
-        isthing=classes.isthing,
-        category_ids=classes.ids,
-        seen=classes.seen,
-        object_threshold=object_threshold,
-        overlap_threshold=overlap_threshold,
-        seen_offset=seen_offset,
-        **output.sizes,
-    )
-
-
-def merged_map(
-    output: Output, chosen: Chosen, classes: Classes, *, overlap_threshold: float
-) -> tuple[np.ndarray, list[PredictedSegment]]:
-    """Ids (H, W) and segments of the chosen queries; `output` must be resized, see `Output.resize`."""
-    assert output.resized is not None
-    return merge(
-        chosen,
-        output.resized.of(chosen.queries),
-        original_size=output.original_size,
-        isthing=classes.isthing,
-        category_ids=classes.ids,
-        overlap_threshold=overlap_threshold,
-    )
-
-
-def semantic_map(output: Output, logits: Tensor, classes: Classes, *, seen_offset: float = 0.0) -> np.ndarray:
-    """Class indices (H, W) from class logits (Q, K); see `prediction.semantic`."""
-    probabilities = logits.sigmoid()
-    if output.resized is not None:
-        return classify(probabilities, output.resized.probabilities, seen=classes.seen, seen_offset=seen_offset)
-    return semantic(probabilities, output.masks, seen=classes.seen, seen_offset=seen_offset, **output.sizes)
-
-
-def classes_of(text: Tensor, facts: dict[str, Any], device: torch.device) -> Classes:
-    """The classes a checkpoint or text bank lists (`ids`, `isthing`, `seen`), on `device`."""
-    return Classes(
-        text=text.to(device),
-        ids=torch.tensor(facts["ids"], device=device),
-        isthing=torch.tensor(facts["isthing"], device=device),
-        seen=torch.tensor(facts["seen"], device=device),
-    )

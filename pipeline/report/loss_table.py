@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+
+from pipeline.scoring.records import CHECKPOINTS, LeftOut, Losses
 
 ROWS = {
     "absent": ("absent classes", "No image shows them; the protocol counts them as 0, whatever is predicted."),
@@ -26,21 +27,21 @@ ROWS = {
     ),
 }
 BAR = 0.62  # the bars' part of a cell; the number has the rest
-COLUMNS = [(checkpoint, key) for checkpoint in ("inductive", "transductive") for key in ("sPQ", "uPQ")]
+COLUMNS = [(checkpoint, key) for checkpoint in CHECKPOINTS for key in ("sPQ", "uPQ")]
 
 
-def loss_table(losses: Mapping[str, Any], left_out: Mapping[str, int]) -> str:
-    """HTML of the table and of what it says in words; arguments as in `Evaluator.results`."""
+def loss_table(losses: Mapping[str, Losses], left_out: LeftOut) -> str:
+    """HTML of the table and of its largest loss in words; `losses` by checkpoint."""
     heads = "".join(f'<th class="number{" first" if key == "sPQ" else ""}">{key}' for _, key in COLUMNS)
     rows = _row("the truth", "", [(0.0, 100.0, "100.0") for _ in COLUMNS], "level")
     for name, (title, meaning) in ROWS.items():
-        points = [losses[checkpoint]["losses"][name][key] for checkpoint, key in COLUMNS]
-        after = [losses[checkpoint]["levels"][name][key] for checkpoint, key in COLUMNS]
+        points = [getattr(losses[checkpoint].losses[name], key) for checkpoint, key in COLUMNS]
+        after = [getattr(losses[checkpoint].levels[name], key) for checkpoint, key in COLUMNS]
         if name == "absent" and not any(points):
             continue
         cells = [(min(left, left + lost), abs(lost), _signed(-lost)) for left, lost in zip(after, points, strict=True)]
         rows += _row(title, meaning, cells, "loss")
-    last = [losses[checkpoint]["levels"]["selection"][key] for checkpoint, key in COLUMNS]
+    last = [getattr(losses[checkpoint].levels["selection"], key) for checkpoint, key in COLUMNS]
     rows += _row("the prediction", "", [(0.0, value, f"{value:.1f}") for value in last], "level")
     return (
         f"<p class=note>Points of PQ, which add up; a plus is a gain. Each step takes one help away.</p>"
@@ -66,23 +67,23 @@ def _signed(value: float) -> str:
     return "0.0" if float(text[1:]) == 0 else text
 
 
-def _in_words(losses: Mapping[str, Any]) -> str:
-    """The largest loss of unseen PQ and what the names say about it, for each checkpoint."""
+def _in_words(losses: Mapping[str, Losses]) -> str:
+    """Each checkpoint's largest loss of unseen PQ, and how many unseen segments are classified right."""
     found = []
     for checkpoint, part in losses.items():
-        most = max(ROWS, key=lambda name: part["losses"][name]["uPQ"])
-        unseen = part["named_right"]["unseen"]
+        most = max(ROWS, key=lambda name: part.losses[name].uPQ)
+        unseen = part.named_right["unseen"]
         found.append(
             f"<b>{checkpoint.capitalize()}</b>: the largest loss of unseen PQ is {ROWS[most][0]} "
-            f"({part['losses'][most]['uPQ']:.1f} of {100 - part['levels']['selection']['uPQ']:.1f} points). Of the "
-            f"{unseen['segments']:,} unseen segments with a query, {unseen['within_group']:.1f} % are named right among the "
-            f"unseen classes and {unseen['over_all']:.1f} % among all."
+            f"({part.losses[most].uPQ:.1f} of {100 - part.levels['selection'].uPQ:.1f} points). Of the "
+            f"{unseen.segments:,} unseen segments with a query, {unseen.within_group:.1f} % are named right among the "
+            f"unseen classes and {unseen.over_all:.1f} % among all."
         )
     return "<br>".join(found)
 
 
-def _left_out(left_out: Mapping[str, int]) -> str:
-    crowds, alone = left_out["crowd segments"], left_out["segments without a query"]
+def _left_out(left_out: LeftOut) -> str:
+    crowds, alone = left_out.crowd_segments, left_out.segments_without_a_query
     return (
         f"{crowds:,} crowd segments take no part; {alone:,} segments have no query over them and count as lost masks."
     )

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pipeline.report.loss_table import loss_table
 from pipeline.report.pictures import Picture, picture_rows
 from pipeline.report.plots import loss_plot, sweep_plot
 from pipeline.report.style import SCRIPT, STYLE
+from pipeline.runtime import duration
+from pipeline.scoring.records import (
+    CHECKPOINTS,
+    HEADLINE,
+    Built,
+    PanopticClass,
+    PanopticScores,
+    Published,
+    Report,
+    Settings,
+    SweepReport,
+    TeacherAccuracy,
+)
 
 
 class Setting(NamedTuple):
@@ -20,7 +33,7 @@ class Setting(NamedTuple):
     ceiling: bool = False
 
 
-# Keys of the report, in the order of the tables. A report may lack some of them.
+# The report's rows in the order of the tables.
 SETTINGS = {
     "inductive": Setting("inductive", "unseen names first met at prediction time"),
     "control": Setting("inductive + offset", "control: a constant taken off the seen scores, nothing trained"),
@@ -37,10 +50,9 @@ SETTINGS = {
     ),
 }
 CLASS_TABLE = {"inductive": "inductive", "control": "offset", "transductive": "transductive", "ceiling": "ceiling"}
-CHECKPOINTS = "inductive", "transductive"
-HEADLINE = {
-    "Panoptic quality": ("sPQ", "uPQ", "hPQ"),
-    "Semantic IoU": ("sIoU", "uIoU", "hIoU"),
+COLUMNS = {
+    "Panoptic quality": HEADLINE["panoptic"],
+    "Semantic IoU": HEADLINE["semantic"],
     "All classes": ("PQ", "SQ", "RQ", "PQ_th", "PQ_st", "mIoU", "accuracy"),
 }  # of which a benchmark has those of its task
 MEANING = {
@@ -61,49 +73,40 @@ MEANING = {
 PRESET_PLACE, LINEAGE_PLACE = "<!--preset-->", "<!--lineage-->"  # filled by `report.publish`
 
 
-def present(report: Mapping[str, Any]) -> list[str]:
-    """The rows of `SETTINGS` that the report has."""
-    return [key for key in SETTINGS if key in report]
-
-
 def percent(value: float) -> str:
     """One digit after the point."""
     return f"{value:.1f}"
 
 
-def page(
-    report: Mapping[str, Any], *, curves: Mapping[str, Sequence[Mapping[str, float]]], pictures: Sequence[Picture]
-) -> str:
+def page(report: Report, *, curves: Mapping[str, Sequence[Mapping[str, float]]], pictures: Sequence[Picture]) -> str:
     """The whole page; arguments as in `report.write_report`."""
-    marks = "".join(f"<li>{escape(mark)}</li>" for mark in report["marks"])
+    marks = "".join(f"<li>{escape(mark)}</li>" for mark in report.marks)
     parts = [
-        f"<header><p class=brand>zs-seg{PRESET_PLACE}</p><h1>{escape(report['benchmark'])}</h1></header>",
+        f"<header><p class=brand>zs-seg{PRESET_PLACE}</p><h1>{escape(report.benchmark)}</h1></header>",
         f"<ul class=marks>{marks}</ul>" if marks else "",
-        f"<section>{_headline(report)}{_teacher_line(report['teacher_accuracy'])}</section>",
-        _section("Beside the paper", _published(report["published"])) if report["published"] else "",
-        _section("Where is quality lost?", loss_table(report["losses"], report["left_out"]))
-        if "losses" in report
-        else "",
+        f"<section>{_headline(report)}{_teacher_line(report.teacher_accuracy)}</section>",
+        _section("Beside the paper", _published(report.published)) if report.published else "",
+        _section("Where is quality lost?", loss_table(report.losses, report.left_out)) if report.losses else "",
         _section("Predictions", picture_rows(pictures)) if pictures else "",
         _section("Classes", _class_table(report)),
         _section("Training losses", _curves(curves)) if any(curves.values()) else "",
-        f"<section class=aside><h2>Diagnostic curves, no results</h2>{_sweeps(report)}</section>"
-        if "sweeps" in report
+        f"<section class=aside><h2>Diagnostic curves, no results</h2>{_sweeps(report.sweeps, report.settings)}</section>"
+        if report.sweeps
         else "",
-        f"<div class=two>{_section('Settings', _settings(report['settings']))}{LINEAGE_PLACE}</div>",
+        f"<div class=two>{_section('Settings', _settings(report.settings))}{LINEAGE_PLACE}</div>",
     ]
     return (
         f'<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width">'
-        f"<title>zs-seg {escape(report['benchmark'])}</title><style>{STYLE}</style></head>"
+        f"<title>zs-seg {escape(report.benchmark)}</title><style>{STYLE}</style></head>"
         f"<body><main>{''.join(parts)}</main><script>{SCRIPT}</script></body></html>\n"
     )
 
 
-def lineage_section(lineage: Mapping[str, Mapping[str, Any]]) -> str:
-    """Stage -> {"ref", "seconds"} as a section of the page."""
+def lineage_section(lineage: Mapping[str, Built]) -> str:
+    """Stage -> what was built, as a section of the page."""
     rows = "".join(
-        f"<tr><th scope=row>{escape(stage)}<td><code>{escape(entry['ref'])}</code><td class=number>{_time(entry['seconds'])}"
-        for stage, entry in lineage.items()
+        f"<tr><th scope=row>{escape(stage)}<td><code>{escape(made.ref)}</code><td class=number>{duration(made.seconds)}"
+        for stage, made in lineage.items()
     )
     return _section("Lineage", f"<table class=plain>{rows}</table>")
 
@@ -112,24 +115,26 @@ def _section(title: str, content: str) -> str:
     return f"<section><h2>{title}</h2>{content}</section>"
 
 
-def _headline(report: Mapping[str, Any]) -> str:
-    known = report[present(report)[0]]
-    shown = {title: found for title, names in HEADLINE.items() if (found := [name for name in names if name in known])}
+def _headline(report: Report) -> str:
+    any_row = report.rows["inductive"]
+    shown = {
+        title: found
+        for title, names in COLUMNS.items()
+        if (found := [name for name in names if hasattr(any_row, name)])
+    }
     groups = "".join(f"<th colspan={len(names)} class=group>{title}" for title, names in shown.items())
     names = [(name, " first" if name == group[0] else "") for group in shown.values() for name in group]
     heads = "".join(f'<th class="number{first}" title="{MEANING[name]}">{name}' for name, first in names)
     rows = ""
-    for key in present(report):
-        label, meaning, is_ceiling = SETTINGS[key]
+    for key, (label, meaning, is_ceiling) in SETTINGS.items():
         cells = "".join(
-            f'<td class="number{first}{" main" if name in ("hPQ", "hIoU") else ""}">{percent(report[key][name])}'
+            f'<td class="number{first}{" main" if name in ("hPQ", "hIoU") else ""}">{percent(getattr(report.rows[key], name))}'
             for name, first in names
         )
         rows += (
             f'<tr class="{key}{" ceiling" if is_ceiling else ""}"><th scope=row>{label}<small>{meaning}</small>{cells}'
         )
-    absent = [(report[key].get("absent_seen", 0), report[key].get("absent_unseen", 0)) for key in present(report)]
-    seen, unseen = max(absent, default=(0, 0))
+    seen, unseen = max((row.absent_seen, row.absent_unseen) for row in report.rows.values())
     note = (
         f" {seen} seen and {unseen} unseen classes neither occur nor are predicted and count 0."
         if seen + unseen
@@ -141,19 +146,18 @@ def _headline(report: Mapping[str, Any]) -> str:
     )
 
 
-def _teacher_line(accuracy: Mapping[str, float]) -> str:
+def _teacher_line(accuracy: TeacherAccuracy) -> str:
     return (
-        f"<p class=teacher>The frozen teacher names <b>{percent(accuracy['seen'])} %</b> of the seen and "
-        f"<b>{percent(accuracy['unseen'])} %</b> of the unseen ground-truth instances right "
-        f"({accuracy['instances']:,} instances, all class names to choose from).</p>"
+        f"<p class=teacher>The frozen teacher names <b>{percent(accuracy.seen)} %</b> of the seen and "
+        f"<b>{percent(accuracy.unseen)} %</b> of the unseen ground-truth instances right "
+        f"({accuracy.instances:,} instances, all class names to choose from).</p>"
     )
 
 
-def _class_table(report: Mapping[str, Any]) -> str:
-    keys = [key for key in present(report) if key in CLASS_TABLE]
-    last = "transductive" if "transductive" in keys else keys[0]
-    rows_of = {key: {row["id"]: row for row in report[key]["per_class"]} for key in keys}
-    panoptic = "PQ" in report[last]
+def _class_table(report: Report) -> str:
+    keys, last = list(CLASS_TABLE), "transductive"
+    rows_of = {key: {row.id: row for row in report.rows[key].per_class} for key in keys}
+    panoptic = isinstance(report.rows[last], PanopticScores)
     measures, details = (("PQ", "IoU"), ("SQ", "RQ", "tp", "fp", "fn")) if panoptic else (("IoU",), ("pixels",))
     columns = [(measure, key) for measure in measures for key in keys]
     groups = f"<th colspan={1 + panoptic}>" + "".join(f"<th colspan={len(keys)} class=group>{m}" for m in measures)
@@ -167,21 +171,25 @@ def _class_table(report: Mapping[str, Any]) -> str:
         for name in details
     )
     body = ""
-    for row in sorted(report[last]["per_class"], key=lambda row: row["seen"]):  # the unseen classes first
-        mark = "" if row["seen"] else " <span class=pill>unseen</span>"
-        body += f'<tr{"" if row["seen"] else " class=unseen"}><td data-v="{escape(row["name"])}">{escape(row["name"])}{mark}'
-        if panoptic:
-            body += f"<td class=kind>{'thing' if row['isthing'] else 'stuff'}"
+    for row in sorted(report.rows[last].per_class, key=lambda row: row.seen):  # the unseen classes first
+        mark = "" if row.seen else " <span class=pill>unseen</span>"
+        body += f'<tr{"" if row.seen else " class=unseen"}><td data-v="{escape(row.name)}">{escape(row.name)}{mark}'
+        if isinstance(row, PanopticClass):
+            body += f"<td class=kind>{'thing' if row.isthing else 'stuff'}"
         for measure, key in columns:
-            other = rows_of[key][row["id"]]
-            empty = measure == measures[0] and not any(other[name] for name in details if name not in ("SQ", "RQ"))
+            other = rows_of[key][row.id]
+            value = getattr(other, measure)
+            empty = measure == measures[0] and not any(
+                getattr(other, name) for name in details if name not in ("SQ", "RQ")
+            )
             body += (
                 f'<td class="number bar{" first" if key == keys[0] else ""}{" absent" if empty else ""}" '
-                f'style="--v:{other[measure]:.1f}%" data-v={other[measure]:.4f}>{percent(other[measure])}'
+                f'style="--v:{value:.1f}%" data-v={value:.4f}>{percent(value)}'
             )
         for name in details:
-            value = percent(row[name]) if name in ("SQ", "RQ") else str(row[name])
-            body += f'<td class="number{" first" if name == details[0] else ""}" data-v={row[name]}>{value}'
+            value = getattr(row, name)
+            shown = percent(value) if name in ("SQ", "RQ") else str(value)
+            body += f'<td class="number{" first" if name == details[0] else ""}" data-v={value}>{shown}'
     note = (
         "TP, FP, FN count segments. Grey: the class neither occurs nor is predicted."
         if panoptic
@@ -194,16 +202,11 @@ def _class_table(report: Mapping[str, Any]) -> str:
     )
 
 
-def _settings(settings: Mapping[str, Any]) -> str:
-    rows = "".join(f"<tr><th scope=row>{escape(name)}<td>{escape(str(value))}" for name, value in settings.items())
+def _settings(settings: Settings) -> str:
+    rows = "".join(
+        f"<tr><th scope=row>{escape(name)}<td>{escape(str(value))}" for name, value in settings.content().items()
+    )
     return f"<table class=plain>{rows}</table>"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def _curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
@@ -215,37 +218,33 @@ def _curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     return f"<div class=curves>{figures}</div>"
 
 
-def _sweeps(report: Mapping[str, Any]) -> str:
-    sweeps, settings = report["sweeps"], report["settings"]
+def _sweeps(sweeps: SweepReport, settings: Settings) -> str:
     names = {"object_threshold": "object threshold", "seen_offset": "seen offset"}
-    points = [point for key in CHECKPOINTS for curve in sweeps[key].values() for point in curve]
-    top = max(5.0, 1.1 * max(point[score] for point in points for score in ("sPQ", "uPQ", "hPQ")))
+    curves = {(key, name): getattr(getattr(sweeps, key), name) for name in names for key in CHECKPOINTS}
+    top = max(5.0, 1.1 * max(max(point.sPQ, point.uPQ, point.hPQ) for points in curves.values() for point in points))
     figures = "".join(
-        f"<figure><figcaption>{key}: {title}</figcaption>"
-        f'<img alt="{key} by {title}" src="{sweep_plot(sweeps[key][name], name=title, headline=settings[name], top=top)}"></figure>'
-        for name, title in names.items()
-        for key in CHECKPOINTS
+        f'<figure><figcaption>{key}: {names[name]}</figcaption><img alt="{key} by {names[name]}" '
+        f'src="{sweep_plot(points, name=names[name], headline=getattr(settings, name), top=top)}"></figure>'
+        for (key, name), points in curves.items()
     )
-    counted = (
-        f"all {sweeps['of']:,}" if sweeps["images"] == sweeps["of"] else f"{sweeps['images']:,} of {sweeps['of']:,}"
-    )
+    counted = f"all {sweeps.of:,}" if sweeps.images == sweeps.of else f"{sweeps.images:,} of {sweeps.of:,}"
     return (
         f"<p class=note>How PQ would move with two settings, on {counted} validation images. Nothing was chosen from these "
-        f"curves: the headline above uses the object threshold {settings['object_threshold']:g}, chosen on "
-        f"{escape(settings['object_threshold_chosen_on'])} and stored in the checkpoint, and the seen offset "
-        f"{settings['seen_offset']:g}.</p><div class='curves pairs'>{figures}</div>"
+        f"curves: the headline above uses the object threshold {settings.object_threshold:g}, chosen on "
+        f"{escape(settings.object_threshold_chosen_on or '')} and stored in the checkpoint, and the seen offset "
+        f"{settings.seen_offset:g}.</p><div class='curves pairs'>{figures}</div>"
     )
 
 
-def _published(published: Mapping[str, Any]) -> str:
-    heads = "".join(f"<th class=number>{escape(column)}" for column in published["columns"])
+def _published(published: Published) -> str:
+    heads = "".join(f"<th class=number>{escape(column)}" for column in published.columns)
     rows = ""
-    for kind in ("published", "ours"):
-        for name, values in published[kind].items():
+    for kind, part in (("published", published.published), ("ours", published.ours)):
+        for name, values in part.items():
             cells = "".join(f"<td class=number>{'' if value is None else percent(value)}" for value in values)
             rows += f"<tr class={kind}><th scope=row>{escape(name)}{cells}"
-    note = escape(published["note"])
+    note = escape(published.note)
     return (
-        f"<p class=note>Percent; published numbers as in the paper's {escape(published['table'])}. {note}</p>"
+        f"<p class=note>Percent; published numbers as in the paper's {escape(published.table)}. {note}</p>"
         f"<div class=scroll><table><thead><tr><td>{heads}</thead><tbody>{rows}</table></div>"
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.report.pictures import UNSEEN, data_url
+from pipeline.scoring.records import SweepPoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,11 +46,11 @@ def loss_plot(rows: Sequence[Mapping[str, float]]) -> str:
     return _finish(figure, axes, ends)
 
 
-def sweep_plot(points: Sequence[Mapping[str, float]], *, name: str, headline: float, top: float) -> str:
+def sweep_plot(points: Sequence[SweepPoint], *, name: str, headline: float, top: float) -> str:
     """sPQ, uPQ and hPQ over a setting, with a line where the headline's setting is.
 
     Args:
-        points: `value`, `sPQ`, `uPQ`, `hPQ` each, in ascending order of `value`.
+        points: in ascending order of `value`.
         name: of the setting.
         headline: its value in the headline.
         top: where the vertical axis ends, so that plots side by side compare.
@@ -58,9 +59,9 @@ def sweep_plot(points: Sequence[Mapping[str, float]], *, name: str, headline: fl
     axes.axvline(headline, color=DIM, linewidth=1, linestyle=(0, (2, 2)))
     axes.text(headline, 1, " headline", transform=axes.get_xaxis_transform(), color=DIM, fontsize=8, va="top")
     ends = []
-    values = [point["value"] for point in points]
+    values = [point.value for point in points]
     for key, colour in (("sPQ", LINES[0]), ("uPQ", UNSEEN), ("hPQ", INK)):
-        heights = [point[key] for point in points]
+        heights = [getattr(point, key) for point in points]
         axes.plot(values, heights, color=colour, linewidth=2 if key == "hPQ" else 1.3, marker="o", markersize=3)
         ends.append((heights[-1], key, colour, key == "hPQ"))
     axes.set_ylim(0, top)

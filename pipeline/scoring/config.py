@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from storage.errors import UserError
 
+# Stage 1 chooses its object threshold from these, and the report's curve is drawn over them.
+OBJECT_THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
@@ -18,7 +21,7 @@ class EvaluateConfig:
     pictures: int = 8
     control_offset: float = 0.1
     sweep_images: int = 500
-    object_thresholds: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+    object_thresholds: tuple[float, ...] = OBJECT_THRESHOLDS
     seen_offsets: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 
     def __post_init__(self) -> None:

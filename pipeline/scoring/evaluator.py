@@ -3,7 +3,7 @@ lost and the sweeps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,27 +12,25 @@ from torch import Tensor
 
 from models.projector import class_products
 from pipeline.data.benchmarks import Benchmark
-from pipeline.inference.maps import Classes, Output, PredictedSegment
+from pipeline.inference.maps import Classes, Output, thresholds_of
 from pipeline.inference.model import Model
-from pipeline.scoring.rows import GroundTruth, Row, SemanticRow
+from pipeline.scoring.config import EvaluateConfig
+from pipeline.scoring.published import beside_the_paper, marks
+from pipeline.scoring.records import CHECKPOINTS, ROWS, LeftOut, Losses, Report, Settings, SweepReport, TeacherAccuracy
+from pipeline.scoring.rows import GroundTruth, Map, Row
 from pipeline.scoring.sweeps import Sweeps
 from pipeline.scoring.waterfall import Waterfall, pair
 from storage.shards import Sample
 
-CHECKPOINTS = ("inductive", "transductive")
-Map = tuple[np.ndarray, list[PredictedSegment]]
-
 
 class Evaluator:
-    """Counts the images given to `update`, in their order; `results` is the report's part so far.
+    """Counts the images given to `update`, in their order; `report` is the report of them.
 
     Args:
         benchmark: classes and split.
         models: "inductive" and "transductive", with the same segmenter and thresholds.
         classes: the teacher's rows of the classes, in the benchmark's order.
-        control_offset: the seen_offset of the control row.
-        sweep_images: how many images the sweeps see, the first ones.
-        object_thresholds, seen_offsets: the sweeps' grids.
+        config: the control row's offset, and the sweeps' grids and number of images.
     """
 
     def __init__(
@@ -40,24 +38,22 @@ class Evaluator:
         benchmark: Benchmark,
         models: Mapping[str, Model],
         classes: Classes,
-        *,
-        control_offset: float,
-        sweep_images: int,
-        object_thresholds: Sequence[float],
-        seen_offsets: Sequence[float],
+        config: EvaluateConfig,
     ) -> None:
-        self.benchmark, self.models, self.classes = benchmark, models, classes
-        self.control_offset, self.sweep_images = control_offset, sweep_images
-        names = *CHECKPOINTS, "control", "ceiling", "true_classes", *(f"true_masks_{name}" for name in CHECKPOINTS)
-        row = Row if benchmark.task == "panoptic" else SemanticRow
-        self.rows: dict[str, Row | SemanticRow] = {name: row(benchmark) for name in names}
+        self.benchmark, self.models, self.classes, self.config = benchmark, models, classes, config
+        self.rows = {name: Row(benchmark) for name in ROWS}
         self.waterfalls = {name: Waterfall(benchmark) for name in CHECKPOINTS}
         self.sweeps = {
-            name: Sweeps(benchmark, model.facts, object_thresholds=object_thresholds, seen_offsets=seen_offsets)
+            name: Sweeps(
+                benchmark,
+                thresholds_of(model.facts),
+                object_thresholds=config.object_thresholds,
+                seen_offsets=config.seen_offsets,
+            )
             for name, model in models.items()
         }
         self.images = 0
-        self.left_out = {"crowd segments": 0, "segments without a query": 0}
+        self.left_out = LeftOut(crowd_segments=0, segments_without_a_query=0)
         self._right: dict[bool, list[bool]] = {True: [], False: []}  # seen -> is the teacher right?
 
     @torch.no_grad()
@@ -66,63 +62,83 @@ class Evaluator:
 
         `own`: the teacher's tokens of its segments (O, D).
         """
-        gt, output = GroundTruth(sample, self.benchmark), output.resize()
-        assert output.resized is not None
-        pairs = pair(gt, output.resized)
+        gt, output = GroundTruth(sample, self.benchmark), output.kept()
+        pairs = pair(gt, output)
         logits = {name: model.logits(output.features, model.text) for name, model in self.models.items()}
         guess = class_products(own.to(self.classes.text.device), self.classes.text).argmax(1).cpu().numpy()
 
-        stage_1 = self.models["inductive"]
+        stage_1 = self.models["inductive"].facts
         self.rows["ceiling"].rename(gt, guess.tolist())
-        self.rows["control"].predict(
-            gt, output, logits["inductive"], self.classes, stage_1.facts, seen_offset=self.control_offset
-        )
+        control = thresholds_of(stage_1, seen_offset=self.config.control_offset)
+        self.rows["control"].predict(gt, output, logits["inductive"], self.classes, control)
         certain = pairs.certain(pairs.classes, logits["inductive"])
-        self.rows["true_classes"].predict(gt, output, certain, self.classes, stage_1.facts)
+        self.rows["true_classes"].predict(gt, output, certain, self.classes, thresholds_of(stage_1))
         maps: dict[str, Map] = {}
         for name, model in self.models.items():
-            maps[name] = self.rows[name].predict(gt, output, logits[name], self.classes, model.facts)
+            thresholds = thresholds_of(model.facts)
+            maps[name] = self.rows[name].predict(gt, output, logits[name], self.classes, thresholds)
             named = np.zeros(len(sample.segments), np.int64)  # crowds are left out whatever their name
             named[pairs.segments] = logits[name].argmax(1).cpu().numpy()[pairs.nearest]
             self.rows[f"true_masks_{name}"].rename(gt, named.tolist())
             if self.benchmark.task == "semantic":
                 continue
-            self.waterfalls[name].update(gt, output, pairs, logits[name], self.classes, model.facts)
-            if self.images < self.sweep_images:
+            self.waterfalls[name].update(gt, output, pairs, logits[name], self.classes, thresholds)
+            if self.images < self.config.sweep_images:
                 self.sweeps[name].update(gt, output, logits[name], self.classes)
 
         for position, k in zip(pairs.classes, guess[pairs.segments], strict=True):
             self._right[self.benchmark.seen[position]].append(bool(k == position))
-        self.left_out["crowd segments"] += len(sample.segments) - len(pairs.segments)
-        self.left_out["segments without a query"] += int((pairs.query < 0).sum())
+        self.left_out = LeftOut(
+            crowd_segments=self.left_out.crowd_segments + len(sample.segments) - len(pairs.segments),
+            segments_without_a_query=self.left_out.segments_without_a_query + int((pairs.query < 0).sum()),
+        )
         self.images += 1
         return maps
 
-    def results(self) -> dict[str, Any]:
-        """`metrics.scores` (or `semantic_scores`) of every row by its name; of a panoptic benchmark `losses`, see
-        `Waterfall.result`, and `sweeps`, see `Sweeps.curves`, by checkpoint; `left_out`; and `teacher_accuracy`."""
-        accuracy: dict[str, float] = {"instances": sum(map(len, self._right.values()))}
-        for name, flag in (("seen", True), ("unseen", False)):
-            accuracy[name] = 100 * sum(self._right[flag]) / max(len(self._right[flag]), 1)
+    def report(self, teacher: Mapping[str, Any]) -> Report:
+        """The report of the images so far; `teacher`: name and pretrained weights of the frozen CLIP."""
+        rows = {name: row.scores() for name, row in self.rows.items()}
+        warnings = marks(teacher, self.benchmark)
+        settings: dict[str, Any] = {
+            "seen_offset": 0.0,
+            "control_offset": self.config.control_offset,
+            "images": self.images,
+            "teacher": f"{teacher['name']} / {teacher['pretrained']}",
+        }
+        panoptic = self.benchmark.task == "panoptic"
+        if panoptic:
+            stored = thresholds_of(self.models["inductive"].facts)
+            settings |= {
+                "object_threshold": stored.object_threshold,
+                "object_threshold_chosen_on": "seen classes of training images",
+                "overlap_threshold": stored.overlap_threshold,
+            }
+        return Report(
+            benchmark=self.benchmark.name,
+            marks=warnings,
+            rows=rows,
+            losses=self._losses() if panoptic else None,
+            sweeps=self._swept() if panoptic else None,
+            left_out=self.left_out,
+            teacher_accuracy=TeacherAccuracy(
+                instances=sum(map(len, self._right.values())),
+                **{
+                    name: 100 * sum(self._right[flag]) / max(len(self._right[flag]), 1)
+                    for name, flag in (("seen", True), ("unseen", False))
+                },
+            ),
+            published=beside_the_paper(self.benchmark.name, rows, images=self.images, marks=warnings),
+            settings=Settings(**settings),
+        )
+
+    def _losses(self) -> dict[str, Losses]:
+        quality = {name: row.quality.result() for name, row in self.rows.items() if row.quality is not None}
         return {
-            **{name: row.scores() for name, row in self.rows.items()},
-            **self._diagnosis(),
-            "left_out": dict(self.left_out),
-            "teacher_accuracy": accuracy,
+            name: waterfall.result(true_classes=quality["true_classes"], actual=quality[name])
+            for name, waterfall in self.waterfalls.items()
         }
 
-    def _diagnosis(self) -> dict[str, Any]:
-        quality = {name: row.quality.result() for name, row in self.rows.items() if isinstance(row, Row)}
-        if not quality:
-            return {}
-        return {
-            "losses": {
-                name: waterfall.result(true_classes=quality["true_classes"], actual=quality[name])
-                for name, waterfall in self.waterfalls.items()
-            },
-            "sweeps": {
-                "images": min(self.images, self.sweep_images),
-                "of": self.images,
-                **{name: sweeps.curves() for name, sweeps in self.sweeps.items()},
-            },
-        }
+    def _swept(self) -> SweepReport:
+        counted = min(self.images, self.config.sweep_images)
+        curves = {name: sweeps.curves() for name, sweeps in self.sweeps.items()}
+        return SweepReport(images=counted, of=self.images, **curves)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pipeline.inference.maps import PredictedSegment
+from pipeline.scoring.records import PanopticClass, PanopticScores, SemanticClass, SemanticScores
 
 if TYPE_CHECKING:
     from pipeline.data.benchmarks import Category
@@ -273,77 +274,67 @@ def class_map(
 
 def scores(
     quality: PanopticResult, confusion: ConfusionMatrix, *, categories: Sequence[Category], seen: Sequence[bool]
-) -> dict[str, Any]:
-    """One setting's part of the report: the headline numbers in percent and a row per class.
-
-    PQ, SQ, RQ, PQ_th and PQ_st leave absent classes out, as panopticapi does; in sPQ, uPQ, sIoU and uIoU they count 0,
-    and `absent_seen` / `absent_unseen` say how many classes have no segment that counts.
-    """
+) -> PanopticScores:
+    """One row of a panoptic benchmark's report, from its counted segments and pixels."""
     is_seen, isthing = np.array(seen, bool), np.array([category.isthing for category in categories], bool)
     seen_mean, unseen_mean = quality.mean(is_seen), quality.mean(~is_seen)
     every, things, stuff = (quality.mean(subset, absent="skip") for subset in (None, isthing, ~isthing))
     seen_iou, unseen_iou = confusion.mean(is_seen), confusion.mean(~is_seen)
-    columns = zip(
-        categories, is_seen, quality.pq, quality.sq, quality.rq, confusion.iou, quality.tp, quality.fp, quality.fn,
-        strict=True,
-    )  # fmt: skip
-    return {
-        "sPQ": seen_mean.pq,
-        "uPQ": unseen_mean.pq,
-        "hPQ": harmonic_mean(seen_mean.pq, unseen_mean.pq),
-        "sIoU": seen_iou,
-        "uIoU": unseen_iou,
-        "hIoU": harmonic_mean(seen_iou, unseen_iou),
-        "PQ": every.pq,
-        "SQ": every.sq,
-        "RQ": every.rq,
-        "PQ_th": things.pq,
-        "PQ_st": stuff.pq,
-        "absent_seen": seen_mean.absent,
-        "absent_unseen": unseen_mean.absent,
-        "per_class": [
-            {
-                "id": category.id,
-                "name": category.name,
-                "isthing": category.isthing,
-                "seen": bool(known),
-                "PQ": float(pq),
-                "SQ": float(sq),
-                "RQ": float(rq),
-                "IoU": float(iou),
-                "tp": int(tp),
-                "fp": int(fp),
-                "fn": int(fn),
-            }
-            for category, known, pq, sq, rq, iou, tp, fp, fn in columns
+    pq, sq, rq, iou = (part.tolist() for part in (quality.pq, quality.sq, quality.rq, confusion.iou))
+    tp, fp, fn = (part.tolist() for part in (quality.tp, quality.fp, quality.fn))
+    return PanopticScores(
+        sPQ=seen_mean.pq,
+        uPQ=unseen_mean.pq,
+        hPQ=harmonic_mean(seen_mean.pq, unseen_mean.pq),
+        sIoU=seen_iou,
+        uIoU=unseen_iou,
+        hIoU=harmonic_mean(seen_iou, unseen_iou),
+        PQ=every.pq,
+        SQ=every.sq,
+        RQ=every.rq,
+        PQ_th=things.pq,
+        PQ_st=stuff.pq,
+        absent_seen=seen_mean.absent,
+        absent_unseen=unseen_mean.absent,
+        per_class=[
+            PanopticClass(
+                id=category.id,
+                name=category.name,
+                isthing=category.isthing,
+                seen=bool(known),
+                PQ=pq[k],
+                SQ=sq[k],
+                RQ=rq[k],
+                IoU=iou[k],
+                tp=tp[k],
+                fp=fp[k],
+                fn=fn[k],
+            )
+            for k, (category, known) in enumerate(zip(categories, seen, strict=True))
         ],
-    }
+    )
 
 
 def semantic_scores(
     confusion: ConfusionMatrix, *, categories: Sequence[Category], seen: Sequence[bool]
-) -> dict[str, Any]:
-    """The scores of a semantic benchmark in percent and a row per class with its pixels in the ground truth.
-
-    mIoU leaves classes out that neither occur nor are predicted; in sIoU and uIoU they count 0, and `absent_seen` /
-    `absent_unseen` say how many there are. `accuracy` is the share of pixels that are right.
-    """
+) -> SemanticScores:
+    """One row of a semantic benchmark's report, from its counted pixels."""
     is_seen = np.array(seen, bool)
     seen_iou, unseen_iou = confusion.mean(is_seen), confusion.mean(~is_seen)
-    pixels = confusion.counts.sum(1)
-    return {
-        "mIoU": confusion.mean(absent="skip"),
-        "sIoU": seen_iou,
-        "uIoU": unseen_iou,
-        "hIoU": harmonic_mean(seen_iou, unseen_iou),
-        "accuracy": 100 * float(confusion.counts.trace() / max(pixels.sum(), 1)),
-        "absent_seen": int((confusion.absent & is_seen).sum()),
-        "absent_unseen": int((confusion.absent & ~is_seen).sum()),
-        "per_class": [
-            {"id": category.id, "name": category.name, "seen": bool(known), "IoU": float(iou), "pixels": int(count)}
-            for category, known, iou, count in zip(categories, is_seen, confusion.iou, pixels, strict=True)
+    iou, pixels = confusion.iou.tolist(), confusion.counts.sum(1)
+    return SemanticScores(
+        mIoU=confusion.mean(absent="skip"),
+        sIoU=seen_iou,
+        uIoU=unseen_iou,
+        hIoU=harmonic_mean(seen_iou, unseen_iou),
+        accuracy=100 * float(confusion.counts.trace() / max(pixels.sum(), 1)),
+        absent_seen=int((confusion.absent & is_seen).sum()),
+        absent_unseen=int((confusion.absent & ~is_seen).sum()),
+        per_class=[
+            SemanticClass(id=category.id, name=category.name, seen=bool(known), IoU=iou[k], pixels=int(pixels[k]))
+            for k, (category, known) in enumerate(zip(categories, seen, strict=True))
         ],
-    }
+    )
 
 
 def _classes(

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.data.benchmarks import Category
 from storage.errors import UserError
+from storage.id_colours import MAX_SEGMENT_ID
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from pipeline.scoring.metrics import PanopticMean, PanopticResult
 
-MAX_SEGMENT_ID = 256**3 - 1  # what a pixel of a PNG can hold
 MAX_PIXELS = 89_478_485  # of an image, PIL's limit
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.benchmarks import Benchmark
+from pipeline.scoring.records import Published, Scores
 
 RESULTS = Path(__file__).parent / "paper_results.json"
 
 
 def beside_the_paper(
-    benchmark: str, results: Mapping[str, Mapping[str, Any]], *, images: int, marks: Sequence[str]
-) -> dict[str, Any] | None:
+    benchmark: str, rows: Mapping[str, Scores], *, images: int, marks: Sequence[str]
+) -> Published | None:
     """The paper's table for `benchmark` and our rows in its columns; None where the paper has none.
 
     Our numbers stand there only if they are comparable: every image of the benchmark's validation set was scored and the
@@ -22,13 +23,12 @@ def beside_the_paper(
 
     Args:
         benchmark: its name, such as "coco-panoptic-zps".
-        results: setting ("inductive", "transductive") -> `metrics.scores`.
+        rows: the report's rows, "inductive" and "transductive" among them.
         images: how many validation images were scored.
         marks: the report's warnings.
 
     Returns:
-        `table`, the paper's name of it; `columns`; `published` and `ours`, {row's name: a number or None for each column},
-        in percent; `note`, empty where ours are filled.
+        the table with its name in the paper; numbers in percent; `note` is empty where ours are filled.
     """
     table = json.loads(RESULTS.read_text(encoding="utf-8")).get(benchmark)
     if table is None:
@@ -41,19 +41,19 @@ def beside_the_paper(
     if marks:
         reasons.append("the teacher is a stand-in that knows nothing of these classes")
     note = f"This run's row is blank: {'; '.join(reasons)}." if reasons else ""
-    return {
-        "table": table["table"],
-        "columns": table["columns"],
-        "published": table["rows"],
-        "ours": {
-            name: [None if reasons else results[setting][key] for setting, key in cells]
+    return Published(
+        table=table["table"],
+        columns=table["columns"],
+        published=table["rows"],
+        ours={
+            name: [None if reasons else getattr(rows[row], score) for row, score in cells]
             for name, cells in table["ours"].items()
         },
-        "note": note,
-    }
+        note=note,
+    )
 
 
-def marks(teacher: dict[str, Any], benchmark: Benchmark) -> list[str]:
+def marks(teacher: Mapping[str, Any], benchmark: Benchmark) -> list[str]:
     """What a reader must know before reading a number: a teacher that knows nothing of these classes."""
     if teacher["pretrained"] == "random":
         return [

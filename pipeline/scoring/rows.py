@@ -1,5 +1,4 @@
-"""One row of scores under way: panoptic quality and IoU, or IoU alone, of one way to name what the segmenter found, image by
-image."""
+"""One row of the report while it is counted: panoptic quality and IoU of one classifier, image by image."""
 
 from __future__ import annotations
 
@@ -9,9 +8,12 @@ import numpy as np
 from torch import Tensor
 
 from pipeline.data.benchmarks import Benchmark
-from pipeline.inference.maps import Classes, Output, PredictedSegment, panoptic_map, semantic_map
+from pipeline.inference.maps import Classes, Output, PredictedSegment, Thresholds, panoptic_map, semantic_map
 from pipeline.scoring.metrics import ConfusionMatrix, PanopticQuality, class_map, scores, semantic_scores
+from pipeline.scoring.records import Scores
 from storage.shards import Sample, decode_ids
+
+Map = tuple[np.ndarray, list[PredictedSegment]]  # ids (H, W), 0 = void, and a segment for every other id
 
 
 class GroundTruth:
@@ -24,89 +26,53 @@ class GroundTruth:
 
 
 class Row:
-    """One row of the report under way."""
+    """Counts of one row.
+
+    `confusion` counts pixels; `quality` counts segments, and is None of a semantic benchmark, which has only pixels.
+    """
 
     def __init__(self, benchmark: Benchmark) -> None:
         self.benchmark = benchmark
-        self.quality = PanopticQuality([c.id for c in benchmark.categories])
         self.confusion = ConfusionMatrix(len(benchmark.categories))
+        panoptic = benchmark.task == "panoptic"
+        self.quality = PanopticQuality([c.id for c in benchmark.categories]) if panoptic else None
 
-    def predict(
-        self,
-        gt: GroundTruth,
-        output: Output,
-        logits: Tensor,
-        classes: Classes,
-        facts: dict[str, Any],
-        *,
-        seen_offset: float = 0.0,
-    ) -> tuple[np.ndarray, list[PredictedSegment]]:
-        """Score one image by its class logits; returns the panoptic map."""
-        thresholds = {name: facts[name] for name in ("object_threshold", "overlap_threshold")}
-        ids, segments = panoptic_map(output, logits, classes, seen_offset=seen_offset, **thresholds)
-        self.quality.update(gt.ids, gt.sample.segments, ids, segments, image=gt.sample.image_id)
-        self.confusion.update(
-            gt.classes, semantic_map(output, logits, classes, seen_offset=seen_offset), image=gt.sample.image_id
-        )
+    def predict(self, gt: GroundTruth, output: Output, logits: Tensor, classes: Classes, thresholds: Thresholds) -> Map:
+        """Count the prediction of one image by class logits (Q, K).
+
+        Returns its panoptic map; of a semantic benchmark its semantic map, each class as one segment. There, of the
+        thresholds, only `seen_offset` has an effect.
+        """
+        image = gt.sample.image_id
+        found = semantic_map(output, logits, classes, seen_offset=thresholds.seen_offset)
+        self.confusion.update(gt.classes, found, image=image)
+        if self.quality is None:
+            return found + 1, [
+                PredictedSegment(id=k + 1, category_id=self.benchmark.categories[k].id, score=1.0)
+                for k in np.unique(found).tolist()
+            ]
+        ids, segments = panoptic_map(output, logits, classes, thresholds)
+        self.quality.update(gt.ids, gt.sample.segments, ids, segments, image=image)
         return ids, segments
 
     def rename(self, gt: GroundTruth, guess: list[int]) -> None:
-        """Score one image whose masks are the true ones and whose segments, crowds apart, are named by class index `guess`."""
+        """Count one image's true masks, with the class index `guess` of every segment in place of its true class. Crowds
+        are no prediction, and their pixels are left out."""
+        image = gt.sample.image_id
         named = [
             PredictedSegment(id=s.id, category_id=self.benchmark.categories[k].id, score=1.0)
             for s, k in zip(gt.sample.segments, guess, strict=True)
             if not s.iscrowd
         ]
         ids = np.where(np.isin(gt.ids, [s.id for s in named]), gt.ids, 0)
-        self.quality.update(gt.ids, gt.sample.segments, ids, named, image=gt.sample.image_id)
-        classes = class_map(ids, named, self.benchmark.index, image=gt.sample.image_id)
-        self.confusion.update(
-            np.where(ids > 0, gt.classes, -1), np.where(ids > 0, classes, 0), image=gt.sample.image_id
-        )
+        classes = class_map(ids, named, self.benchmark.index, image=image)
+        self.confusion.update(np.where(ids > 0, gt.classes, -1), np.where(ids > 0, classes, 0), image=image)
+        if self.quality is not None:
+            self.quality.update(gt.ids, gt.sample.segments, ids, named, image=image)
 
-    def scores(self) -> dict[str, Any]:
-        """See `metrics.scores`."""
-        return scores(
-            self.quality.result(), self.confusion, categories=self.benchmark.categories, seen=self.benchmark.seen
-        )
-
-
-class SemanticRow:
-    """One row of a semantic benchmark's report under way, with the methods of `Row`; it knows pixels and no segments."""
-
-    def __init__(self, benchmark: Benchmark) -> None:
-        self.benchmark = benchmark
-        self.confusion = ConfusionMatrix(len(benchmark.categories))
-
-    def predict(
-        self,
-        gt: GroundTruth,
-        output: Output,
-        logits: Tensor,
-        classes: Classes,
-        facts: dict[str, Any],
-        *,
-        seen_offset: float = 0.0,
-    ) -> tuple[np.ndarray, list[PredictedSegment]]:
-        """Score one image by its class logits; returns the semantic map, each class in it as one segment. The thresholds in
-        `facts` decide nothing here."""
-        found = semantic_map(output, logits, classes, seen_offset=seen_offset)
-        self.confusion.update(gt.classes, found, image=gt.sample.image_id)
-        shown = [
-            PredictedSegment(id=k + 1, category_id=self.benchmark.categories[k].id, score=1.0)
-            for k in np.unique(found).tolist()
-        ]
-        return found + 1, shown
-
-    def rename(self, gt: GroundTruth, guess: list[int]) -> None:
-        """Score one image whose masks are the true ones and whose segments are named by class index `guess`."""
-        name_of = {segment.id: k for segment, k in zip(gt.sample.segments, guess, strict=True)}
-        ids, place = np.unique(gt.ids, return_inverse=True)
-        found = np.array([name_of.get(i, -1) for i in ids.tolist()])[
-            place.reshape(gt.ids.shape)
-        ]  # void is counted nowhere
-        self.confusion.update(gt.classes, found, image=gt.sample.image_id)
-
-    def scores(self) -> dict[str, Any]:
-        """See `metrics.semantic_scores`."""
-        return semantic_scores(self.confusion, categories=self.benchmark.categories, seen=self.benchmark.seen)
+    def scores(self) -> Scores:
+        """The row so far."""
+        classes: dict[str, Any] = {"categories": self.benchmark.categories, "seen": self.benchmark.seen}
+        if self.quality is None:
+            return semantic_scores(self.confusion, **classes)
+        return scores(self.quality.result(), self.confusion, **classes)

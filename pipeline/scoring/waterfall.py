@@ -8,7 +8,6 @@ quality, and the losses add up to all that is missing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +16,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pipeline.data.benchmarks import Benchmark
-from pipeline.inference.maps import Classes, Output, ResizedMasks, panoptic_map
+from pipeline.inference.maps import Classes, Output, Thresholds, panoptic_map
 from pipeline.scoring.metrics import PanopticQuality, PanopticResult
+from pipeline.scoring.records import Losses, NamedRight, SeenUnseen
 from pipeline.scoring.rows import GroundTruth
 
 LOSSES = ("absent", "masks", "classification", "seen_bias", "selection")
@@ -48,7 +48,7 @@ class Pairs:
 
 
 @torch.no_grad()
-def pair(gt: GroundTruth, masks: ResizedMasks) -> Pairs:
+def pair(gt: GroundTruth, output: Output) -> Pairs:
     """The class-blind one-to-one assignment of highest summed IoU between true segments and queries (masks >= 0.5).
 
     As in panoptic quality, crowds take no part and pixels of void count in no union. A pair without a common pixel is none.
@@ -57,13 +57,14 @@ def pair(gt: GroundTruth, masks: ResizedMasks) -> Pairs:
     classes = np.array([gt.benchmark.index[gt.sample.segments[i].category_id] for i in segments], np.int64)
     if not len(segments):
         return Pairs(segments=segments, classes=classes, query=segments, nearest=segments)
-    probabilities = masks.probabilities.flatten(1)
+    masks = output.probabilities()
+    probabilities = masks.flatten(1)
     ids = torch.from_numpy(gt.ids.astype(np.int64)).to(probabilities.device).flatten()
     truth = torch.stack([ids == gt.sample.segments[i].id for i in segments]).float()  # (n, H * W)
     annotated = (ids != 0).float()
     columns = torch.cat([truth, annotated[None]]).T
     # float32 counts pixels exactly up to 2^24 of them
-    overlap = torch.cat([(part.flatten(1) >= 0.5).float() @ columns for part in masks.probabilities.split(16)])
+    overlap = torch.cat([(part.flatten(1) >= 0.5).float() @ columns for part in masks.split(16)])
     overlap = overlap.T.double().cpu().numpy()
     inter, query_area = overlap[:-1], overlap[-1]
     area = truth.sum(1).double().cpu().numpy()
@@ -102,9 +103,15 @@ class Waterfall:
         self._right = {group: np.zeros(3, np.int64) for group in (True, False)}  # pairs, right within group, over all
 
     def update(
-        self, gt: GroundTruth, output: Output, pairs: Pairs, logits: Tensor, classes: Classes, facts: dict[str, Any]
+        self,
+        gt: GroundTruth,
+        output: Output,
+        pairs: Pairs,
+        logits: Tensor,
+        classes: Classes,
+        thresholds: Thresholds,
     ) -> None:
-        """Counts one image. `output` must be resized, `logits` (Q, K) are the checkpoint's, `facts` holds its thresholds."""
+        """Counts one image; `logits` (Q, K) and `thresholds` are the checkpoint's."""
         paired = pairs.query >= 0
         own = logits.float().cpu().numpy()[pairs.query]  # (n, K), of no meaning where there is no query
         seen = np.array(self.benchmark.seen)
@@ -115,38 +122,31 @@ class Waterfall:
             of_group = paired & (truth_seen == group)
             right = [names[of_group] == pairs.classes[of_group] for names in (within, over_all)]
             counts += [of_group.sum(), right[0].sum(), right[1].sum()]
-        thresholds = {name: facts[name] for name in ("object_threshold", "overlap_threshold")}
         for quality, names in ((self.within_group, within), (self.over_all, over_all)):
-            found = panoptic_map(output, pairs.certain(names, logits), classes, **thresholds)
+            found = panoptic_map(output, pairs.certain(names, logits), classes, thresholds)
             quality.update(gt.ids, gt.sample.segments, *found, image=gt.sample.image_id)
 
-    def result(self, *, true_classes: PanopticResult, actual: PanopticResult) -> dict[str, Any]:
-        """The levels and losses in percent; `true_classes` and `actual` are the masks' and the prediction's own results.
-
-        Returns:
-            `levels`: "truth" (100) and, for each of `LOSSES`, what is left after it; `losses`: each of `LOSSES`. All of them
-            as {"sPQ", "uPQ"}. `named_right`: {"seen", "unseen"} -> `segments` with a query, and the percentage of them that
-            are named right `within_group` and `over_all`.
-        """
+    def result(self, *, true_classes: PanopticResult, actual: PanopticResult) -> Losses:
+        """Levels and losses so far; `true_classes` and `actual` are the masks' and the prediction's own results."""
         seen = np.array(self.benchmark.seen)
         shown = np.where(true_classes.tp + true_classes.fn > 0, 100.0, 0.0)
         pqs = [shown, *(r.pq for r in (true_classes, self.within_group.result(), self.over_all.result(), actual))]
-        levels = {"truth": {"sPQ": 100.0, "uPQ": 100.0}}
+        levels = {"truth": SeenUnseen(sPQ=100.0, uPQ=100.0)}
         for name, pq in zip(LOSSES, pqs, strict=True):
-            levels[name] = {
-                key: float(pq[of].mean()) if of.any() else 0.0 for key, of in (("sPQ", seen), ("uPQ", ~seen))
-            }
-        names = list(levels)
-        losses = {
-            name: {key: levels[above][key] - levels[name][key] for key in ("sPQ", "uPQ")}
-            for above, name in zip(names, LOSSES, strict=False)
-        }
-        named_right = {
-            group: {
-                "segments": int(counts[0]),
-                "within_group": 100 * float(counts[1] / max(counts[0], 1)),
-                "over_all": 100 * float(counts[2] / max(counts[0], 1)),
-            }
-            for group, counts in (("seen", self._right[True]), ("unseen", self._right[False]))
-        }
-        return {"levels": levels, "losses": losses, "named_right": named_right}
+            s, u = (float(pq[group].mean()) if group.any() else 0.0 for group in (seen, ~seen))
+            levels[name] = SeenUnseen(sPQ=s, uPQ=u)
+        return Losses(
+            levels=levels,
+            losses={
+                name: SeenUnseen(sPQ=above.sPQ - levels[name].sPQ, uPQ=above.uPQ - levels[name].uPQ)
+                for above, name in zip(levels.values(), LOSSES, strict=False)
+            },
+            named_right={
+                group: NamedRight(
+                    segments=int(counts[0]),
+                    within_group=100 * float(counts[1] / max(counts[0], 1)),
+                    over_all=100 * float(counts[2] / max(counts[0], 1)),
+                )
+                for group, counts in (("seen", self._right[True]), ("unseen", self._right[False]))
+            },
+        )

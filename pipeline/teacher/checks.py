@@ -57,6 +57,7 @@ def encode_again(
     """
     import torch
 
+    from pipeline.data.transforms import channels_first
     from pipeline.teacher.config import teacher_of
     from storage.shards import Shards, decode_ids, decode_image
 
@@ -76,7 +77,7 @@ def encode_again(
     for number in sorted({tar for tar, _, _ in drawn}):
         wanted = [(sample, row) for tar, sample, row in drawn if tar == number]
         for sample, row, found in _pairs(tars[number], wanted):
-            prepared = teacher.prepare(torch.from_numpy(decode_image(found)).permute(2, 0, 1).to(device))
+            prepared = teacher.prepare(channels_first(decode_image(found)).to(device))
             if row is None:
                 stored, what, inputs = groups[number].global_[sample], "its image", prepared[None]
             else:

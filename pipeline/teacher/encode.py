@@ -20,6 +20,7 @@ from torch import Tensor
 
 from models.teacher import Teacher
 from pipeline.data.benchmarks import Benchmark
+from pipeline.data.transforms import channels_first
 from pipeline.teacher.config import TokensConfig
 from pipeline.teacher.instances import instance_box, own_patches
 from storage.shards import Sample, decode_ids, decode_image, read_shard
@@ -154,7 +155,7 @@ class _ByPixels:
         wanted = np.array([s.id for s in sample.segments if s.area >= self.config.min_area], np.int32)
         crops = self.config.crop == "box"
         return _Decoded(
-            image=torch.from_numpy(decode_image(sample)).permute(2, 0, 1),
+            image=channels_first(decode_image(sample)),
             ids=torch.from_numpy(ids),
             wanted=torch.from_numpy(wanted),
             boxes=[instance_box(ids == i, self.config.margin) for i in wanted] if crops else [],

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.benchmarks import Benchmark, Category
-from pipeline.inference.maps import Output, classes_of
+from pipeline.inference.maps import Output, Thresholds, classes_of
 from storage.shards import Sample, Segment, decode_ids, encode_ids
 
 HEIGHT, WIDTH = 24, 40
@@ -22,7 +22,7 @@ BENCHMARK = Benchmark(
     unseen_ids=(3, 20),
     protocol="image-filter",
 )
-THRESHOLDS = {"object_threshold": 0.3, "overlap_threshold": 0.8}
+THRESHOLDS = Thresholds(object_threshold=0.3, overlap_threshold=0.8)
 CLASSES = classes_of(
     torch.eye(4), {"ids": [c.id for c in BENCHMARK.categories], "isthing": [c.isthing for c in BENCHMARK.categories], "seen": BENCHMARK.seen},
     torch.device("cpu"),
