@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipeline.runtime import Runtime
@@ -40,10 +41,10 @@ def build(build: Build, config: CPAConfig, runtime: Runtime) -> None:
     if all(bank.seen):
         raise UserError("cpa: the benchmark has no unseen class to make features for; stop with `--until v2c`")
     model = load_model(build.open("checkpoint").path, device)
-    require_same_classes(model.facts, bank)
+    require_same_classes(model.meta.classes, bank)
     cached = read_queries(build.open("queries").path)
-    weights, facts = load_checkpoint(build.open("generator").path)
-    generator = build_generator(**facts["architecture"])
+    weights, meta = load_checkpoint(build.open("generator").path)
+    generator = build_generator(**meta["architecture"])
     generator.load_state_dict(weights)
     freeze(generator.to(device))
     if config.classifier == "linear":
@@ -59,8 +60,7 @@ def build(build: Build, config: CPAConfig, runtime: Runtime) -> None:
         losses=CPACriterion(model.projector, generator, bank, config, text=model.text),
         runtime=runtime,
     )
-    model.facts["stage"] = STAGE
-    save_model(build.path, model)
+    save_model(build.path, replace(model, meta=replace(model.meta, stage=STAGE)))
     remove_training_state(build.path)
     build.provenance["device"] = str(device)
     build.counts |= {
@@ -72,17 +72,15 @@ def build(build: Build, config: CPAConfig, runtime: Runtime) -> None:
 
 def with_linear_classifier(model: Model) -> Model:
     """The segmenter with a fresh classifier that has a weight row for each of its classes, in place of the projector."""
-    from dataclasses import replace
-
     import torch
 
     from models.vision_centric import LinearClassifier
 
     device, classes = model.text.device, len(model.text)
-    architecture = model.facts["architecture"] | {"projector": {"dim": model.query_shape[1], "classes": classes}}
+    architecture = model.meta.architecture | {"projector": {"dim": model.query_shape[1], "classes": classes}}
     return replace(
         model,
         projector=LinearClassifier(**architecture["projector"]).to(device),
         text=torch.eye(classes, device=device),
-        facts=model.facts | {"architecture": architecture},
+        meta=replace(model.meta, architecture=architecture),
     )

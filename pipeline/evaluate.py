@@ -6,7 +6,6 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.benchmarks import Benchmark
-from pipeline.data.config import ResizeConfig
 from pipeline.data.samples import samples_with_tokens
 from pipeline.runtime import Runtime
 from pipeline.scoring.config import EvaluateConfig
@@ -68,17 +67,18 @@ def build(build: Build, config: EvaluateConfig, runtime: Runtime, *, benchmark: 
     bank = open_text(text.path, text.ref.key)
     models = {name: load_model(build.open(name).path, device) for name in ("inductive", "transductive")}
     for model in models.values():
-        require_same_classes(model.facts, bank)
+        require_same_classes(model.meta.classes, bank)
     stage_1 = models["inductive"]
     _require_same_segmenter(stage_1, models["transductive"])
     pictures: list[Picture] = []
     shards = Shards(build.open("shards").path)
     samples = samples_with_tokens(shards, build.open("tokens").path)
-    resize = ResizeConfig(**stage_1.facts["resize"])
     with runtime.bar(sum(shards.counts("val")), "evaluating", "image") as bar:
         classes = classes_of(bank.embedding, bank.classes(), device)
         evaluator = Evaluator(benchmark, models, classes, config)
-        for (sample, own), output in outputs(for_inference(stage_1.segmenter), samples, resize, batch=config.batch):
+        for (sample, own), output in outputs(
+            for_inference(stage_1.segmenter), samples, stage_1.meta.resize, batch=config.batch
+        ):
             maps = evaluator.update(sample, own, output)
             if len(pictures) < config.pictures and any(
                 not benchmark.seen[benchmark.index[s.category_id]] for s in sample.segments

@@ -6,13 +6,12 @@ import json
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.data.benchmarks import Benchmark, load_benchmark
 from pipeline.data.coco import Entry, read_split
-from pipeline.data.config import ResizeConfig
 from pipeline.data.label_maps import LabelledImage, find_split, read_labels, write_labels
 from pipeline.data.samples import panoptic_sample, read_image
 from pipeline.inference.model import checkpoint_folder
@@ -70,27 +69,27 @@ def run(
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
 
-    from pipeline.inference.maps import classes_of, thresholds_of
+    from pipeline.inference.maps import classes_of
     from pipeline.inference.model import load_model
     from pipeline.inference.vocabulary import as_trained, vocabulary_of
 
     device = runtime.torch_device()
     model = load_model(folder, device)
-    known = as_trained(asked, model.facts["classes"])
+    known = as_trained(asked, model.meta.classes)
     vocabulary = vocabulary_of(model, known, teacher_weights, runtime)
-    classes = classes_of(vocabulary.embedding, vocabulary.facts, device)
+    classes = classes_of(vocabulary.embedding, vocabulary.classes, device)
     predictor = _Predictor(model=model, classes=classes, seen_offset=seen_offset, runtime=runtime)
     scores, counts = part.score(predictor, known, Path(out) if out else None)
-    per_class, stored = scores.pop("per_class"), thresholds_of(model.facts)
+    per_class, stored = scores.pop("per_class"), model.meta.thresholds
     return {
         "benchmark": known.name,
         "task": known.task,
         "split": split,
         "data": part.layout,
-        "checkpoint": {"stage": model.facts["stage"], "key": _key(folder), "folder": str(folder)},
+        "checkpoint": {"stage": model.meta.stage, "key": _key(folder), "folder": str(folder)},
         "thresholds": {"object_threshold": stored.object_threshold, "overlap_threshold": stored.overlap_threshold},
         "seen_offset": seen_offset,
-        "marks": marks(model.facts["classes"]["teacher"], known),
+        "marks": marks(model.meta.classes.teacher, known),
         "counts": {**counts, "classes": len(known.seen), "seen": sum(known.seen), "unseen": len(known.unseen_ids)},
         "scores": _without_empty_groups(scores, known),
         "per_class": per_class,
@@ -109,7 +108,7 @@ class _Predictor:
         from models.folding import for_inference
         from pipeline.inference.forward import outputs
 
-        resize, batch = ResizeConfig(**self.model.facts["resize"]), EvaluateConfig().batch
+        resize, batch = self.model.meta.resize, EvaluateConfig().batch
         with self.runtime.bar(count, "evaluating", "image") as bar:
             for tag, output in outputs(for_inference(self.model.segmenter), views, resize, batch=batch):
                 yield tag, output, self.model.logits(output.features, self.classes.text)
@@ -144,11 +143,10 @@ class _Panoptic:
 
     def score(self, predictor: _Predictor, benchmark: Benchmark, out: Path | None) -> Scored:
         from pipeline.inference.export import ImagePrediction, write_coco_panoptic
-        from pipeline.inference.maps import thresholds_of
         from pipeline.scoring.rows import GroundTruth, Row
 
         row, pixels, count = Row(benchmark), _Pixels(), len(self.entries)
-        thresholds = thresholds_of(predictor.model.facts, seen_offset=predictor.seen_offset)
+        thresholds = replace(predictor.model.meta.thresholds, seen_offset=predictor.seen_offset)
 
         def predictions() -> Iterator[ImagePrediction]:
             for (entry, sample), output, logits in predictor(self.samples(), count):

@@ -37,7 +37,7 @@ def build(build: Build, config: G2SConfig, runtime: Runtime) -> None:
     text = build.open("text")
     bank = open_text(text.path, text.ref.key)
     model = load_model(build.open("checkpoint").path, device)
-    require_same_classes(model.facts, bank)
+    require_same_classes(model.meta.classes, bank)
     assert isinstance(model.projector, Projector)
     cached = read_queries(build.open("queries").path)
     freeze(model.projector)
@@ -59,8 +59,10 @@ def build(build: Build, config: G2SConfig, runtime: Runtime) -> None:
         losses=G2SCriterion(generator, model.projector, bank, config),
         runtime=runtime,
     )
-    facts = {"stage": STAGE, "architecture": architecture, "classes": bank.classes(), "config": asdict(config)}
-    save_checkpoint(build.path, generator.state_dict(), facts)
+    meta = {
+        "stage": STAGE, "architecture": architecture, "classes": asdict(bank.classes()), "config": asdict(config),
+    }  # fmt: skip
+    save_checkpoint(build.path, generator.state_dict(), meta)
     remove_training_state(build.path)
     build.provenance["device"] = str(device)
     build.counts |= {"views": len(cached.image_id), "steps": config.steps}

@@ -35,11 +35,10 @@ def run(
     files, weights = find_images(images), checkpoint_folder(store, checkpoint)  # mistakes before the slow imports
 
     from models.folding import for_inference
-    from pipeline.data.config import ResizeConfig
     from pipeline.data.transforms import channels_first
     from pipeline.inference.export import ImagePrediction, write_coco_panoptic
     from pipeline.inference.forward import outputs
-    from pipeline.inference.maps import classes_of, panoptic_map, thresholds_of
+    from pipeline.inference.maps import classes_of, panoptic_map
     from pipeline.inference.model import load_model
     from pipeline.inference.vocabulary import extend
     from pipeline.report.pictures import overlay
@@ -52,16 +51,14 @@ def run(
     device = runtime.torch_device()
     model = load_model(weights, device)
     vocabulary = extend(model, names, teacher_weights, runtime)
-    classes = classes_of(vocabulary.embedding, vocabulary.facts, device)
+    classes = classes_of(vocabulary.embedding, vocabulary.classes, device)
     name_of = {category.id: category.name for category in vocabulary.categories}
-    thresholds = thresholds_of(model.facts)
+    thresholds = model.meta.thresholds
 
     def predictions() -> Iterator[ImagePrediction]:
         views = ((file, channels_first(read_image(file))) for file in files)
         with runtime.bar(len(files), "predicting", "image") as bar:
-            for file, output in outputs(
-                for_inference(model.segmenter), views, ResizeConfig(**model.facts["resize"]), batch=1
-            ):
+            for file, output in outputs(for_inference(model.segmenter), views, model.meta.resize, batch=1):
                 logits = model.logits(output.features, classes.text)
                 ids, segments = panoptic_map(output, logits, classes, thresholds)
                 overlay(read_image(file), ids, segments, name_of).save(folder / "overlay" / f"{file.stem}.png")

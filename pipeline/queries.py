@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.data.config import AugmentConfig, ResizeConfig
 from pipeline.runtime import Runtime
 from pipeline.training.config import QueriesConfig
 from storage.keys import Recipe, Ref
@@ -37,12 +36,12 @@ def build(build: Build, config: QueriesConfig, runtime: Runtime) -> None:
     text = build.open("text")
     bank = open_text(text.path, text.ref.key)
     model = load_model(build.open("checkpoint").path, runtime.torch_device())
-    require_same_classes(model.facts, bank)
+    require_same_classes(model.meta.classes, bank)
     data = TrainingData(
         build.open("shards").path,
         build.open("tokens").path,
         bank,
-        AugmentConfig(**model.facts["augment"]),
+        model.meta.augment,
         seed=config.seed,
         workers=runtime.workers,
     )
@@ -70,7 +69,7 @@ def _write_group(path: Path, tar: int, data: TrainingData, model: Model, bank: T
     device = next(model.projector.parameters()).device
     text, seen_row = seen_rows(bank, device)
     columns: dict[str, list[np.ndarray]] = {"feature": [], "segment": [], "category": [], "image_id": [], "view": []}
-    resize = ResizeConfig(**model.facts["resize"])
+    resize = model.meta.resize
     for view in range(config.views):
         for items in _runs(data.items(tar, view=view, resize=resize), config.batch):
             batch = collate(items).to(device)
@@ -79,7 +78,7 @@ def _write_group(path: Path, tar: int, data: TrainingData, model: Model, bank: T
                 logits = model.logits(output.features[-1:], text)
             assigned = match(
                 logits, output.masks[-1:], [seen_row[label] for label in batch.labels], batch.masks,
-                generators=[image_generator(config.seed, view, i) for i in batch.image_ids], **model.facts["matching"],
+                generators=[image_generator(config.seed, view, i) for i in batch.image_ids], **model.meta.matching,
             )[0].cpu()  # fmt: skip
             for i, item in enumerate(items):
                 found = assigned[i] >= 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from storage.keys import Recipe, Ref, sha256_file
 from storage.store import Build
 
 if TYPE_CHECKING:
-    from pipeline.inference.model import Model
+    from pipeline.inference.model import CheckpointMeta, Model
     from pipeline.teacher.text_bank import TextBank
     from pipeline.training.distributed import Ranks
     from pipeline.training.loader import TrainingData
@@ -69,8 +69,7 @@ def build(build: Build, config: V2CConfig, runtime: Runtime) -> None:
     data = TrainingData(shards, tokens, bank, config.augment, seed=config.seed, workers=runtime.decoders)
     model = load_model(build.path, device)
     threshold, trials = choose_threshold(model, bank, data, config, runtime)
-    model.facts["object_threshold"] = threshold
-    save_model(build.path, model)
+    save_model(build.path, replace(model, meta=replace(model.meta, object_threshold=threshold)))
     remove_training_state(build.path)
     build.provenance |= {"device": str(device), "devices": runtime.devices}
     build.counts |= {
@@ -107,7 +106,7 @@ def train_model(
     bank = open_text(text, text_key)
     data = TrainingData(shards, tokens, bank, config.augment, seed=config.seed, workers=runtime.decoders)
     torch.manual_seed(config.seed)
-    model = build_model(_architecture(config, bank), _facts(config, bank), bank.embedding)
+    model = build_model(_meta(config, bank), bank.embedding)
     assert isinstance(model.projector, Projector)
     if config.text_centering:
         model.projector.text_center.copy_(bank.first[torch.tensor(bank.seen)].mean(0))
@@ -146,23 +145,22 @@ def train_model(
         save_model(folder, model)
 
 
-def _architecture(config: V2CConfig, bank: TextBank) -> dict[str, Any]:
+def _meta(config: V2CConfig, bank: TextBank) -> CheckpointMeta:
+    from pipeline.inference.model import CheckpointMeta
+
     projector = {"dim": config.segmenter.dim, "text_dim": bank.embedding.shape[-1], **asdict(config.projector)}
-    return {"segmenter": asdict(config.segmenter), "projector": projector}
-
-
-def _facts(config: V2CConfig, bank: TextBank) -> dict[str, Any]:
-    return {
-        "stage": STAGE,
-        "classes": bank.classes(),
-        "templates": bank.templates,
-        "resize": asdict(config.resize),
-        "augment": asdict(config.augment),
-        "matching": {
+    return CheckpointMeta(
+        architecture={"segmenter": asdict(config.segmenter), "projector": projector},
+        stage=STAGE,
+        classes=bank.classes(),
+        templates=bank.templates,
+        resize=config.resize,
+        augment=config.augment,
+        matching={
             name: getattr(config, name) for name in ("class_weight", "bce_weight", "dice_weight", "points", "mask_loss")
         },
-        "overlap_threshold": config.overlap_threshold,
-    }
+        overlap_threshold=config.overlap_threshold,
+    )
 
 
 def choose_threshold(
@@ -171,8 +169,8 @@ def choose_threshold(
     """D8: an object threshold for SEEN classes, chosen on the first training images; and every threshold's sPQ there.
 
     The lowest one whose sPQ is within `threshold_slack` of the best: the curve is flat over a wide range, and unseen classes score lower
-    than seen ones, so of thresholds that serve the seen classes alike the lowest loses least. Stage 1 has not heard the unseen names,
-    so it chooses among the seen ones only; segments of unseen classes, if the protocol leaves any, count as void.
+    than seen ones, so of thresholds that serve the seen classes alike the lowest loses least. Stage 1 was not trained with the unseen names,
+    so only the seen ones are chosen from; segments of unseen classes, if the protocol leaves any, count as void.
     """
     import numpy as np
     import torch

@@ -128,7 +128,7 @@ def _train(
     bank = replace(bank, embedding=bank.embedding.double())
     data = Doubled(shards, tokens, bank, config.augment, seed=config.seed, workers=1)
     torch.manual_seed(config.seed)
-    model = build_model(v2c._architecture(config, bank), v2c._facts(config, bank), bank.embedding)
+    model = build_model(v2c._meta(config, bank), bank.embedding)
     assert isinstance(model.projector, Projector)
     modules = {"segmenter": model.segmenter.double().train(), "projector": model.projector.double().train()}
     share_batch_statistics(model.segmenter, ranks)

@@ -17,18 +17,18 @@ from torch import Tensor
 from models.projector import Projector
 from pipeline import evaluate, scenes
 from pipeline.data.benchmarks import Benchmark
-from pipeline.data.transforms import ResizeConfig
+from pipeline.data.config import AugmentConfig, ResizeConfig
 from pipeline.evaluate import _require_same_segmenter
 from pipeline.inference.forward import outputs
-from pipeline.inference.maps import Output, Thresholds, classes_of, panoptic_map, semantic_map
-from pipeline.inference.model import Model, build_model, load_model, require_same_classes, save_model
+from pipeline.inference.maps import Output, classes_of, panoptic_map, semantic_map
+from pipeline.inference.model import CheckpointMeta, Model, build_model, load_model, require_same_classes, save_model
 from pipeline.line import Stage
 from pipeline.report.page import SETTINGS
 from pipeline.scoring.metrics import ConfusionMatrix, PanopticQuality
 from pipeline.scoring.published import marks
 from pipeline.scoring.records import read_report
 from pipeline.scoring.rows import GroundTruth, Row
-from pipeline.teacher.text_bank import TextBank, open_text
+from pipeline.teacher.text_bank import ClassList, TextBank, open_text
 from storage.keys import Recipe, Ref
 from storage.shards import Sample, Shards, decode_ids, decode_image, read_shard
 from storage.store import Build, Store
@@ -158,10 +158,10 @@ def test_another_text_bank_is_refused_and_the_first_difference_named(
         key="0" * 16, embedding=torch.eye(4), ids=[c.id for c in categories], names=[c.name for c in categories],
         isthing=[c.isthing for c in categories], seen=BENCHMARK.seen, teacher={"name": "small"}, templates=["{}"],
     )  # fmt: skip
-    facts = json.loads(json.dumps({"classes": bank.classes()}))  # as a checkpoint holds it
-    require_same_classes(facts, bank)
+    classes = ClassList(**json.loads(json.dumps(asdict(bank.classes()))))  # as a checkpoint holds it
+    require_same_classes(classes, bank)
     with pytest.raises(ValueError, match=message) as caught:
-        require_same_classes(facts, replace(bank, **{field: change(getattr(bank, field))}))
+        require_same_classes(classes, replace(bank, **{field: change(getattr(bank, field))}))
     assert "\n" not in str(caught.value) and "zs-seg run --from v2c" in str(caught.value)
 
 
@@ -178,9 +178,13 @@ def tiny_model(seed: int) -> Model:
         "encoder_layers": 1, "encoder_ffn": 16, "encoder_points": 2, "decoder_layers": 1, "decoder_ffn": 16,
     }  # fmt: skip
     torch.manual_seed(seed)
-    model = build_model(
-        {"segmenter": segmenter, "projector": {"dim": 16, "text_dim": 4, "hidden": 8, "layers": 2}}, {}, torch.eye(4)
-    )
+    projector = {"dim": 16, "text_dim": 4, "hidden": 8, "layers": 2}
+    classes = ClassList(text="", ids=[], names=[], isthing=[], seen=[], teacher={}, clean_names=False)
+    meta = CheckpointMeta(
+        architecture={"segmenter": segmenter, "projector": projector}, stage="v2c", classes=classes, templates=[],
+        resize=ResizeConfig(), augment=AugmentConfig(), matching={}, overlap_threshold=0.8,
+    )  # fmt: skip
+    model = build_model(meta, torch.eye(4))
     model.segmenter.eval()
     return model
 
@@ -262,9 +266,9 @@ def test_the_line_ends_in_a_report(world: tuple[Store, dict[str, Stage]], report
         }
     assert report["settings"]["images"] == artefact.manifest.counts["images"] == 10
     assert report["published"] is None and artefact.manifest.counts["left_out"] == report["left_out"]
-    facts = load_model(store.path(steps["v2c"].recipe.ref)).facts
-    assert report["settings"]["object_threshold"] == facts["object_threshold"]
-    assert report["settings"]["overlap_threshold"] == facts["overlap_threshold"]
+    meta = load_model(store.path(steps["v2c"].recipe.ref)).meta
+    assert report["settings"]["object_threshold"] == meta.object_threshold
+    assert report["settings"]["overlap_threshold"] == meta.overlap_threshold
     text = (artefact.path / "report.json").read_text()
     assert read_report(artefact.path / "report.json").to_json() == text
     page = (artefact.path / "report.html").read_text()
@@ -313,11 +317,7 @@ def test_each_setting_from_its_own_checkpoint(world: tuple[Store, dict[str, Stag
                 image = torch.from_numpy(decode_image(shown)).permute(2, 0, 1)
                 _, output = next(outputs(model.segmenter, [(None, image)], ResizeConfig(short=96, longest=96), batch=1))
                 logits = model.projector.logits(model.projector(output.features), bank.embedding)
-                thresholds = Thresholds(
-                    object_threshold=model.facts["object_threshold"],
-                    overlap_threshold=model.facts["overlap_threshold"],
-                    seen_offset=offset,
-                )
+                thresholds = replace(model.meta.thresholds, seen_offset=offset)
                 ids, segments = panoptic_map(output, logits, classes, thresholds)
                 quality.update(gt, shown.segments, ids, segments, image=shown.image_id)
                 truth = np.full(gt.shape, -1)
@@ -405,8 +405,8 @@ def test_the_two_settings_share_a_segmenter_and_a_threshold(world: tuple[Store, 
     one, other = (load_model(store.path(steps[stage].recipe.ref)) for stage in ("v2c", "cpa"))
     _require_same_segmenter(one, other)
     assert not torch.equal(next(one.projector.parameters()), next(other.projector.parameters()))
-    assert one.facts | {"stage": ""} == other.facts | {"stage": ""}
-    assert (one.facts["stage"], other.facts["stage"]) == ("v2c", "cpa")
+    assert replace(one.meta, stage="cpa") == other.meta
+    assert (one.meta.stage, other.meta.stage) == ("v2c", "cpa")
 
 
 @pytest.mark.slow

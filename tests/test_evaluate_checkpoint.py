@@ -246,19 +246,19 @@ def test_other_classes_are_embedded_by_the_checkpoints_teacher(run: Run) -> None
     model = load_model(run.folder("cpa"))
     mixed = (*BENCHMARK.categories[5:2:-1], Category(id=500, name="airship", isthing=True))
     asked = Benchmark(name="mixed", categories=mixed, unseen_ids=(), protocol="none")
-    known = as_trained(asked, model.facts["classes"])
+    known = as_trained(asked, model.meta.classes)
     seen = dict(zip(BENCHMARK.names, BENCHMARK.seen, strict=True))
     assert known.seen == [*(seen[c.name] for c in mixed[:3]), False]
     vocabulary = vocabulary_of(model, known, "", QUIET)
     torch.testing.assert_close(vocabulary.embedding[:3], model.text[[5, 4, 3]])
-    assert vocabulary.facts["ids"] == [c.id for c in mixed] and vocabulary.facts["seen"] == known.seen
+    assert vocabulary.classes.ids == [c.id for c in mixed] and vocabulary.classes.seen == known.seen
 
 
 def test_who_says_what_is_seen_of_the_checkpoints_own_classes(run: Run) -> None:
-    facts = load_model(run.folder("cpa")).facts["classes"]
+    classes = load_model(run.folder("cpa")).meta.classes
     for unseen, expected in (((), BENCHMARK.unseen_ids), ((1, 2), (1, 2))):
         asked = Benchmark(name="own", categories=BENCHMARK.categories, unseen_ids=unseen, protocol="none")
-        assert as_trained(asked, facts).unseen_ids == expected
+        assert as_trained(asked, classes).unseen_ids == expected
 
 
 def test_the_checkpoints_own_classes_need_no_teacher(

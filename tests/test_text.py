@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +68,7 @@ def test_an_opened_bank_is_what_was_written(bank: TextBank) -> None:
     assert bank.seen == [c.id not in BENCHMARK.unseen_ids for c in categories]
     assert not all(bank.seen) and any(bank.seen)
     assert bank.teacher == TEACHER.identity
-    listed = bank.classes()
+    listed = asdict(bank.classes())
     assert listed.pop("text") == bank.key
     assert listed == {
         name: getattr(bank, name) for name in ("ids", "names", "isthing", "seen", "teacher", "clean_names")

@@ -59,7 +59,7 @@ def test_a_run_with_it_knows_its_own_classes_alone(tmp_path) -> None:
     steps = build(store, config)
     model = load_model(store.path(steps["cpa"].recipe.ref))
     assert isinstance(model.projector, LinearClassifier)
-    classes = len(model.facts["classes"]["names"])
+    classes = len(model.meta.classes.names)
     assert model.text.equal(torch.eye(classes))
     assert model.logits(torch.randn(3, model.query_shape[1]), model.text).shape == (3, classes)
     with pytest.raises(ValueError, match="linear and knows no other classes"):

@@ -23,7 +23,7 @@ from pipeline import evaluate_checkpoint
 from pipeline.data.benchmarks import Benchmark, load_benchmark
 from pipeline.data.config import AugmentConfig, CocoConfig, ResizeConfig
 from pipeline.inference.forward import outputs
-from pipeline.inference.maps import classes_of, semantic_map, thresholds_of
+from pipeline.inference.maps import classes_of, semantic_map
 from pipeline.inference.model import load_model
 from pipeline.inference.vocabulary import as_trained
 from pipeline.line import Config
@@ -126,7 +126,7 @@ def test_no_weight_depends_on_the_labels_of_unseen_pixels(
     for stage in ("v2c", "g2s", "cpa"):
         weights = [(r.folder(stage) / "weights.safetensors").read_bytes() for r in (run, other)]
         assert weights[0] == weights[1], stage
-    facts = [load_model(r.folder("v2c")).facts["object_threshold"] for r in (run, other)]
+    facts = [load_model(r.folder("v2c")).meta.object_threshold for r in (run, other)]
     assert facts[0] == facts[1]
 
 
@@ -229,7 +229,7 @@ def test_a_checkpoint_on_the_runs_own_maps_gives_the_reports_numbers(
         seen_offset=offset, out="", teacher_weights="", store=run.store, runtime=QUIET,
     )  # fmt: skip
     assert {**result["scores"], "per_class": result["per_class"]} == run.report[row]
-    assert as_trained(run.benchmark, load_model(run.folder(stage)).facts["classes"]).unseen_ids == UNSEEN
+    assert as_trained(run.benchmark, load_model(run.folder(stage)).meta.classes).unseen_ids == UNSEEN
 
 
 def test_the_teachers_names_on_true_masks_by_hand(run: Run) -> None:
@@ -258,10 +258,10 @@ def test_the_map_of_the_pictures_is_the_semantic_map(run: Run) -> None:
         for tar in Shards(run.folder("shard")).tars("val")
         for sample in read_shard(tar)
     ]
-    for sample, output in outputs(model.segmenter, tagged, ResizeConfig(**model.facts["resize"]), batch=1):
+    for sample, output in outputs(model.segmenter, tagged, model.meta.resize, batch=1):
         logits = model.logits(output.features, classes.text)
         ids, segments = Row(run.benchmark).predict(
-            GroundTruth(sample, run.benchmark), output, logits, classes, thresholds_of(model.facts)
+            GroundTruth(sample, run.benchmark), output, logits, classes, model.meta.thresholds
         )
         named = class_map(ids, segments, run.benchmark.index, image=sample.image_id)
         np.testing.assert_array_equal(named, semantic_map(output, logits, classes))

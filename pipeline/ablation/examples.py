@@ -10,11 +10,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from models.folding import for_inference
 from pipeline.data.benchmarks import Benchmark
-from pipeline.data.config import ResizeConfig
 from pipeline.data.samples import samples_with_tokens
 from pipeline.data.transforms import channels_first
 from pipeline.inference.forward import outputs
-from pipeline.inference.maps import PredictedSegment, classes_of, panoptic_map, thresholds_of
+from pipeline.inference.maps import PredictedSegment, classes_of, panoptic_map
 from pipeline.inference.model import load_model
 from pipeline.report.pictures import overlay
 from pipeline.runtime import Runtime
@@ -61,13 +60,11 @@ def draw_examples(
     }
     for title, ref in checkpoints.items():
         model = load_model(store.open(ref).path, device)
-        classes = classes_of(model.text, model.facts["classes"], device)
-        thresholds = thresholds_of(model.facts)
+        classes = classes_of(model.text, model.meta.classes, device)
+        thresholds = model.meta.thresholds
         views = ((photo, channels_first(photo)) for photo in photos)
         columns[title] = []
-        for photo, output in outputs(
-            for_inference(model.segmenter), views, ResizeConfig(**model.facts["resize"]), batch=8
-        ):
+        for photo, output in outputs(for_inference(model.segmenter), views, model.meta.resize, batch=8):
             logits = model.logits(output.features, classes.text)
             ids, segments = panoptic_map(output, logits, classes, thresholds)
             columns[title].append(overlay(photo, ids, segments, name_of))

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from models.folding import for_inference
 from models.generator import build_generator
 from pipeline.data.benchmarks import Benchmark
-from pipeline.data.config import ResizeConfig
 from pipeline.data.samples import samples_with_tokens
 from pipeline.inference.forward import outputs
 from pipeline.inference.model import load_model
@@ -55,9 +54,7 @@ def real_features(
     found: dict[int, list[NDArray[np.float32]]] = {k: [] for k, seen in enumerate(benchmark.seen) if not seen}
     samples = samples_with_tokens(Shards(store.open(shards).path), store.open(tokens).path)
     views = ((sample, image) for (sample, _), image in samples)
-    for sample, output in outputs(
-        for_inference(model.segmenter), views, ResizeConfig(**model.facts["resize"]), batch=16
-    ):
+    for sample, output in outputs(for_inference(model.segmenter), views, model.meta.resize, batch=16):
         pairs = pair(GroundTruth(sample, benchmark), output)
         for k, query in zip(pairs.classes.tolist(), pairs.nearest.tolist(), strict=True):
             if k in found:
@@ -69,8 +66,8 @@ def generated_features(
     generator: Path, bank: TextBank, *, counts: Mapping[int, int], noise_into: Any, seed: int
 ) -> dict[int, NDArray[np.float32]]:
     """As many of each class as `counts` says, drawn from `seed`."""
-    weights, facts = load_checkpoint(generator)
-    maker = build_generator(**facts["architecture"])
+    weights, meta = load_checkpoint(generator)
+    maker = build_generator(**meta["architecture"])
     maker.load_state_dict(weights)
     maker.eval()
     rng = torch.Generator().manual_seed(seed)

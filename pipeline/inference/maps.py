@@ -8,16 +8,18 @@ maps of one image, `Output.kept` resizes every mask once and holds them. Both gi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+
+from pipeline.teacher.text_bank import ClassList
 
 CHUNK_ELEMENTS = 2**24  # values of one resized or classified chunk: 64 MB of float32
 
@@ -36,15 +38,6 @@ class Thresholds:
     object_threshold: float
     overlap_threshold: float
     seen_offset: float = 0.0
-
-
-def thresholds_of(facts: Mapping[str, Any], *, seen_offset: float = 0.0) -> Thresholds:
-    """The thresholds that a checkpoint stores among its facts."""
-    return Thresholds(
-        object_threshold=facts["object_threshold"],
-        overlap_threshold=facts["overlap_threshold"],
-        seen_offset=seen_offset,
-    )
 
 
 class _Resized(NamedTuple):
@@ -121,13 +114,13 @@ class Classes:
         return Classes(text=self.text[which], ids=self.ids[which], isthing=self.isthing[which], seen=self.seen[which])
 
 
-def classes_of(text: Tensor, facts: Mapping[str, Any], device: torch.device) -> Classes:
-    """The classes a checkpoint or text bank lists (`ids`, `isthing`, `seen`), on `device`."""
+def classes_of(text: Tensor, classes: ClassList, device: torch.device) -> Classes:
+    """The listed classes with their text embeddings, on `device`."""
     return Classes(
         text=text.to(device),
-        ids=torch.tensor(facts["ids"], device=device),
-        isthing=torch.tensor(facts["isthing"], device=device),
-        seen=torch.tensor(facts["seen"], device=device),
+        ids=torch.tensor(classes.ids, device=device),
+        isthing=torch.tensor(classes.isthing, device=device),
+        seen=torch.tensor(classes.seen, device=device),
     )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.data.config import AugmentConfig, ResizeConfig
+from pipeline.teacher.text_bank import ClassList
 from storage.errors import UserError
 from storage.store import Store
 
@@ -17,27 +20,78 @@ if TYPE_CHECKING:
     from models.projector import Projector
     from models.segmenter import Segmenter
     from models.vision_centric import LinearClassifier
+    from pipeline.inference.maps import Thresholds
     from pipeline.teacher.text_bank import TextBank
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
-    """A segmenter and its projector, the text embeddings `text` (K, D) or (K, S, D) of the classes, and the checkpoint's facts.
+class CheckpointMeta:
+    """All that prediction and later stages must know about a network, as the checkpoint's meta.json holds it.
 
-    Where a linear classifier stands in the projector's place, `text` is the identity (K, K): a class is told by its place alone.
-    `facts` holds `architecture` (arguments of the two constructors), `classes` (TextBank.classes()), `templates`, `resize` (the test view),
-    `object_threshold`, `overlap_threshold`, `augment` and `matching` (stage 1's views and matcher), and `stage`.
+    `architecture` has the arguments of the constructors of "segmenter" and "projector". `stage` is "v2c" or "cpa". `templates` are the
+    sentences around a class name, empty for imported embeddings. `resize` is the test view; `augment` are stage 1's training views and
+    `matching` its matcher's settings, for the stage "queries". `object_threshold` is None until it is chosen (D8).
+    """
+
+    architecture: dict[str, dict[str, Any]]
+    stage: str
+    classes: ClassList
+    templates: list[str]
+    resize: ResizeConfig
+    augment: AugmentConfig
+    matching: dict[str, Any]
+    overlap_threshold: float
+    object_threshold: float | None = None
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """The thresholds of a panoptic map, with no offset on seen scores."""
+        from pipeline.inference.maps import Thresholds
+
+        assert self.object_threshold is not None
+        return Thresholds(object_threshold=self.object_threshold, overlap_threshold=self.overlap_threshold)
+
+    @property
+    def linear(self) -> bool:
+        """Is a linear classifier in the projector's place?"""
+        return "classes" in self.architecture["projector"]
+
+    def content(self) -> dict[str, Any]:
+        """The JSON of meta.json."""
+        content = asdict(self)
+        if self.object_threshold is None:
+            del content["object_threshold"]
+        return content
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any]) -> CheckpointMeta:
+        """The inverse of `content`. Raises KeyError or TypeError for JSON that is no checkpoint's."""
+        return cls(
+            **{
+                **content,
+                "classes": ClassList(**content["classes"]),
+                "resize": ResizeConfig(**content["resize"]),
+                "augment": AugmentConfig(**content["augment"]),
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A segmenter and its projector, the text embeddings `text` (K, D) or (K, S, D) of the classes, and the checkpoint's `meta`.
+
+    With a linear classifier in the projector's place, `text` is the identity (K, K): a class is known by its place alone.
     """
 
     segmenter: Segmenter
     projector: Projector | LinearClassifier
     text: Tensor
-    facts: dict[str, Any]
+    meta: CheckpointMeta
 
     @property
     def query_shape(self) -> tuple[int, int]:
         """(Q, C)."""
-        architecture = self.facts["architecture"]["segmenter"]
+        architecture = self.meta.architecture["segmenter"]
         return architecture["queries"], architecture["dim"]
 
     def logits(self, features: Tensor, text: Tensor) -> Tensor:
@@ -45,19 +99,20 @@ class Model:
         return self.projector.logits(self.projector(features), text)
 
 
-def build_model(architecture: dict[str, Any], facts: dict[str, Any], text: Tensor) -> Model:
-    """A network with fresh weights; draws from torch's global generator, so seed it first."""
+def build_model(meta: CheckpointMeta, text: Tensor) -> Model:
+    """A network with fresh weights, or with those of `backbone_weights`, which `meta` then forgets: a checkpoint holds all weights, and
+    no path; draws from torch's global generator, so seed it first."""
     from models.projector import Projector
     from models.segmenter import build_segmenter
     from models.vision_centric import LinearClassifier
 
-    bare = {**architecture["segmenter"], "backbone_weights": None}  # a checkpoint holds all weights, and no path
-    head = architecture["projector"]
+    segmenter, projector = meta.architecture["segmenter"], meta.architecture["projector"]
+    architecture = {**meta.architecture, "segmenter": {**segmenter, "backbone_weights": None}}
     return Model(
-        segmenter=build_segmenter(**architecture["segmenter"]),
-        projector=LinearClassifier(**head) if "classes" in head else Projector(**head),
+        segmenter=build_segmenter(**segmenter),
+        projector=LinearClassifier(**projector) if meta.linear else Projector(**projector),
         text=text,
-        facts={"architecture": {**architecture, "segmenter": bare}, **facts},
+        meta=replace(meta, architecture=architecture),
     )
 
 
@@ -66,18 +121,18 @@ def save_model(folder: Path, model: Model) -> None:
 
     tensors = {f"segmenter.{name}": value for name, value in model.segmenter.state_dict().items()}
     tensors |= {f"projector.{name}": value for name, value in model.projector.state_dict().items()}
-    save_checkpoint(folder, {**tensors, "text.embedding": model.text.cpu()}, model.facts)
+    save_checkpoint(folder, {**tensors, "text.embedding": model.text.cpu()}, model.meta.content())
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> Model:
-    """Read a checkpoint, in evaluation mode. Raises UserError when it is damaged, or its weights are not of the network it tells of."""
+    """Read a checkpoint, in evaluation mode. Raises UserError when it is damaged, or its weights are not of the network that it describes."""
     import torch
 
     from storage.checkpoints import load_checkpoint
 
-    tensors, facts = load_checkpoint(folder)
+    tensors, content = load_checkpoint(folder)
     try:
-        model = build_model(facts["architecture"], facts, tensors["text.embedding"].to(device))
+        model = build_model(CheckpointMeta.parse(content), tensors["text.embedding"].to(device))
         for part in ("segmenter", "projector"):
             own = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
             getattr(model, part).load_state_dict(own)
@@ -92,9 +147,9 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Model:
     return model
 
 
-def require_same_classes(facts: dict[str, Any], bank: TextBank) -> None:
-    """Refuse to use a checkpoint with another text bank than the one it was trained with; names the first difference."""
-    ours, theirs = facts["classes"], bank.classes()
+def require_same_classes(classes: ClassList, bank: TextBank) -> None:
+    """Refuse to use a checkpoint of these classes with another text bank than the one it was trained with; names the first difference."""
+    ours, theirs = asdict(classes), asdict(bank.classes())
     for field in ("names", "ids", "seen", "teacher", "text"):
         if ours[field] != theirs[field]:
             difference = f"{ours[field]!r:.80} and {theirs[field]!r:.80}"

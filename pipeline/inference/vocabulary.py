@@ -13,20 +13,20 @@ from pipeline.inference.model import Model
 from pipeline.runtime import Runtime
 from pipeline.teacher.config import teacher_of
 from pipeline.teacher.prompts import synonyms
-from pipeline.teacher.text_bank import embed_names, join
+from pipeline.teacher.text_bank import ClassList, embed_names, join
 from storage.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """The classes to choose from: unit rows (K, D) or (K, S, D), see `TextBank`, and `ids`, `names`, `isthing`, `seen` of each in `facts`."""
+    """The classes to choose from, and their unit rows (K, D) or (K, S, D), see `TextBank`."""
 
     embedding: Tensor
-    facts: dict[str, Any]
+    classes: ClassList
 
     @property
     def categories(self) -> tuple[Category, ...]:
-        columns = zip(self.facts["ids"], self.facts["names"], self.facts["isthing"], strict=True)
+        columns = zip(self.classes.ids, self.classes.names, self.classes.isthing, strict=True)
         return tuple(Category(id=i, name=name, isthing=isthing) for i, name, isthing in columns)
 
 
@@ -35,17 +35,17 @@ def extend(model: Model, names: Sequence[str], teacher_weights: str, runtime: Ru
 
     Raises UserError for a name that is there already or twice, and when the teacher's weights are not those.
     """
-    facts, embedding = model.facts["classes"], model.text.cpu()
-    columns = {name: list(facts[name]) for name in ("ids", "names", "isthing", "seen")}
+    classes, embedding = model.meta.classes, model.text.cpu()
+    columns: dict[str, list[Any]] = {name: list(getattr(classes, name)) for name in ("ids", "names", "isthing", "seen")}
     for name in names:
         if name in columns["names"]:
             raise UserError(f"--names: the checkpoint knows {name!r} already, or it is given twice; leave it out")
         for column, value in (("ids", max(columns["ids"]) + 1), ("names", name), ("isthing", True), ("seen", False)):
             columns[column].append(value)
     if names:
-        synonyms(columns["names"], clean_names=facts["clean_names"])
+        synonyms(columns["names"], clean_names=classes.clean_names)
         embedding = join(embedding, _embed(model, list(names), teacher_weights, runtime))
-    return Vocabulary(embedding=embedding, facts=columns)
+    return Vocabulary(embedding=embedding, classes=replace(classes, **columns))
 
 
 def vocabulary_of(model: Model, benchmark: Benchmark, teacher_weights: str, runtime: Runtime) -> Vocabulary:
@@ -53,21 +53,22 @@ def vocabulary_of(model: Model, benchmark: Benchmark, teacher_weights: str, runt
 
     Raises UserError when the teacher's weights are not those of the checkpoint.
     """
-    facts = model.facts["classes"]
-    own = benchmark.names == facts["names"]
+    classes = model.meta.classes
+    own = benchmark.names == classes.names
     return Vocabulary(
         embedding=model.text.cpu() if own else _embed(model, benchmark.names, teacher_weights, runtime),
-        facts={
-            "ids": [c.id for c in benchmark.categories],
-            "names": benchmark.names,
-            "isthing": [c.isthing for c in benchmark.categories],
-            "seen": benchmark.seen,
-        },
+        classes=replace(
+            classes,
+            ids=[c.id for c in benchmark.categories],
+            names=benchmark.names,
+            isthing=[c.isthing for c in benchmark.categories],
+            seen=benchmark.seen,
+        ),
     )
 
 
-def as_trained(benchmark: Benchmark, facts: dict[str, Any]) -> Benchmark:
-    """The benchmark with the classes as unseen that the checkpoint with the class facts `facts` was not trained on.
+def as_trained(benchmark: Benchmark, classes: ClassList) -> Benchmark:
+    """The benchmark with the classes as unseen that a checkpoint with `classes` was not trained on.
 
     A class is seen if the checkpoint has seen its name. Where the classes are the checkpoint's own, and the benchmark
     names unseen ones, the benchmark decides.
@@ -75,15 +76,15 @@ def as_trained(benchmark: Benchmark, facts: dict[str, Any]) -> Benchmark:
     Raises UserError when the benchmark has exactly the checkpoint's names in another order or with other ids.
     """
     ids = [category.id for category in benchmark.categories]
-    if set(benchmark.names) == set(facts["names"]):
+    if set(benchmark.names) == set(classes.names):
         _require_same_order(
             benchmark.name,
-            list(zip(facts["names"], facts["ids"], strict=True)),
+            list(zip(classes.names, classes.ids, strict=True)),
             list(zip(benchmark.names, ids, strict=True)),
         )
         if benchmark.unseen_ids:
             return benchmark
-    seen = {name for name, known in zip(facts["names"], facts["seen"], strict=True) if known}
+    seen = {name for name, known in zip(classes.names, classes.seen, strict=True) if known}
     return replace(benchmark, unseen_ids=tuple(c.id for c in benchmark.categories if c.name not in seen))
 
 
@@ -99,15 +100,15 @@ def _require_same_order(name: str, ours: list[tuple[str, int]], theirs: list[tup
 
 def _embed(model: Model, names: list[str], teacher_weights: str, runtime: Runtime) -> Tensor:
     """Unit rows of `names` by the checkpoint's own teacher and templates."""
-    facts = model.facts["classes"]
-    if "classes" in model.facts["architecture"]["projector"]:
+    classes, templates = model.meta.classes, model.meta.templates
+    if model.meta.linear:
         raise UserError(
             "the checkpoint's classifier is linear and knows no other classes than its own; use one with a projector"
         )
-    if not model.facts["templates"]:
+    if not templates:
         raise UserError(
             "the checkpoint's class embeddings were imported, so no other name can be embedded alike; "
             "train it without --text.embeddings to use other names"
         )
-    teacher = teacher_of(facts["teacher"], teacher_weights).load(runtime)
-    return embed_names(teacher, names, model.facts["templates"], clean_names=facts["clean_names"]).cpu()
+    teacher = teacher_of(classes.teacher, teacher_weights).load(runtime)
+    return embed_names(teacher, names, templates, clean_names=classes.clean_names).cpu()

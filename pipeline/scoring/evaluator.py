@@ -4,6 +4,7 @@ lost and the sweeps."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from models.projector import class_products
 from pipeline.data.benchmarks import Benchmark
-from pipeline.inference.maps import Classes, Output, thresholds_of
+from pipeline.inference.maps import Classes, Output
 from pipeline.inference.model import Model
 from pipeline.scoring.config import EvaluateConfig
 from pipeline.scoring.published import beside_the_paper, marks
@@ -46,7 +47,7 @@ class Evaluator:
         self.sweeps = {
             name: Sweeps(
                 benchmark,
-                thresholds_of(model.facts),
+                model.meta.thresholds,
                 object_thresholds=config.object_thresholds,
                 seen_offsets=config.seen_offsets,
             )
@@ -67,15 +68,15 @@ class Evaluator:
         logits = {name: model.logits(output.features, model.text) for name, model in self.models.items()}
         guess = class_products(own.to(self.classes.text.device), self.classes.text).argmax(1).cpu().numpy()
 
-        stage_1 = self.models["inductive"].facts
+        stage_1 = self.models["inductive"].meta.thresholds
         self.rows["ceiling"].rename(gt, guess.tolist())
-        control = thresholds_of(stage_1, seen_offset=self.config.control_offset)
+        control = replace(stage_1, seen_offset=self.config.control_offset)
         self.rows["control"].predict(gt, output, logits["inductive"], self.classes, control)
         certain = pairs.certain(pairs.classes, logits["inductive"])
-        self.rows["true_classes"].predict(gt, output, certain, self.classes, thresholds_of(stage_1))
+        self.rows["true_classes"].predict(gt, output, certain, self.classes, stage_1)
         maps: dict[str, Map] = {}
         for name, model in self.models.items():
-            thresholds = thresholds_of(model.facts)
+            thresholds = model.meta.thresholds
             maps[name] = self.rows[name].predict(gt, output, logits[name], self.classes, thresholds)
             named = np.zeros(len(sample.segments), np.int64)  # crowds are left out whatever their name
             named[pairs.segments] = logits[name].argmax(1).cpu().numpy()[pairs.nearest]
@@ -107,7 +108,7 @@ class Evaluator:
         }
         panoptic = self.benchmark.task == "panoptic"
         if panoptic:
-            stored = thresholds_of(self.models["inductive"].facts)
+            stored = self.models["inductive"].meta.thresholds
             settings |= {
                 "object_threshold": stored.object_threshold,
                 "object_threshold_chosen_on": "seen classes of training images",

@@ -17,6 +17,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClassList:
+    """The classes that a network chooses from, in their fixed order, as checkpoints record them.
+
+    `text` is the key of the text artefact; `ids`, `names`, `isthing` and `seen` have an entry a class; `teacher` is the identity of the
+    CLIP that embedded the names, `clean_names` whether it was given cleaned ones.
+    """
+
+    text: str
+    ids: list[int]
+    names: list[str]
+    isthing: list[bool]
+    seen: list[bool]
+    teacher: dict[str, Any]
+    clean_names: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextBank:
     """The classes in their fixed order: `embedding` unit rows, and per class its id, name, kind, and whether it is seen.
 
@@ -39,12 +56,17 @@ class TextBank:
         """(K, D): of each class the row of its first name, where one row must stand for the class."""
         return self.embedding if self.embedding.ndim == 2 else self.embedding[:, 0]
 
-    def classes(self) -> dict[str, Any]:
-        """Which classes these are and who embedded them, as checkpoints record it."""
-        return {
-            "text": self.key, "ids": self.ids, "names": self.names, "isthing": self.isthing, "seen": self.seen,
-            "teacher": self.teacher, "clean_names": self.clean_names,
-        }  # fmt: skip
+    def classes(self) -> ClassList:
+        """The classes as checkpoints record them."""
+        return ClassList(
+            text=self.key,
+            ids=self.ids,
+            names=self.names,
+            isthing=self.isthing,
+            seen=self.seen,
+            teacher=self.teacher,
+            clean_names=self.clean_names,
+        )
 
 
 def open_text(folder: Path, key: str) -> TextBank:

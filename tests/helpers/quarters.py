@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pipeline.data.benchmarks import Benchmark, Category
 from pipeline.inference.maps import Output, Thresholds, classes_of
+from pipeline.teacher.text_bank import ClassList
 from storage.shards import Sample, Segment, decode_ids, encode_ids
 
 HEIGHT, WIDTH = 24, 40
@@ -23,10 +24,16 @@ BENCHMARK = Benchmark(
     protocol="image-filter",
 )
 THRESHOLDS = Thresholds(object_threshold=0.3, overlap_threshold=0.8)
-CLASSES = classes_of(
-    torch.eye(4), {"ids": [c.id for c in BENCHMARK.categories], "isthing": [c.isthing for c in BENCHMARK.categories], "seen": BENCHMARK.seen},
-    torch.device("cpu"),
-)  # fmt: skip
+LISTED = ClassList(
+    text="",
+    ids=[c.id for c in BENCHMARK.categories],
+    names=BENCHMARK.names,
+    isthing=[c.isthing for c in BENCHMARK.categories],
+    seen=BENCHMARK.seen,
+    teacher={},
+    clean_names=False,
+)
+CLASSES = classes_of(torch.eye(4), LISTED, torch.device("cpu"))
 
 
 def sample(ids: np.ndarray, categories: dict[int, int], crowds: set[int] | None = None) -> Sample:
