@@ -202,6 +202,6 @@ def bench(options: argparse.Namespace) -> int:
             if options.json:  # whole after every row: a long run may be cut off
                 harness.write_rows(Path(options.json), rows)
     except ModuleNotFoundError as error:
-        raise UserError(f"the reference {error.name} is not installed; `make install` brings it") from error
+        raise UserError(f"the reference {error.name} is not installed; `make install-dev` brings it") from error
     Console().print(harness.table(rows))
     return 0

@@ -9,7 +9,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import os
+import shutil
+import sysconfig
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 
 from models import deformable_torch
 from models.deformable_torch import Shapes
+from models.errors import ModelError
 from models.linear import linear
 
 TRITON = importlib.util.find_spec("triton") is not None
@@ -37,9 +42,30 @@ def _kernels(value: Tensor) -> Any:
     """The module whose `sample` and `sample_backward` are the fastest where `value` is."""
     if not (TRITON and value.is_cuda):
         return deformable_torch
+    require_compiler()
     from models import deformable_triton
 
     return deformable_triton
+
+
+@functools.cache
+def require_compiler() -> None:
+    """Triton builds a small extension module, in C against Python.h, when the first kernel of a process runs on a GPU.
+
+    Raises ModelError where there is no C compiler or no Python.h, naming the package that brings it.
+    """
+    # CC before gcc before clang, as Triton chooses
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise ModelError(
+            "Triton, which runs deformable attention on a GPU, needs a C compiler, and neither gcc nor clang is on PATH; install gcc "
+            "(Debian, Ubuntu: apt-get install gcc libc6-dev), or name a compiler in the environment variable CC"
+        )
+    header = Path(sysconfig.get_path("include", "posix_prefix")) / "Python.h"
+    if not header.is_file():
+        raise ModelError(
+            f"Triton, which runs deformable attention on a GPU, needs Python's C headers, and {header} is missing; install them "
+            f"(Debian, Ubuntu: apt-get install python{sysconfig.get_python_version()}-dev)"
+        )
 
 
 def _pairs(sides: Sequence[int]) -> Shapes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,6 +139,11 @@ def load_teacher(
     identifier = f"local-dir:{SMALL_CLIP}" if name == "small" else name
     if (name == "small") != (pretrained == "shipped") and pretrained != "random":
         raise ModelError(f"teacher {name!r} with weights {pretrained!r}: 'small' goes with 'shipped', and only with it")
+    if _uses_transformers(name) and find_spec("transformers") is None:
+        raise ModelError(
+            f"teacher {name!r} takes its tokenizer from the package transformers, which is not installed; the extra `hf` brings it: "
+            "`make install-dev`, or `pip install --editable '.[hf]'` in the folder of zs-seg"
+        )
     folder = Path(pretrained) if is_teacher_folder(pretrained) else None
     preprocessing = None if name == "small" or pretrained == "random" else _preprocessing(name, pretrained, folder)
     with torch.random.fork_rng():  # random weights must not move anybody else's random state
@@ -204,9 +210,18 @@ def _advice(name: str, pretrained: str, error: Exception) -> str:
     )
 
 
+def _text_config(name: str) -> dict[str, Any]:
+    return (open_clip.get_model_config(name) or {}).get("text_cfg", {})
+
+
+def _uses_transformers(name: str) -> bool:
+    """Whether open_clip takes the text tower or the tokenizer of one of its models from the package transformers."""
+    return name in open_clip.list_models() and not {"hf_model_name", "hf_tokenizer_name"}.isdisjoint(_text_config(name))
+
+
 def _tokenizer_advice(name: str, error: Exception) -> str:
     """One line that says which tokenizer files are missing and how to bring them."""
-    text = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
+    text = _text_config(name)
     repository = text.get("hf_tokenizer_name") or text.get("hf_model_name") or f"timm/{name}"
     return (
         f"the tokenizer of {name} cannot be had ({_reason(error)}); fetch {TOKENIZER}, tokenizer_config.json, {CONFIG} and {WEIGHTS} of "

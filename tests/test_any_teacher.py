@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from models.errors import ModelError
 from models.teacher import load_teacher
 from pipeline.teacher.config import TeacherConfig
 
@@ -114,6 +116,16 @@ def test_random_siglip_needs_its_tokenizer_and_says_which_files(tmp_path: Path) 
     assert "\n" not in message
     for part in ("tokenizer.json", "https://huggingface.co/timm/tiny-siglip", "FOLDER", str(tmp_path / "cache")):
         assert part in message
+
+
+def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as Python notes a package that cannot be imported
+    with pytest.raises(
+        ModelError, match="'tiny-siglip' .*transformers.* not installed.*`make install-dev`.*\\[hf\\]"
+    ) as caught:
+        load_teacher(name="tiny-siglip", pretrained="random", fill="zero")
+    assert "\n" not in str(caught.value)
+    assert load_teacher(name="tiny-convnext", pretrained="random", fill="zero").dim == 64
 
 
 def test_a_random_convnext_embeds_images_and_texts() -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor
 
 from models import deformable_torch
-from models.deformable import DeformableAttention, sample_levels, token_places
+from models.deformable import DeformableAttention, require_compiler, sample_levels, token_places
+from models.errors import ModelError
 
 SHAPES = ((2, 3), (4, 6))
 TRITON_SAMPLES = Path(__file__).parent / "helpers" / "triton_samples.py"
@@ -145,6 +148,37 @@ def test_triton_kernels_without_a_gpu(task: str) -> None:
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == ["ok"] * (6 if task == "interpret" else 4)
+
+
+@pytest.mark.parametrize(
+    ("tools", "compiler", "missing"),
+    [
+        (["gcc"], "", ""),
+        (["clang"], "", ""),
+        ([], "/opt/cc", ""),
+        (["cc", "g++"], "", "install gcc .*apt-get install gcc libc6-dev.* CC$"),
+    ],
+)
+def test_a_missing_compiler_is_named_before_triton_looks_for_it(
+    tools: list[str], compiler: str, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in tools:
+        (tmp_path / name).touch(mode=0o755)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    with pytest.raises(ModelError, match=missing) if missing else contextlib.nullcontext():
+        require_compiler.__wrapped__()
+
+
+def test_missing_headers_of_python_are_named_with_their_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CC", "/opt/cc")
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    with pytest.raises(ModelError, match=rf"{tmp_path}/Python.h is missing; .*apt-get install python3\.\d+-dev"):
+        require_compiler.__wrapped__()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -57,12 +57,20 @@ def test_the_image_is_made_from_the_lock_first_and_the_source_last_and_runs_as_n
     words = [word for word, _ in INSTRUCTIONS]
     assert not [rest for word, rest in INSTRUCTIONS if word == "FROM" and ("latest" in rest or ":" not in rest)]
     copied = [rest for word, rest in INSTRUCTIONS if word == "COPY"]
-    assert copied[0].startswith("requirements.lock") and copied[-1] == ". ."
+    assert copied[0].split()[0] == "requirements.lock" and copied[-1] == ". ."
     assert "RUN" not in words[len(words) - words[::-1].index("COPY") :], "a step after the source runs at every change"
     assert dict(INSTRUCTIONS)["USER"] == "1000:1000"
     assert "--require-hashes" in (ROOT / "docker/Dockerfile").read_text()
     uv = re.search(r"UV_VERSION := (\S+)", (ROOT / "Makefile").read_text())
     assert uv and f"uv=={uv[1]}" in (ROOT / "docker/Dockerfile").read_text()
+
+
+def test_the_final_image_has_what_triton_compiles_with() -> None:
+    stages = [i for i, (word, _) in enumerate(INSTRUCTIONS) if word == "FROM"]
+    installed = " ".join(
+        rest for word, rest in INSTRUCTIONS[stages[-1] :] if word == "RUN" and "apt-get install" in rest
+    )
+    assert {"gcc", "libc6-dev"} <= {package.partition("=")[0] for package in installed.split()}
 
 
 def test_the_image_gets_the_source_and_nothing_else() -> None:
@@ -71,6 +79,7 @@ def test_the_image_gets_the_source_and_nothing_else() -> None:
     assert all((ROOT / name).exists() for name in kept)
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert {*packages["packages"], "requirements.lock", "prefect.yaml"} <= set(kept)
+    assert "requirements-dev.lock" not in kept
     assert not [name for name in kept if fnmatch.fnmatch(name, ".*") or name in ("artifacts", "runs", "tests")]
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,8 +78,8 @@ def machine(device: torch.device) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """The rows as a JSON list, each with its ratio and the versions of the packages that matter."""
-    versions = {name: version(name) for name in PACKAGES}
+    """The rows as a JSON list, each with its ratio and the versions of those packages that matter and are installed."""
+    versions = {name: version(name) for name in PACKAGES if find_spec(name)}
     write_text(path, json.dumps([asdict(row) | {"ratio": row.ratio, "versions": versions} for row in rows], indent=1))
 
 
