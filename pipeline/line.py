@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,8 +19,13 @@ from pipeline.training.config import CPAConfig, G2SConfig, QueriesConfig, V2CCon
 from pipeline.world.config import ScenesConfig
 from storage.errors import UserError
 from storage.keys import Recipe, Ref
-from storage.store import Store
+from storage.store import Build, Store
 
+log = logging.getLogger(__name__)
+
+# Networks on views of at most so many pixels a side, and the multilayer perceptrons of stages 2 and 3, gain next to nothing from a
+# second thread and lose several times over beside any other process: they compute with one (measured in pipeline/bench/README.md).
+SMALL_VIEW = 128
 STAGES = ("scenes", "shard", "text", "cache-clip", "v2c", "queries", "g2s", "cpa", "evaluate")
 
 
@@ -63,28 +69,40 @@ class StageModule(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of a run: its recipe, and the work that builds its artefact from cached inputs."""
+    """One stage of a run: its recipe, and the work that builds its artefact from cached inputs.
+
+    `threads` is the number of CPU threads that serves its work best, 0 = all cores; it is in no key.
+    """
 
     name: str
     recipe: Recipe
     work: Callable[..., None]
+    threads: int = 0
 
     @classmethod
-    def of(cls, module: StageModule, config: Any, **given: Any) -> Stage:
+    def of(cls, module: StageModule, config: Any, *, threads: int = 0, **given: Any) -> Stage:
         """The stage of a module with its config, its inputs (`Ref`) and what else it reads, by name."""
         recipe = module.recipe(config, **given)
         rest = {name: value for name, value in given.items() if name not in recipe.inputs}
-        return cls(name=module.STAGE, recipe=recipe, work=partial(module.build, config=config, **rest))
+        return cls(name=module.STAGE, recipe=recipe, work=partial(module.build, config=config, **rest), threads=threads)
 
     def run(self, store: Store, runtime: Runtime) -> Ref:
-        """Build the artefact, unless it is complete. Raises UserError as `Store.build`, and for what the stage refuses."""
-        ref = self.recipe.ref
+        """Build the artefact, unless it is complete, with the stage's own number of threads unless `runtime` names one.
+
+        Raises UserError as `Store.build`, and for what the stage refuses.
+        """
+        ref, runtime = self.recipe.ref, replace(runtime, threads=runtime.threads or self.threads)
         if not torchrun_rank():
-            return store.build(self.recipe, partial(self.work, runtime=runtime))
+            return store.build(self.recipe, partial(self._build, runtime=runtime))
         # Of the processes that torchrun started the first one builds; the others compute along.
         if store.state(ref) != "fresh":
             self.work(store.under_way(self.recipe), runtime=runtime)
         return ref
+
+    def _build(self, build: Build, runtime: Runtime) -> None:
+        build.provenance["threads"] = runtime.workers
+        log.info("%s: %d CPU thread%s", self.name, runtime.workers, "s" * (runtime.workers > 1))
+        self.work(build, runtime=runtime)
 
 
 def line(config: Config) -> list[Stage]:
@@ -93,9 +111,10 @@ def line(config: Config) -> list[Stage]:
     Raises UserError where the data folder, the benchmark or the teacher's weights file cannot be found.
     """
     stages: list[Stage] = []
+    networks = 1 if max(config.v2c.augment.size, config.v2c.resize.longest) <= SMALL_VIEW else 0
 
-    def add(module: StageModule, stage_config: Any, **given: Any) -> Ref:
-        stages.append(Stage.of(module, stage_config, **given))
+    def add(module: StageModule, stage_config: Any, *, threads: int = 0, **given: Any) -> Ref:
+        stages.append(Stage.of(module, stage_config, threads=threads, **given))
         return stages[-1].recipe.ref
 
     benchmark = benchmark_of(config)
@@ -108,12 +127,13 @@ def line(config: Config) -> list[Stage]:
     shards = add(shard, config.shard, source=source, benchmark=benchmark)
     bank = add(text, config.text, teacher=teacher, benchmark=benchmark)
     tokens = add(cache_clip, config.tokens, teacher=teacher, benchmark=benchmark, shards=shards)
-    stage_1 = add(v2c, config.v2c, shards=shards, tokens=tokens, text=bank)
-    cached = add(queries, config.queries, shards=shards, tokens=tokens, text=bank, checkpoint=stage_1)
-    generator = add(g2s, config.g2s, queries=cached, text=bank, checkpoint=stage_1)
-    stage_3 = add(cpa, config.cpa, queries=cached, text=bank, checkpoint=stage_1, generator=generator)
+    inputs = {"shards": shards, "tokens": tokens, "text": bank}
+    stage_1 = add(v2c, config.v2c, threads=networks, **inputs)
+    cached = add(queries, config.queries, threads=networks, **inputs, checkpoint=stage_1)
+    generator = add(g2s, config.g2s, threads=1, queries=cached, text=bank, checkpoint=stage_1)
+    stage_3 = add(cpa, config.cpa, threads=1, queries=cached, text=bank, checkpoint=stage_1, generator=generator)
     add(
-        evaluate, config.evaluate, benchmark=benchmark, shards=shards, tokens=tokens, text=bank,
+        evaluate, config.evaluate, threads=networks, benchmark=benchmark, **inputs,
         inductive=stage_1, generator=generator, transductive=stage_3,
     )  # fmt: skip
     return stages
