@@ -1,6 +1,7 @@
-"""The command line `zs-seg`. It answers at once: torch, prefect and tyro are imported by the commands that need them.
+"""The command line `zs-seg`. It answers at once: torch and prefect are imported by the commands that need them.
 
-Exit status 0; 2 with one line that says what is wrong and what mends it; 130 when interrupted.
+Exit status 0; 2 with one line that says what is wrong and what mends it; 130 when interrupted; 1 with a traceback for a
+bug of ours.
 """
 
 from __future__ import annotations
@@ -9,17 +10,18 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
 from flows import ablate, commands, store_commands
+from flows.flags import flags_of
 from flows.presets import PRESETS, preset
-from flows.request import print_override_help
 from models.errors import ModelError
 from pipeline.line import STAGES
-from storage.errors import UserError
+from storage.errors import UserError, did_you_mean
 
-TREE_COMMANDS = ("plan", "run", "stage", "ablate")  # those that take flags of the config tree
+# those that take flags of the config tree
+TREE_COMMANDS = ("plan", "run", "stage", "ablate")
 BENCHES = ("segmenter", "evaluate", "cache", "train")
 
 
@@ -28,9 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     _set_up_logging()
     try:
-        options, overrides = parser().parse_known_args(argv)
-        if overrides and options.command not in TREE_COMMANDS:
-            raise UserError(f"{overrides[0]!r} is unknown; `zs-seg {options.command} --help` lists the flags")
+        command_line = parser()
+        _require_command(argv, command_line.commands)
+        options, overrides = command_line.parse_known_args(argv)
+        _require_known(overrides, options, command_line.commands[options.command])
         if getattr(options, "skip_bad", False):
             overrides.append("--shard.skip-bad")
         options.overrides = tuple(overrides)
@@ -40,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("zs-seg: stopped; the same command goes on where this one was", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+    except BrokenPipeError:
+        # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -51,9 +55,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _require_command(argv: Sequence[str], known: Collection[str]) -> None:
+    """Raises UserError for a command that there is not."""
+    if argv and not argv[0].startswith("-") and argv[0] not in known:
+        raise UserError(f"command {argv[0]!r} is unknown{did_you_mean(argv[0], known)}; use one of {', '.join(known)}")
+
+
+def _require_known(words: Sequence[str], options: argparse.Namespace, command: _Parser) -> None:
+    """Can all the words that the command left over be flags of the config, whose names have a dot, and their values?
+
+    Raises UserError for one that cannot, with the flag of the command or of the config that is closest to it.
+    """
+    tree = options.command in TREE_COMMANDS
+    for word in words:
+        name = word.partition("=")[0]
+        if not tree or (name.startswith("--") and "." not in name):
+            known = [name for option in command.options for name in option.option_strings]
+            if tree:
+                known += [name for flag in flags_of(preset(options.preset)) for name in flag.names]
+            lists = f"`zs-seg {options.command} {'--help-all' if tree else '--help'}` lists the flags"
+            raise UserError(f"{name!r} is unknown{did_you_mean(name, known)}; {lists}")
+
+
 def _mistake(error: Exception) -> str:
-    """What to tell the user about an error that is theirs to mend; "" for one that is ours."""
-    torch = sys.modules.get("torch")  # where it was not imported, its memory did not run out
+    """The line for the user about an error that is theirs to mend; "" for one that is ours."""
+    # where torch was not imported, its memory did not run out
+    torch = sys.modules.get("torch")
     if torch and isinstance(error, torch.OutOfMemoryError):
         return "the device has too little memory; lower --v2c.batch or --v2c.augment.size, or pass --device cpu"
     if isinstance(error, OSError) and error.filename is not None:
@@ -68,162 +95,221 @@ def _set_up_logging() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
+    """A parser that answers a mistake in one line, and knows its options and commands."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.options: list[argparse.Action] = []
+        self.commands: dict[str, _Parser] = {}
+        super().__init__(**settings, allow_abbrev=False)
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        self.options.append(super().add_argument(*names, **settings))
+        return self.options[-1]
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"zs-seg: {message}; `{self.prog} --help` lists what there is\n")
 
 
 class _TreeHelp(argparse.Action):
-    """--help of the commands that take overrides: theirs, then every flag of the config tree as the preset has it."""
+    """--help and --help-all of the commands that take flags of the config, with the values of the preset before it."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="show this, and every flag")
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
-        parser.print_help()
-        print(flush=True)
-        name = getattr(namespace, "preset", None) or next(iter(PRESETS))
-        print_override_help(preset(name), prog=f"{parser.prog} --preset {name}")
+        from flows.help import everything, screen
+
+        assert isinstance(parser, _Parser)
+        page = everything if option_string == "--help-all" else screen
+        print(page(parser, parser.options, preset(namespace.preset or next(iter(PRESETS)))), flush=True)
         parser.exit()
 
 
-def parser() -> argparse.ArgumentParser:
-    """The commands and their own flags; flags of the config tree are left over for `override`."""
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"zs-seg {version('zs-seg')}")
+        parser.exit()
+
+
+def parser() -> _Parser:
+    """The commands and their own flags; flags of the config tree are left over for `flows.flags.override`."""
     main_parser = _Parser(
         prog="zs-seg",
-        allow_abbrev=False,
-        description="Zero-shot panoptic segmentation as a staged, cached pipeline.",
+        description="Zero-shot panoptic and semantic segmentation, trained as a staged, cached pipeline.",
         epilog=f"Presets: {', '.join(PRESETS)}. Stages: {', '.join(STAGES)}.",
     )
+    main_parser.add_argument("--version", nargs=0, action=_Version, help="show the version and exit")
     subparsers = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        tree = name in TREE_COMMANDS
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str, usage: str | None = None) -> _Parser:
         command = subparsers.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False, add_help=not tree,
-            usage=f"zs-seg {name}{' STAGE' * (name == 'stage')} --preset PRESET [options] [--config.field VALUE ...]" if tree else None,
-        )  # fmt: skip
-        if tree:
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            usage=usage,
+            add_help=name not in TREE_COMMANDS,
+        )
+        if name in TREE_COMMANDS:
             command.add_argument("--preset", required=True, metavar="PRESET", help=f"one of {', '.join(PRESETS)}")
-            command.add_argument("--coco", default="", metavar="DIR", help="folder in COCO's layout (or COCO_ROOT)")
             command.add_argument(
-                "--max-steps",
-                type=int,
-                default=0,
-                metavar="N",
-                help="at most N steps of every training stage, for trials",
+                "--coco", default="", metavar="DIR", help="real images, in COCO's layout; default: COCO_ROOT"
             )
-            command.add_argument("--skip-bad", action="store_true", help="go on without images that cannot be used")
-            command.add_argument("-h", "--help", action=_TreeHelp)
-        command.add_argument("--store", default="", metavar="DIR", help="artefacts (or ZS_SEG_STORE; ./artifacts)")
-        command.add_argument("--traceback", action="store_true", help="for developers: show where an error came from")
+        command.add_argument(
+            "--store", default="", metavar="DIR", help="artefacts; default: ZS_SEG_STORE, else ./artifacts"
+        )
         command.set_defaults(run=run)
+        main_parser.commands[name] = command
         return command
 
-    plan = add("plan", commands.plan, "show what is there, what a run would build, and what that takes")
+    tree = "--preset PRESET [flags] [--config.field VALUE ...]"
+    plan = add(
+        "plan", commands.plan, "show what is cached, what a run would build, and what that takes", f"zs-seg plan {tree}"
+    )
+    _add_plan_flags(plan)
+    run = add("run", commands.run, "build what is missing, stage by stage, and report", f"zs-seg run {tree}")
+    _add_run_flags(run)
+    stage = add("stage", commands.stage, "build one stage from its cached inputs", f"zs-seg stage STAGE {tree}")
+    stage.add_argument("stage", metavar="STAGE", help=f"one of {', '.join(STAGES)}")
+    ablation = add(
+        "ablate",
+        ablate.ablate,
+        "run the paper's ablations over several seeds; tables beside the paper's",
+        f"zs-seg ablate [TABLE ...] {tree}",
+    )
+    _add_ablate_flags(ablation)
+    verify = _add_store_commands(add)
+    predict = add("predict", commands.predict_images, "segment images with a trained checkpoint")
+    _add_predict_flags(predict)
+    evaluate = add("evaluate", commands.evaluate_checkpoint, "score a trained checkpoint on a benchmark's own files")
+    _add_evaluate_flags(evaluate)
+    _add_pq_flags(add("pq", commands.panoptic_quality, "panoptic quality of any result in COCO's panoptic format"))
+    bench = add("bench", commands.bench, "time ours and a reference in turn, in one process")
+    bench.add_argument("name", metavar="NAME", choices=BENCHES, help=f"one of {', '.join(BENCHES)}")
+    bench.add_argument("--json", default="", metavar="FILE", help="also write the rows to this file")
+    bench.add_argument("--full", action="store_true", help="every size, batch and mode; takes much longer")
+    for command in (run, stage):
+        command.add_argument(
+            "--name",
+            default="",
+            metavar="NAME",
+            help="name of the run, whose artefacts `gc` keeps; default: the preset",
+        )
+    for command in (plan, run, stage, ablation):
+        command.add_argument(
+            "--max-steps", type=int, default=0, metavar="N", help="at most N steps per training stage, for trials"
+        )
+        command.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be used")
+    for command in (run, stage, ablation, verify, predict, evaluate, bench):
+        command.add_argument(
+            "--device", default="auto", metavar="DEVICE", help="auto (default), cpu, cuda, cuda:1, ..."
+        )
+        command.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; default: one per core")
+    for command in (run, stage):
+        _add_training_flags(command)
+    for name, command in main_parser.commands.items():
+        command.add_argument("--traceback", action="store_true", help="for developers: show where an error came from")
+        if name in TREE_COMMANDS:
+            command.add_argument("-h", "--help", action=_TreeHelp, help="show the common flags and exit")
+            command.add_argument("--help-all", action=_TreeHelp, help="show every flag, with its meaning, and exit")
+    return main_parser
+
+
+def _add_plan_flags(plan: _Parser) -> None:
     plan.add_argument(
         "--tflops",
         type=float,
         default=50.0,
         metavar="X",
-        help="assumed speed of the teacher where none was measured; 50",
+        help="assumed speed of the teacher, where none was measured; default: 50",
     )
     plan.add_argument(
         "--step-seconds",
         type=float,
         default=0.0,
         metavar="S",
-        help="seconds of a step of v2c, instead of a measured one",
+        help="assumed seconds per step of v2c, in place of a measured one",
     )
-    run = add("run", commands.run, "build what is missing, stage by stage, and report")
-    run.add_argument("--from", dest="first", default="", metavar="STAGE", help="begin there, from cached inputs")
-    run.add_argument("--until", dest="last", default="", metavar="STAGE", help="end there")
+
+
+def _add_run_flags(run: _Parser) -> None:
+    run.add_argument("--from", dest="first", default="", metavar="STAGE", help="first stage, built from cached inputs")
+    run.add_argument("--until", dest="last", default="", metavar="STAGE", help="last stage")
     run.add_argument(
         "--force",
         action="append",
         default=[],
         metavar="STAGE",
-        help="build it and all that reads it again; may be repeated",
+        help="rebuild it and all that depends on it; may be repeated",
     )
-    stage = add("stage", commands.stage, "build one stage from its cached inputs")
-    stage.add_argument("stage", metavar="STAGE", help=f"one of {', '.join(STAGES)}")
-    ablation = add("ablate", ablate.ablate, "the paper's ablations over several seeds, as tables beside the paper's")
-    _add_ablate_flags(ablation)
-    verify = _add_store_commands(add)
-    predict = add("predict", commands.predict_images, "segment images with a trained checkpoint")
-    predict.add_argument("--checkpoint", required=True, metavar="KEY", help="a checkpoint's key, or its folder")
-    predict.add_argument("--images", required=True, nargs="+", metavar="PATH", help="image files, or folders of them")
-    predict.add_argument(
-        "--out", required=True, metavar="DIR", help="gets panoptic.json, panoptic/, panoptic_rle.json, overlay/"
-    )
-    predict.add_argument("--names", default="", metavar="A,B,C", help="further class names to look for")
-    predict.add_argument(
-        "--teacher.pretrained", dest="teacher", default="", metavar="FILE", help="its weights, for --names"
-    )
-    evaluate = add("evaluate", commands.evaluate_checkpoint, "score a trained checkpoint on a benchmark's own files")
-    _add_evaluate_flags(evaluate)
-    _add_pq_flags(add("pq", commands.panoptic_quality, "panoptic quality of any result in COCO's panoptic format"))
-    bench = add("bench", commands.bench, "measure ours against a reference, in turn, in one process")
-    bench.add_argument("name", metavar="NAME", choices=BENCHES, help=f"one of {', '.join(BENCHES)}")
-    bench.add_argument("--json", default="", metavar="FILE", help="write the rows there as well")
-    bench.add_argument("--full", action="store_true", help="every size, batch and mode; much longer")
-    for command in (run, stage, ablation, verify, predict, evaluate, bench):
-        _add_runtime_flags(command)
-    for command in (run, stage):
-        _add_training_flags(command)
-        command.add_argument(
-            "--name", default="", metavar="NAME", help="of this run: `gc` keeps what it reaches; default: the preset's"
-        )
-    return main_parser
 
 
-def _add_ablate_flags(command: argparse.ArgumentParser) -> None:
+def _add_ablate_flags(command: _Parser) -> None:
     command.add_argument(
         "tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(ablate.NAMES)}; default: all but sweep"
     )
-    command.add_argument("--seeds", type=int, default=3, metavar="N", help="training seeds 0 to N - 1; default 3")
-    command.add_argument("--jobs", type=int, default=1, metavar="N", help="so many at once, sharing the CPU's threads")
-    command.add_argument("--plan", action="store_true", help="only say what there is and what is to be built")
+    command.add_argument("--seeds", type=int, default=3, metavar="N", help="training seeds 0 to N - 1; default: 3")
+    command.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, sharing the CPU's threads")
+    command.add_argument("--plan", action="store_true", help="only show what is cached and what is to be built")
 
 
-def _add_store_commands(add: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentParser:
+def _add_store_commands(add: Callable[..., _Parser]) -> _Parser:
     """The commands that look after a store; returns `verify`, which can compute, too."""
     listing = add("list", store_commands.list_artefacts, "list the complete artefacts, and what uses them")
-    listing.add_argument("--kind", default="", metavar="KIND", help="only those, such as checkpoint")
+    listing.add_argument("--kind", default="", metavar="KIND", help="only artefacts of this kind, such as checkpoint")
     listing.add_argument("--json", action="store_true", help="as JSON, with the keys of the users")
     show = add("show", store_commands.show_artefact, "show an artefact: its manifest, inputs and users")
     show.add_argument("key", metavar="KEY", help="its key, or the beginning of it")
     diff = add(
-        "diff", store_commands.diff, "show in which settings two artefacts, with all they were made from, differ"
+        "diff", store_commands.diff, "show the settings in which two artefacts, or what they were made from, differ"
     )
     diff.add_argument("one", metavar="KEY", help="a key, the beginning of one, or the name of a run")
     diff.add_argument("other", metavar="KEY", help="the same")
     gc = add("gc", store_commands.gc, "find, and with --delete remove, what no named run reaches")
-    gc.add_argument("--delete", action="store_true", help="remove it; without this nothing changes")
-    gc.add_argument("--keep", type=int, default=1, metavar="N", help="last configurations of every run to keep; 1")
-    gc.add_argument("--forget", action="append", default=[], metavar="RUN", help="a run that counts no more")
+    gc.add_argument("--delete", action="store_true", help="remove it; without this flag nothing changes")
+    gc.add_argument(
+        "--keep",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of last configurations of every run to keep; default: 1",
+    )
+    gc.add_argument("--forget", action="append", default=[], metavar="RUN", help="keep nothing for this run's sake")
     gc.add_argument(
         "--partial-age",
         type=float,
         default=7,
         metavar="DAYS",
-        help="for which a cut-off build stays; 7 (if no run needs it)",
+        help="keep interrupted builds that no run needs for so long; default: 7",
     )
     verify = add("verify", store_commands.verify_artefacts, "compare artefacts, byte by byte, with their manifests")
     verify.add_argument("key", metavar="KEY", nargs="?", default="", help="one key; default: all")
     verify.add_argument(
-        "--sample", type=int, default=0, metavar="N", help="read only N files, drawn at random; 0 = all"
+        "--sample", type=int, default=0, metavar="N", help="read only N files, drawn at random; default: all"
     )
-    verify.add_argument("--rows", type=int, default=0, metavar="N", help="encode N rows of tokens again; default 0")
+    verify.add_argument("--rows", type=int, default=0, metavar="N", help="encode N rows of tokens again; default: 0")
     verify.add_argument(
-        "--seed", type=int, metavar="N", help="decides which files (default: drawn anew) and rows (default: 0)"
+        "--seed", type=int, metavar="N", help="of the drawn files (default: a new one) and rows (default: 0)"
     )
-    verify.add_argument(
-        "--teacher.pretrained", dest="teacher", default="", metavar="FILE", help="its weights, for --rows"
-    )
+    _add_teacher_flag(verify, "with --rows")
     return verify
 
 
-def _add_evaluate_flags(evaluate: argparse.ArgumentParser) -> None:
+def _add_predict_flags(predict: _Parser) -> None:
+    predict.add_argument("--checkpoint", required=True, metavar="KEY", help="a checkpoint's key, or its folder")
+    predict.add_argument("--images", required=True, nargs="+", metavar="PATH", help="image files, or folders of them")
+    predict.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="folder for panoptic.json, panoptic/, panoptic_rle.json and overlay/",
+    )
+    predict.add_argument("--names", default="", metavar="A,B,C", help="class names beyond the checkpoint's")
+    _add_teacher_flag(predict, "with --names")
+
+
+def _add_evaluate_flags(evaluate: _Parser) -> None:
     evaluate.add_argument("--checkpoint", required=True, metavar="KEY", help="a checkpoint's key, or its folder")
     evaluate.add_argument(
         "--benchmark",
@@ -231,27 +317,35 @@ def _add_evaluate_flags(evaluate: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="coco-panoptic-zps, coco-stuff-zss, voc20, pc59, ade150, or a JSON file",
     )
-    evaluate.add_argument("--data", required=True, metavar="DIR", help="the data set's folder")
-    evaluate.add_argument("--split", default="val", metavar="NAME", help="which images; default val")
+    evaluate.add_argument("--data", required=True, metavar="DIR", help="folder of the data set")
+    evaluate.add_argument("--split", default="val", metavar="NAME", help="split of the images; default: val")
     evaluate.add_argument(
-        "--seen-offset", type=float, default=0.0, metavar="X", help="taken off the seen classes' scores; default 0"
+        "--seen-offset",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="subtracted from the scores of seen classes; default: 0",
     )
-    evaluate.add_argument("--json", default="", metavar="FILE", help="write scores, classes and settings there as well")
-    evaluate.add_argument("--out", default="", metavar="DIR", help="gets the predictions")
     evaluate.add_argument(
-        "--teacher.pretrained",
-        dest="teacher",
-        default="",
-        metavar="FILE",
-        help="its weights, for names new to the checkpoint",
+        "--json", default="", metavar="FILE", help="also write scores, classes and settings to this file"
     )
+    evaluate.add_argument("--out", default="", metavar="DIR", help="folder for the predictions")
+    _add_teacher_flag(evaluate, "for classes that the checkpoint does not have")
 
 
-def _add_training_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--devices", type=int, default=1, metavar="N", help="GPUs (on a CPU: processes) of stage v2c")
-    command.add_argument("--compile", action="store_true", help="torch.compile the network of stage v2c")
+def _add_teacher_flag(command: _Parser, when: str) -> None:
     command.add_argument(
-        "--checkpoint-every", type=int, default=200, metavar="N", help="training steps between two saved states"
+        "--teacher.pretrained", dest="teacher", default="", metavar="FILE", help=f"{when}: the teacher's weights"
+    )
+
+
+def _add_training_flags(command: _Parser) -> None:
+    command.add_argument(
+        "--devices", type=int, default=1, metavar="N", help="GPUs, or processes on a CPU, for stage v2c; default: 1"
+    )
+    command.add_argument("--compile", action="store_true", help="pass the network of stage v2c through torch.compile")
+    command.add_argument(
+        "--checkpoint-every", type=int, default=200, metavar="N", help="steps between two saved states; default: 200"
     )
     command.add_argument(
         "--dask",
@@ -261,21 +355,18 @@ def _add_training_flags(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_runtime_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    command.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0 = all cores")
-
-
-def _add_pq_flags(pq: argparse.ArgumentParser) -> None:
+def _add_pq_flags(pq: _Parser) -> None:
     pq.add_argument("gt_json", metavar="GT.json", help="annotations of the ground truth, with its categories")
     pq.add_argument("gt_folder", metavar="GT_DIR", help="its PNGs")
     pq.add_argument("pred_json", metavar="PRED.json", help="annotations of the result")
     pq.add_argument("pred_folder", metavar="PRED_DIR", help="its PNGs")
     pq.add_argument("--unseen", default="", metavar="ID,ID,...", help="categories of uPQ; all others count in sPQ")
-    pq.add_argument("--json", default="", metavar="FILE", help="write scores and classes there as well")
-    pq.add_argument("--csv", default="", metavar="FILE", help="write the classes there as well")
+    pq.add_argument("--json", default="", metavar="FILE", help="also write scores and classes to this file")
+    pq.add_argument("--csv", default="", metavar="FILE", help="also write the classes to this file")
     pq.add_argument(
-        "--check-ground-truth", action="store_true", help="compare its PNGs with its JSON too; takes twice as long"
+        "--check-ground-truth",
+        action="store_true",
+        help="also compare the ground truth's PNGs with its JSON; takes twice as long",
     )
 
 

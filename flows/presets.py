@@ -1,4 +1,5 @@
-"""The presets: each is a function that returns the whole tree of a run. Its docstring says what it is for, what it needs, and what it gives."""
+"""The presets: each is a function that returns the whole config of a run; its docstring has purpose, hardware and
+time."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from pipeline.scoring.config import EvaluateConfig
 from pipeline.teacher.config import TeacherConfig, TextConfig
 from pipeline.training.config import MASKFORMER, CPAConfig, G2SConfig, ProjectorConfig, SegmenterConfig, V2CConfig
 from pipeline.world.config import ScenesConfig
-from storage.errors import UserError
+from storage.errors import UserError, did_you_mean
 
 SMALL_TEACHER = TeacherConfig(name="small", pretrained="shipped", fill="mean")
 SMALL_SEGMENTER = SegmenterConfig(
@@ -29,12 +30,14 @@ SMALL_SEGMENTER = SegmenterConfig(
 
 
 def demo() -> Config:
-    """`make demo`: generated scenes, the shipped small CLIP and backbone, a small network; 2 CPU cores, minutes. Scores in the README.
+    """`make demo`: generated scenes, the shipped small CLIP and backbone, a small network. CPU, minutes on 2 cores; the
+    README has the measured scores.
 
-    What the paper leaves open was chosen by single runs on other held-out classes (`--data.split validation`), most of them before the
-    shipped backbone existed: with five shapes a linear projector named unseen combinations better than an MLP, and batch negatives in
-    the instance loss named seen classes better. Neither was measured again with that backbone. The steps were raised from 1200 after the
-    reported classes had been scored once. Stages 2 and 3 have the settings that were chosen for `scenes`.
+    What the paper leaves open was chosen by single runs on other held-out classes (`--data.split validation`), most of
+    them before the shipped backbone existed: with five shapes a linear projector classified unseen combinations better
+    than an MLP, and batch negatives in the instance loss classified seen classes better. Neither was measured again
+    with that backbone. The steps were raised from 1200 after the reported classes had been scored once. Stages 2 and 3
+    have the settings that were chosen for `scenes`.
     """
     return Config(
         preset="demo",
@@ -63,8 +66,12 @@ def demo() -> Config:
 
 
 def coco_sample() -> Config:
-    """Real COCO files, smoke size: proves that a COCO folder goes all the way through. The shipped small CLIP stands in for a real teacher,
-    so the scores mean nothing and the report says so. `zs-seg run --preset coco-sample --coco FOLDER`; CPU, minutes."""
+    """A smoke test on real COCO files: shows that all stages run on a COCO folder. `zs-seg run --preset coco-sample
+    --coco FOLDER`; CPU, minutes.
+
+    The shipped small CLIP, which knows only generated scenes, takes a real teacher's place, so the scores mean nothing;
+    the report says so.
+    """
     return Config(
         preset="coco-sample",
         data=CocoConfig(),
@@ -91,12 +98,13 @@ def coco_sample() -> Config:
 
 
 def scenes() -> Config:
-    """The ablations' world and network: `zs-seg ablate`. CPU, 4 to 7 minutes a training of stage 1 on one core.
+    """Data and network of the ablations, `zs-seg ablate`. CPU, 4 to 7 minutes per training of stage 1 on one core.
 
-    As `demo`, but with a random backbone that is trained with the rest, three shapes (shape is what a small network learns slowly), an
-    MLP for a projector, the paper's instance negatives and four views a training image in the cached queries. The shipped backbone knows
-    shapes and textures and so names unseen combinations without any alignment: with it, and six shapes, a single run on the validation
-    split gave 40.4 hPQ inductive for the baseline and 40.1 for V2C; with a random one 14.7 and 16.0.
+    As `demo`, but with a random backbone that is trained with the rest, three shapes (a small network is slow to learn
+    shapes), an MLP as projector, the paper's instance negatives, and four views per training image in the cached
+    queries. The shipped backbone was trained to tell shapes and textures apart, so that unseen combinations are
+    classified without any alignment: with it, and six shapes, a single run on the validation split gave 40.4 hPQ
+    inductive for the baseline and 40.1 for V2C; with a random one 14.7 and 16.0.
     """
     config = demo()
     return replace(
@@ -121,33 +129,37 @@ COCO_ZPS_LEFT = 36_700
 
 
 def epochs(count: int, *, images: int, batch: int) -> int:
-    """Training steps of so many epochs, the last one cut to whole batches."""
+    """Training steps of `count` epochs over `images` images; a last, incomplete batch does not count."""
     return count * images // batch
 
 
 def coco_zps_r50() -> Config:
-    """The paper's main result: zero-shot panoptic segmentation on COCO, Mask2Former with ResNet-50. `--coco FOLDER`; GPUs, days.
+    """The paper's main result: zero-shot panoptic segmentation on COCO, Mask2Former with ResNet-50. `--coco FOLDER`;
+    GPUs, days; never run at full length.
 
-    Stage 1 is the published schedule: 48 epochs in batches of 16, AdamW 1e-4, weight decay 0.05, a tenth of the rate for the backbone,
-    x0.1 at 8/9 and 26/27 of the steps, gradients clipped at 0.01, large-scale jitter 0.1-2.0 and crops of 1024 pixels; tests at 800, at
-    most 1333 pixels. Stage 2 takes the published 12 epochs; so does stage 3, whose length the paper gives for its ablations alone.
+    Stage 1 is the published schedule: 48 epochs in batches of 16, AdamW 1e-4, weight decay 0.05, a tenth of the rate
+    for the backbone, x0.1 at 8/9 and 26/27 of the steps, gradients clipped at 0.01, large-scale jitter 0.1-2.0 and
+    crops of 1024 pixels; tests at 800, at most 1333 pixels. Stage 2 takes the published 12 epochs; so does stage 3,
+    whose length the paper gives for its ablations alone.
 
-    An epoch is what the image filter leaves of the 118,287 training images. No publication says how many these are; 31 of 100 in a
-    sample are left, hence 36,700: 48 x 36,700 / 16 = 110,100 steps of stage 1, 12 x 36,700 / 16 = 27,525 of stages 2 and 3. `zs-seg plan`
-    counts the images that are really left and says which --v2c.steps make 48 epochs of them.
+    An epoch is what the image filter leaves of the 118,287 training images. No publication gives that number; in a
+    sample 31 of 100 are left, hence 36,700: 48 x 36,700 / 16 = 110,100 steps of stage 1, 12 x 36,700 / 16 = 27,525 of
+    stages 2 and 3. `zs-seg plan` counts the images that are left in the folder at hand, and the epochs that --v2c.steps
+    make of them.
 
-    The object threshold is chosen on 500 training images (D8). The generator's and projector's settings, which the paper leaves open, are
-    the stages' defaults: never tuned on COCO.
+    The object threshold is chosen on 500 training images (D8). The generator's and projector's settings, which the
+    paper leaves open, are the stages' defaults, never tuned on COCO.
     """
     return _coco("coco-zps-r50", "coco-panoptic-zps", V2CConfig(decay="step"), images=COCO_ZPS_LEFT, stage_1=48)
 
 
 def coco_zss_r50() -> Config:
-    """Zero-shot semantic segmentation on COCO-Stuff, Mask2Former with ResNet-50. `--coco FOLDER` with the label maps; GPUs, days.
+    """Zero-shot semantic segmentation on COCO-Stuff, Mask2Former with ResNet-50. `--coco FOLDER` with the label maps;
+    GPUs, days; never run at full length.
 
-    As coco-zps-r50, but with pixel-ignore all 118,287 images stay: 48 x 118,287 / 16 = 354,861 steps of stage 1, 12 x 118,287 / 16 = 88,715
-    of stages 2 and 3. Crops of 640 pixels as published; jitter 0.5-2.0 and tests at 640, at most 2560 pixels, are Mask2Former's own for
-    semantic segmentation with such crops.
+    As coco-zps-r50, but with pixel-ignore all 118,287 images stay: 48 x 118,287 / 16 = 354,861 steps of stage 1, 12 x
+    118,287 / 16 = 88,715 of stages 2 and 3. Crops of 640 pixels as published; jitter 0.5-2.0 and tests at 640, at most
+    2560 pixels, are Mask2Former's own for semantic segmentation with such crops.
     """
     return _coco_zss("coco-zss-r50", SegmenterConfig())
 
@@ -158,10 +170,12 @@ def coco_zss_r101c() -> Config:
 
 
 def coco_zps_maskformer_r50() -> Config:
-    """The base of the paper's ablations: MaskFormer with ResNet-50, 12 epochs in every stage, on COCO panoptic. `--coco FOLDER`; GPUs, days.
+    """The base of the paper's ablations: MaskFormer with ResNet-50, 12 epochs per stage, on COCO panoptic. `--coco
+    FOLDER`; GPUs, days; never run at full length.
 
-    MaskFormer's losses (full masks, focal 20, dice 1, class 1) and weight decay 1e-4; the rest is as in coco-zps-r50, for the paper says
-    no more of it: 12 x 36,700 / 16 = 27,525 steps a stage, with the same estimate of the images that are left.
+    MaskFormer's losses (full masks, focal 20, dice 1, class 1) and weight decay 1e-4; the rest is as in coco-zps-r50,
+    for the paper gives no more: 12 x 36,700 / 16 = 27,525 steps per stage, with the same estimate of the images that
+    are left.
     """
     stage_1 = V2CConfig(
         segmenter=MASKFORMER,
@@ -186,8 +200,8 @@ def _coco_zss(name: str, segmenter: SegmenterConfig) -> Config:
 
 
 def _coco(name: str, benchmark: str, v2c: V2CConfig, *, images: int, stage_1: int) -> Config:
-    """OpenAI's CLIP ViT-B/16 as the teacher and the eight sentences of the paper's predecessors; `stage_1` epochs, then 12 and 12; mixed
-    precision as published, in bfloat16, which needs no scaling."""
+    """OpenAI's CLIP ViT-B/16 as the teacher, and the eight sentences of the paper's predecessors; `stage_1` epochs,
+    then 12 and 12; mixed precision as published, but in bfloat16, which needs no loss scaling."""
     later = epochs(12, images=images, batch=16)
     return Config(
         preset=name,
@@ -212,7 +226,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
 
 
 def preset(name: str) -> Config:
-    """The preset of that name. Raises UserError with the names there are."""
+    """The preset of that name. Raises UserError for another name, with those that there are."""
     if name not in PRESETS:
-        raise UserError(f"preset {name!r} is unknown; use one of {', '.join(PRESETS)}")
+        raise UserError(f"preset {name!r} is unknown{did_you_mean(name, PRESETS)}; use one of {', '.join(PRESETS)}")
     return PRESETS[name]()

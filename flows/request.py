@@ -1,18 +1,14 @@
-"""From what is asked for, as flags or as a flow's parameters, to a Config, a Store and a Runtime."""
+"""From a request, made of flags or of a flow's parameters, to a Config, a Store and a Runtime."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import os
-import re
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 
+from flows.flags import override
 from flows.presets import preset
 from pipeline.data.config import CocoConfig
 from pipeline.line import Config
@@ -23,20 +19,25 @@ from storage.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked for: a preset and what differs from it.
-
-    `coco`: folder of real images ("" = the environment's COCO_ROOT). `store`: folder of the artefacts ("" = the
-    environment's ZS_SEG_STORE, else ./artifacts). `overrides`: flags of the config tree, as on the command line.
-    `max_steps`: at most so many steps of every training stage, 0 = as the preset says. `name`: what the run is called in the
-    store and in runs/ ("" = as the preset).
-    """
+    """A preset, and what differs from it."""
 
     preset: str
+    """Name of the preset."""
+
     coco: str = ""
+    """Folder of real images; "" takes the environment's COCO_ROOT."""
+
     store: str = ""
+    """Folder of the artefacts; "" takes the environment's ZS_SEG_STORE, else ./artifacts."""
+
     overrides: tuple[str, ...] = ()
+    """Flags of the config tree, as on the command line."""
+
     max_steps: int = 0
+    """Largest number of steps of every training stage; 0 leaves the preset's."""
+
     name: str = ""
+    """Name of the run in the store and in runs/; "" takes the preset's."""
 
     @property
     def run_name(self) -> str:
@@ -62,7 +63,7 @@ class Request:
 
 
 def open_request(options: argparse.Namespace) -> Request:
-    """From those of a command's flags that say what is asked for."""
+    """The request that a command's flags make."""
     return Request(
         preset=options.preset,
         coco=options.coco,
@@ -74,7 +75,7 @@ def open_request(options: argparse.Namespace) -> Request:
 
 
 def open_runtime(options: argparse.Namespace) -> Runtime:
-    """From those of a command's flags that say where and how to compute."""
+    """The runtime that a command's flags make; what it has no flag for is as by default."""
     names = ("device", "threads", "devices", "compile", "checkpoint_every", "dask")
     return Runtime(**{name: getattr(options, name) for name in names if hasattr(options, name)})
 
@@ -100,7 +101,8 @@ def configure(request: Request) -> Config:
 
 
 def shorten(config: Config, steps: int) -> Config:
-    """`config` with at most so many steps in every training stage, for trials. Raises UserError for a negative number."""
+    """`config` with at most `steps` steps in every training stage, for trials. Raises UserError for a negative
+    number."""
     if steps < 0:
         raise UserError(f"--max-steps must be 1 or more, or 0 for all, not {steps}")
     return replace(
@@ -111,45 +113,6 @@ def shorten(config: Config, steps: int) -> Config:
     )
 
 
-def override(config: Config, flags: Sequence[str]) -> Config:
-    """`config` with single fields replaced by flags such as "--v2c.lr", "2e-4"; tyro derives them from the fields.
-
-    Raises UserError, in one line, where tyro would print a box of its own and exit.
-    """
-    import tyro
-
-    complaint = io.StringIO()  # for stdout too, by which tyro decides about colours and box characters
-    try:
-        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
-            changed, unknown = tyro.cli(
-                tyro.conf.AvoidSubcommands[Config], default=config, args=list(flags), add_help=False, return_unknown_args=True
-            )  # fmt: skip
-    except SystemExit as error:
-        _title, _rule, *lines = complaint.getvalue().splitlines()
-        reason = " ".join(line.strip() for line in takewhile(lambda line: set(line) - set(" -"), lines))
-        reason = reason.rstrip(". ").removeprefix("Error parsing ")
-        reason = re.sub(r"^(\S+: )\1", r"\1", reason)  # tyro names the part of the tree, and so do we
-        raise UserError(f"{reason}; `zs-seg run --preset {config.preset} --help` lists the flags") from error
-    if unknown:
-        raise UserError(
-            f"{unknown[0]!r} is not a flag of preset {config.preset}; "
-            f"`zs-seg run --preset {config.preset} --help` lists them"
-        )
-    if changed.preset != config.preset:
-        raise UserError("the preset cannot be overridden; choose another with --preset")
-    return changed
-
-
-def print_override_help(config: Config, *, prog: str) -> None:
-    """Every flag of the config tree, with the preset's values."""
-    import tyro
-
-    with contextlib.suppress(SystemExit):
-        tyro.cli(
-            tyro.conf.AvoidSubcommands[Config], default=config, args=["--help"], prog=prog,
-            description="Flags that change single fields of the preset; `zs-seg plan` shows which stages that rebuilds.",
-        )  # fmt: skip
-
-
 def open_store(options: argparse.Namespace) -> Store:
+    """The store that a command's flags name."""
     return Request(preset="", store=options.store).open_store()

@@ -13,7 +13,7 @@ from typing import Any
 from flows.request import Request
 from pipeline.line import Stage
 from pipeline.runtime import Runtime, duration, torchrun_rank
-from storage.errors import UserError
+from storage.errors import UserError, did_you_mean
 from storage.keys import Ref
 from storage.runs import RunRecord, Runs
 from storage.store import Store
@@ -37,7 +37,8 @@ def find(stages: Sequence[Stage], name: str) -> int:
     """The position of a stage. Raises UserError when it is not in this line."""
     names = [stage.name for stage in stages]
     if name not in names:
-        raise UserError(f"there is no stage {name!r} here; the stages are {', '.join(names)}")
+        close = did_you_mean(name, names)
+        raise UserError(f"there is no stage {name!r} here{close}; the stages are {', '.join(names)}")
     return names.index(name)
 
 

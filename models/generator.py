@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.errors import ModelError
 from models.vision_centric import PrimitiveGenerator
 
 LAYERS = 4  # the paper's, in the encoder and in the decoder
@@ -87,9 +86,8 @@ class Generator(nn.Module):
         try:
             if noise_into == "encoder":
                 return self(normal(self.dim), text, normal(self.text_dim))[0]
-            if noise_into == "latent":
-                return self.decode(normal(self.text_dim), text)
-            raise ModelError(f"noise_into is {noise_into!r}; use 'encoder' or 'latent'")
+            assert noise_into == "latent", noise_into
+            return self.decode(normal(self.text_dim), text)
         finally:
             for module, mode in modes:
                 module.training = mode

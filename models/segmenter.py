@@ -3,7 +3,8 @@ place stands the `projector`."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -64,22 +65,21 @@ def build_segmenter(
 
     backbone_weights: None (random), "imagenet", "shipped" or a local file, see `Backbone`.
     encoder_points: points a level of Mask2Former's deformable attention; MaskFormer's encoder has none.
-    Raises ModelError for another architecture, for a width that the heads or the norms cannot divide, and what `Backbone`
-    raises.
+    Raises ModelError for a width that the heads or the norms cannot divide, KeyError for another architecture, and what
+    `Backbone` raises.
     """
-    if architecture not in ("mask2former", "maskformer"):
-        raise ModelError(
-            f"architecture {architecture!r} is not one of 'mask2former' and 'maskformer'; choose one of them"
-        )
     if dim % 8 or (dim > 256 and dim % 32):
         raise ModelError(f"dim {dim} must be a multiple of 8, and of 32 above 256, for GroupNorm; choose such a width")
     if dim % heads:
         raise ModelError(f"dim {dim} must be a multiple of heads {heads}; choose another number of heads")
     body = Backbone(backbone, weights=backbone_weights, frozen_batchnorm=frozen_batchnorm)
-    pixels: Any = {
-        "channels": body.channels, "dim": dim, "heads": heads, "layers": encoder_layers, "ffn": encoder_ffn,
-    }  # fmt: skip
-    readers: Any = {"queries": queries, "dim": dim, "heads": heads, "layers": decoder_layers, "ffn": decoder_ffn}
-    if architecture == "maskformer":
-        return Segmenter(body, FPNPixelDecoder(**pixels), DETRDecoder(**readers))
-    return Segmenter(body, PixelDecoder(**pixels, points=encoder_points), QueryDecoder(**readers))
+    decoders = {
+        "mask2former": (partial(PixelDecoder, points=encoder_points), QueryDecoder),
+        "maskformer": (FPNPixelDecoder, DETRDecoder),
+    }
+    pixel_decoder, query_decoder = decoders[architecture]
+    return Segmenter(
+        body,
+        pixel_decoder(channels=body.channels, dim=dim, heads=heads, layers=encoder_layers, ffn=encoder_ffn),
+        query_decoder(queries=queries, dim=dim, heads=heads, layers=decoder_layers, ffn=decoder_ffn),
+    )

@@ -34,16 +34,37 @@ class Config:
     """Everything a run is made of, one field a stage. Presets (flows/presets.py) return it; flags override single fields."""
 
     preset: str
+    """Name of the preset that this is, with or without fields replaced."""
+
     data: ScenesConfig | CocoConfig
+    """Training and validation images: generated scenes, or a folder in COCO's layout."""
+
     shard: ShardConfig = field(default_factory=ShardConfig)
+    """Images and annotations, checked and packed into tars."""
+
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The frozen CLIP, which stages text and cache-clip read."""
+
     text: TextConfig = field(default_factory=TextConfig)
+    """Text embeddings of the class names."""
+
     tokens: TokensConfig = field(default_factory=TokensConfig)
+    """Stage cache-clip: the teacher's embeddings of images and masked instances."""
+
     v2c: V2CConfig = field(default_factory=V2CConfig)
+    """Training stage 1: segmenter and projector (vision-to-CLIP alignment, paper Eq. 1 to 5)."""
+
     queries: QueriesConfig = field(default_factory=QueriesConfig)
+    """The frozen segmenter's query features of every training image, which stages 2 and 3 learn from."""
+
     g2s: G2SConfig = field(default_factory=G2SConfig)
+    """Training stage 2: the generator (generation-to-semantic alignment, paper Eq. 6 to 8)."""
+
     cpa: CPAConfig = field(default_factory=CPAConfig)
+    """Training stage 3: the projector, on real and generated features (class projector adaptation, paper Eq. 9)."""
+
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Scores of both checkpoints, and the report."""
 
 
 class StageModule(Protocol):

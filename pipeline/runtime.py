@@ -38,23 +38,33 @@ def torchrun_rank() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Where and how loudly a stage runs.
-
-    `device`: "auto" (the GPU if there is one) or a torch device such as "cpu" or "cuda:1". `threads`: CPU threads, 0 =
-    all cores. `progress`: show progress bars. `checkpoint_every`: training steps between two saved states. `devices`: how
-    many train stage 1 together, GPUs or, on a CPU, processes. `compile`: torch.compile its network.
-    `dask`: where stage "cache-clip" works: "local" (worker processes on this machine: one a GPU, else one for every four
-    cores, at least one, each with its share of the threads), "local:N" (N of them), "none" (this process), or a cluster
-    that is there: its address such as "tcp://10.0.0.1:8786", or the file that its scheduler wrote.
-    """
+    """Where a stage runs, and what it shows meanwhile."""
 
     device: str = "auto"
+    """auto (the GPU if there is one), or a torch device such as cpu or cuda:1."""
+
     threads: int = 0
+    """CPU threads; 0 takes one per core."""
+
     progress: bool = True
+    """Show progress bars."""
+
     checkpoint_every: int = 200
+    """Training steps between two saved states, at least 1."""
+
     devices: int = 1
+    """GPUs, or on a CPU processes, that train stage 1 together, at least 1."""
+
     compile: bool = False
+    """Pass stage 1's network through torch.compile."""
+
     dask: str = "local"
+    """Workers of stage cache-clip: local, local:N, none (this process), or a cluster's address or scheduler file.
+
+    "local" starts worker processes on this machine: one per GPU, else one for every four cores, at least one, each with
+    its share of the threads. "local:N" starts N. An address is such as "tcp://10.0.0.1:8786"; the file is the one that
+    the cluster's scheduler wrote.
+    """
 
     def __post_init__(self) -> None:
         if self.devices < 1 or self.checkpoint_every < 1:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class UserError(ValueError):
     """A mistake that the user can mend, as one line that names the thing and the cure.
 
     The command line prints the line and exits with status 2; the Prefect flow fails the task without another try.
     """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The known word that is closest to this one, as " (did you mean 'x'?)"; "" where none is close."""
+    close = get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

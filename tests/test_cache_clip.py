@@ -244,7 +244,7 @@ def test_keys_follow_what_decides_the_rows() -> None:
         ({"crop": "tight"}, "crop must be one of full, box, not 'tight'"),
         ({"resize": "centre"}, "resize must be one of squeeze, letterbox, not 'centre'"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, not 'int8'"),
-        ({"views": 3}, "views must be 1, or 2 with the mirrored images, not 3"),
+        ({"views": 3}, "views must be one of 1, 2, not 3"),
         ({"min_area": -1}, "min_area and margin must be 0 or more"),
         ({"method": "attention", "crop": "box"}, "set crop 'full', or method 'pixels'"),
     ],

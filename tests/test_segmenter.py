@@ -79,7 +79,6 @@ def test_training_after_inference_mode() -> None:
         ({"dim": 36}, "dim 36"),
         ({"dim": 264}, "dim 264"),
         ({"heads": 5}, "heads 5"),
-        ({"architecture": "detr"}, "architecture 'detr'"),
         ({"backbone": "resnet5000"}, "resnet5000"),
         ({"backbone": "test_vit"}, "test_vit"),
         ({"backbone_weights": "/nowhere.safetensors"}, "/nowhere.safetensors"),
@@ -88,6 +87,12 @@ def test_training_after_inference_mode() -> None:
 def test_mistakes_are_named(changes: dict[str, object], names: str) -> None:
     with pytest.raises(ValueError, match=names):
         small_segmenter(**changes)
+
+
+def test_another_architecture_is_not_built() -> None:
+    """A config refuses it; `load_model` tells this error of a checkpoint that is not ours."""
+    with pytest.raises(KeyError, match="detr"):
+        small_segmenter(architecture="detr")
 
 
 # Query decoder

@@ -1,26 +1,59 @@
-"""The two kinds of view the network gets of an image, as configs; `pipeline/data/transforms.py` makes them."""
+"""The settings of what is read: real images, tars, and the two kinds of view that the network gets of an image.
+
+Also `check_choices`, which every config of the tree calls: this is the lowest of the wings' configs.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from storage.errors import UserError
+from storage.errors import UserError, did_you_mean
 
 STRIDE = 32  # the network's input is padded to a multiple of this
 
 
+def check_choices(config: Any) -> None:
+    """Compare every field whose type is a Literal, alone, in a tuple or beside None, with what the Literal lists.
+
+    Raises UserError that names the config and the field and lists the choices.
+    """
+    owner = type(config).__name__.removesuffix("Config").lower()
+    for field, hint in get_type_hints(type(config)).items():
+        if not (choices := choices_of(hint)):
+            continue
+        value = getattr(config, field)
+        for one in value if isinstance(value, tuple) else (value,):
+            # 1, 1.0 and True are equal, but give different keys
+            if not any(one == choice and type(one) is type(choice) for choice in choices):
+                listed = ", ".join(map(str, choices))
+                close = did_you_mean(str(one), map(str, choices))
+                raise UserError(f"{owner}: {field} must be one of {listed}, not {one!r}{close}")
+
+
+def choices_of(hint: Any) -> tuple[Any, ...]:
+    """The values that the Literals in a type hint list, and None where the hint allows it beside them; () without
+    Literals."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    choices = tuple(choice for part in get_args(hint) for choice in choices_of(part))
+    return (*choices, None) if choices and NoneType in get_args(hint) else choices
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardConfig:
-    """`samples_per_tar` of the listed images go into a tar; the last tar of a split may hold fewer.
-
-    `skip_bad` goes on without images that are missing, damaged or at odds with their annotation, and lists them in the
-    manifest; without it the first one stops the build. It is not in the key: a build that finishes without it is the
-    one with it. `limit` takes the first so many images by id of each split, 0 = all.
-    """
+    """How images and annotations are packed into tars."""
 
     samples_per_tar: int = 256
+    """Listed images per tar, at least 1; the last tar of a split may hold fewer."""
+
     skip_bad: bool = False
+    """Leave out images that are missing, damaged or at odds with their annotation, and list them in the manifest,
+    instead of stopping at the first; not part of the key."""
+
     limit: int = 0
+    """Use only the first so many images of each split, by image id; 0 uses all."""
 
     def __post_init__(self) -> None:
         if self.samples_per_tar < 1:
@@ -31,22 +64,30 @@ class ShardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CocoConfig:
-    """Real images: `root` is a folder in COCO's own layout (not in any key; its content is). `benchmark` names the classes and the
-    split: one of the package's own, or a JSON file in the same format; a semantic one says itself where in the folder its images and
-    label maps lie."""
+    """Real images: where they are, and which classes they have; a semantic benchmark's file also lists where in the
+    folder images and label maps lie."""
 
     root: str = ""
+    """Folder of the images, in COCO's own layout; usually given as --coco or COCO_ROOT; annotations, file names and
+    sizes are in the keys, the path is not."""
+
     benchmark: str = "coco-panoptic-zps"
+    """Classes, seen and unseen: those of coco-panoptic-zps or coco-stuff-zss, or of a JSON file in the same format."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Training views: `size` pixels square; the image is scaled to fit `size` times a factor drawn from `jitter`, then cropped
-    at random, or padded at the right and the bottom, and mirrored half of the time (`flip`)."""
+    """Training views: scaled at random, then cropped at random, or padded at the right and the bottom."""
 
     size: int = 1024
+    """Side of the square training views in pixels, a multiple of 32."""
+
     jitter: tuple[float, float] = (0.1, 2.0)
+    """Smallest and largest scale: the longer side of the image becomes size times a factor drawn uniformly between them
+    (Mask2Former: 0.1 to 2.0)."""
+
     flip: bool = True
+    """Mirror each training view with probability 0.5."""
 
     def __post_init__(self) -> None:
         if self.size < STRIDE or self.size % STRIDE:
@@ -57,10 +98,13 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ResizeConfig:
-    """Test views: the short side becomes `short` pixels unless the long one would exceed `longest`."""
+    """Test views: scaled as a whole, then padded at the right and the bottom to multiples of 32 pixels."""
 
     short: int = 800
+    """Length of the shorter side in pixels, unless the longer one would exceed longest (Mask2Former: 800)."""
+
     longest: int = 1333
+    """Largest length of the longer side in pixels, at least short (Mask2Former: 1333)."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.short <= self.longest:

@@ -12,17 +12,26 @@ OBJECT_THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """`batch` images share a forward pass where sizes agree. `pictures`: overlays in the report, of the first validation images that
-    show an unseen class. `control_offset`: the seen_offset of the control row, calibrated stacking of stage 1 without any training.
-    `sweep_images`: the diagnostic curves are of so many validation images, the first ones; `object_thresholds`, `seen_offsets`: their
-    points, to which the headline's own setting is added. Of a semantic benchmark there are no such curves."""
+    """What the report measures and shows; a semantic benchmark has no sweeps."""
 
     batch: int = 8
+    """Images per forward pass, at least 1; neighbours of equal test size share one."""
+
     pictures: int = 8
+    """Example images in the report, 0 or more: the first validation images that contain an unseen class."""
+
     control_offset: float = 0.1
+    """Offset subtracted from the seen classes' scores in the control row: calibrated stacking of stage 1's checkpoint,
+    without stages 2 and 3 (ZegFormer's constant: 0.1)."""
+
     sweep_images: int = 500
+    """Validation images, the first ones, over which the sweeps are computed, at least 1."""
+
     object_thresholds: tuple[float, ...] = OBJECT_THRESHOLDS
+    """Points of the sweep over the object threshold, each in 0..1; the checkpoint's own threshold (D8) is added."""
+
     seen_offsets: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+    """Points of the sweep over the seen offset, each in 0..1; 0 is added."""
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.sweep_images < 1 or self.pictures < 0:

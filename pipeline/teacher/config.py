@@ -1,12 +1,13 @@
-"""Which frozen CLIP teaches: its config, the hash of its weights for the keys, and the loading of it."""
+"""The settings of the frozen CLIP and of what is encoded with it; its identity in the keys, and how it is loaded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from models.teacher_files import CONFIG, SMALL_CLIP, TOKENIZER, WEIGHTS, is_teacher_folder
+from pipeline.data.config import check_choices
 from pipeline.runtime import Runtime
 from pipeline.teacher.prompts import template_sets
 from storage.errors import UserError
@@ -26,18 +27,27 @@ Precision = Literal["float32", "bfloat16", "float16"]
 class TeacherConfig:
     """The frozen CLIP.
 
-    `name`: an open_clip model, or "small" for the one shipped with the package. `pretrained`: an open_clip tag, a local weights
-    file, a folder with the files of its repository on the hub (open_clip_model.safetensors, open_clip_config.json, and tokenizer.json
-    where the text tower is not CLIP's own), "shipped" for the small one, or "random" (drawn from `seed`; the report is then marked). `fill`: what replaces the rest
-    of the image around a masked instance, black or the teacher's mean colour; the shipped teacher knows only "mean" (D10).
+    A folder of weights holds open_clip_model.safetensors and open_clip_config.json, and tokenizer.json where the text
+    tower's tokenizer is not CLIP's own. The report says so where the weights are random.
     """
 
     name: str = "ViT-B-16-quickgelu"
+    """open_clip model name (the paper: ViT-B/16), or small for the CLIP that is shipped and knows only generated
+    scenes."""
+
     pretrained: str = "openai"
+    """Weights: an open_clip tag, a local file, a folder with the files of the model's hub repository, shipped (those of
+    small), or random."""
+
     fill: Literal["zero", "mean"] = "zero"
+    """Colour of the pixels outside a masked instance: zero is black, mean the teacher's mean colour, which alone fits
+    the shipped teacher (D10)."""
+
     seed: int = 0
+    """Seed of random weights; not used with others."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.pretrained == "shipped" and (self.name != "small" or self.fill != "mean"):
             raise UserError(
                 "teacher: the shipped weights belong to name 'small' and were trained with fill 'mean'; set both"
@@ -45,7 +55,7 @@ class TeacherConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What goes into the keys: local files count by their content, not by their path.
+        """What of it goes into the keys: of local files the content, not the path.
 
         Raises UserError when `pretrained` looks like a file that is not there.
         """
@@ -63,7 +73,8 @@ class TeacherConfig:
         else:
             pretrained = self.pretrained
         identity: dict[str, Any] = {"name": self.name, "pretrained": pretrained, "fill": self.fill, **extra}
-        if self.name == "small":  # of open_clip's own models the name says the architecture and the preprocessing
+        # the name of an open_clip model decides its architecture and preprocessing; ours is described by a file
+        if self.name == "small":
             identity["config"] = f"sha256:{sha256_file(SMALL_CLIP / CONFIG)}"
         if self.pretrained == "random":
             identity["seed"] = self.seed
@@ -79,18 +90,28 @@ class TeacherConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """How a class name becomes a row: every sentence is encoded, the unit rows are averaged, the mean is made unit length.
+    """How a class name becomes a row of the text bank: its sentences are encoded, their unit embeddings averaged, and
+    the mean normalised.
 
-    `templates`: the sentences, or the name of one set of `pipeline/teacher/templates.json`, which then stands here in full. A class
-    name may list synonyms, "person, human": each gets a row of its own, and the class the largest of their logits. `clean_names`: see
-    `class_names.clean`. `embeddings`: a .npy file (K, D) of rows made elsewhere, which replaces all that; `names`: its class names in
-    order, a JSON list or one a line. The rows count by content, not by path.
+    A class name may list synonyms, "person, human": each has a row of its own, and the class the largest of their
+    logits.
     """
 
     templates: tuple[str, ...] = ("{}", "a {}", "a photo of a {}", "a picture of {}")
+    """Sentences with one {} each for the class name, or the name of a set: plain, short, or published (the eight of the
+    paper's predecessors)."""
+
     clean_names: bool = False
+    """Turn COCO's names into words before they are encoded: "sky-other-merged" becomes "sky", "wall-brick" "wall
+    brick"."""
+
     embeddings: str = ""
+    """A .npy file (K, D) of embeddings made elsewhere, in place of encoded sentences; needs names; its content is in
+    the key, its path is not."""
+
     names: str = ""
+    """File with the class name of each row of embeddings, in the benchmark's order: a JSON list, or one name per
+    line."""
 
     def __post_init__(self) -> None:
         if len(self.templates) == 1 and "{}" not in self.templates[0]:
@@ -109,40 +130,45 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TokensConfig:
-    """How the teacher looks at images and instances. All of it is in the key.
-
-    `batch`: teacher inputs at a time, packed across images; a batch's size may move the last bits. `method`: "pixels" shows the
-    teacher each instance alone, in the fill colour; "attention" shows it the image once, and each instance is a further CLS token
-    that sees its own patches only (open_clip's ViTs and ResNets; much faster, and another token).
-    `crop`: an instance is shown where it is in the whole image ("full"), or in a "box": a square around it, `margin` of its longer
-    side wider at each side. `resize`: what is shown is stretched to the teacher's square input ("squeeze"), or keeps its shape between
-    borders of the fill colour ("letterbox"). `min_area`: segments of fewer pixels are not encoded; their rows are zero, the
-    instance loss leaves them out, and the report counts them as misnamed by its ceiling. `views`: 2 encodes the mirrored image too,
-    for the mirrored training views. `dtype`: what the image tower computes in; rows are stored in float16 all the same.
-    """
+    """How the teacher encodes images and instances; all of it is in the key."""
 
     batch: int = 128
+    """Teacher inputs per forward pass, at least 1, packed across images; another number may change the last bits."""
+
     method: Method = "pixels"
+    """Token of an instance: pixels encodes it alone on the fill colour (the paper), attention encodes the image once
+    with a CLS token per instance that attends to its patches only (open_clip's ViTs and ResNets)."""
+
     crop: Crop = "full"
+    """Frame in which an instance is encoded: the full image, or with method pixels a square box around the instance."""
+
     margin: float = 0.1
+    """With crop box, what the box extends beyond the instance at each side, as a share of the instance's longer side, 0
+    or more."""
+
     resize: Resize = "squeeze"
+    """How an image becomes the teacher's square input: squeeze stretches it, letterbox keeps its aspect ratio between
+    borders of the fill colour."""
+
     min_area: int = 0
+    """Area in pixels below which a segment is not encoded, 0 or more: its token is zero, and the instance loss leaves
+    it out."""
+
     views: Literal[1, 2] = 1
+    """1 encodes every image as it is; 2 also encodes it mirrored, for the mirrored training views."""
+
     dtype: Precision = "float32"
+    """Precision in which the image tower computes; tokens are stored in float16 whatever it is."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.batch < 1:
             raise UserError(f"tokens: batch must be at least 1, not {self.batch}")
         if self.min_area < 0 or self.margin < 0:
             raise UserError("tokens: min_area and margin must be 0 or more")
-        for field, allowed in (("method", Method), ("crop", Crop), ("resize", Resize), ("dtype", Precision)):
-            if (value := getattr(self, field)) not in get_args(allowed):
-                raise UserError(f"tokens: {field} must be one of {', '.join(get_args(allowed))}, not {value!r}")
-        if self.views not in (1, 2):
-            raise UserError(f"tokens: views must be 1, or 2 with the mirrored images, not {self.views}")
         if self.method == "attention" and self.crop == "box":
             raise UserError(
-                "tokens: method 'attention' sees the whole image at once; set crop 'full', or method 'pixels'"
+                "tokens: method 'attention' encodes the whole image at once; set crop 'full', or method 'pixels'"
             )
 
 
@@ -158,7 +184,8 @@ def teacher_of(identity: dict[str, Any], weights: str) -> TeacherConfig:
             raise UserError(
                 f"the checkpoint's teacher {identity['name']} had local weights; pass --teacher.pretrained FILE"
             )
-    seed = identity.get("seed", 0)  # only random weights have one
+    # only random weights have a seed
+    seed = identity.get("seed", 0)
     config = TeacherConfig(name=identity["name"], pretrained=pretrained, fill=identity["fill"], seed=seed)
     if config.identity != identity:
         raise UserError(

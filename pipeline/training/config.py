@@ -1,4 +1,4 @@
-"""The part of a training stage's config that all three share: how long, how fast, in what order."""
+"""The settings of the three training stages, v2c, g2s and cpa, and of the queries cached between them."""
 
 from __future__ import annotations
 
@@ -6,31 +6,45 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.data.config import AugmentConfig, ResizeConfig
+from pipeline.data.config import AugmentConfig, ResizeConfig, check_choices
 from storage.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """A training schedule.
-
-    `steps` of `batch` images each; AdamW at `lr`, `weight_decay` on everything but norms, embeddings and scalars. `warmup` steps rise
-    linearly; then `decay` "cosine" falls to 0, "step" multiplies by 0.1 at 8/9 and again at 26/27 of the steps, "constant" stays.
-    `clip`: largest gradient norm of all parameters together, 0 = none. `ema`: the result is the running average of the weights that
-    keeps this share a step, 0 = the last weights. `seed` decides weights, order, views and every draw.
-    """
+    """What the three training stages share: length, optimiser (AdamW) and seed."""
 
     seed: int = 0
+    """Seed of initial weights, order of images, training views and every other draw, 0 or more."""
+
     steps: int = 1
+    """Training steps, at least 1."""
+
     batch: int = 16
+    """Images per step, over all processes, at least 1."""
+
     lr: float = 1e-4
+    """Learning rate at its peak, above 0."""
+
     weight_decay: float = 0.05
+    """AdamW's weight decay; none on norms, embeddings and scalars (Mask2Former: 0.05)."""
+
     warmup: int = 0
+    """Steps over which the learning rate rises linearly to its peak."""
+
     decay: Literal["cosine", "step", "constant"] = "cosine"
+    """Learning rate after the warm-up: cosine falls to 0, step falls to a tenth at 8/9 and again at 26/27 of the steps
+    (Mask2Former), constant stays."""
+
     clip: float = 0.01
+    """Largest norm of the gradient, over all parameters together; 0 does not clip (Mask2Former: 0.01)."""
+
     ema: float = 0.0
+    """Decay per step of a running average of the weights, which is the result, at least 0 and below 1; 0 takes the last
+    weights."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         name = type(self).__name__.removesuffix("Config").lower()
         if self.steps < 1 or self.batch < 1:
             raise UserError(f"{name}: steps and batch must be at least 1, not {self.steps} and {self.batch}")
@@ -53,36 +67,50 @@ class Schedule:
         return 1.0
 
 
-def require_sampling(stage: str, sampling: str) -> None:
-    """Raises UserError for a way to draw cached queries that there is not."""
-    if sampling not in ("natural", "balanced"):
-        raise UserError(f"{stage}: sampling {sampling!r} is not one of 'natural' and 'balanced'; choose one of them")
-
-
 @dataclass(frozen=True, kw_only=True)
 class SegmenterConfig:
-    """The segmenter's parts; the defaults are the published R50 Mask2Former, `MASKFORMER` the published R50 MaskFormer. `backbone` is a
-    timm name, `backbone_weights` None for random, "imagenet", "shipped" (the small one for generated scenes), or a local file. Weights
-    trained on COCO have seen the unseen classes; a file that shows it is refused. `encoder_points`: Mask2Former's alone."""
+    """The segmenter's parts; the defaults are the published R50 Mask2Former, `MASKFORMER` the published R50
+    MaskFormer."""
 
     architecture: Literal["mask2former", "maskformer"] = "mask2former"
+    """Mask2Former (the paper's main results), or MaskFormer (the paper's ablations)."""
+
     backbone: str = "resnet50"
+    """timm name of a network with feature maps at strides 4, 8, 16 and 32 (the paper: resnet50 and resnet101c)."""
+
     backbone_weights: str | None = "imagenet"
+    """imagenet, None for random ones, shipped (of the small network for generated scenes), or a local file; files that
+    show training on COCO are refused, for they have seen the unseen classes."""
+
     frozen_batchnorm: bool = True
+    """Keep the backbone's BatchNorm statistics and affine parameters as loaded (published)."""
+
     queries: int = 100
+    """Q, number of queries (published: 100)."""
+
     dim: int = 256
+    """C, width of queries and mask features, a multiple of heads and of 8, above 256 of 32 (published: 256)."""
+
     heads: int = 8
+    """Attention heads in both decoders (published: 8)."""
+
     encoder_layers: int = 6
+    """Transformer layers of the pixel decoder (published: 6)."""
+
     encoder_ffn: int = 1024
+    """Hidden width of the pixel decoder's feed-forward layers (Mask2Former: 1024, MaskFormer: 2048)."""
+
     encoder_points: int = 4
+    """Points per head and level of the pixel decoder's deformable attention; MaskFormer has none (Mask2Former: 4)."""
+
     decoder_layers: int = 9
+    """Layers of the query decoder (Mask2Former: 9, MaskFormer: 6)."""
+
     decoder_ffn: int = 2048
+    """Hidden width of the query decoder's feed-forward layers (published: 2048)."""
 
     def __post_init__(self) -> None:
-        if self.architecture not in ("mask2former", "maskformer"):
-            raise UserError(
-                f"segmenter: architecture {self.architecture!r} is not one of 'mask2former' and 'maskformer'; choose one of them"
-            )
+        check_choices(self)
         if self.dim % self.heads or self.dim % 8:
             raise UserError(
                 f"segmenter: dim {self.dim} must be a multiple of heads {self.heads} and of 8; change one of them"
@@ -94,56 +122,104 @@ MASKFORMER = SegmenterConfig(architecture="maskformer", encoder_ffn=2048, decode
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
-    """The class projector P, an MLP of `layers` linear layers of width `hidden` from C to D."""
+    """The class projector P, an MLP from query features (C) to the teacher's space (D); the paper gives neither
+    size."""
 
     hidden: int = 512
+    """Width of the MLP between its linear layers; not used with one layer."""
+
     layers: int = 3
+    """Number of linear layers, at least 1; 1 is a linear map."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class V2CConfig(Schedule):
-    """Stage 1. L_v2c = L_match + w_g L_g + w_l L_l (paper Eq. 5); a weight of 0 switches a loss off.
-
-    `class_weight`, `bce_weight`, `dice_weight`, `points`: L_match and the matcher. `mask_loss` "points" is Mask2Former's, BCE and dice at
-    `points` points; "full" MaskFormer's, focal (weighed by `bce_weight`, published 20) and dice (1) over all pixels. `gamma`, `tau`, `bank`: Eq. 2 and 3 (D3), not in
-    the paper. `target_attention` off = plain mean over the queries (table 5's first row). `text_centering`: D1.
-    `backbone_lr`, `scale_lr`: factors on the learning rates of the backbone, and of the logit scale and bias (D1). `augment`: training
-    views; `resize`: test views. `calibration_images`: training images on which object_threshold is chosen, `threshold_slack`: in PQ
-    points, see `choose_threshold` (D8). `precision`: of the network's forward and backward pass (autocast); weights, losses and matching
-    stay float32. `accumulate`: equal parts a process takes its share of a batch in, for less memory and the same result.
-    """
+    """Stage 1, vision-to-CLIP alignment: L_v2c = L_match + w_g L_g + w_l L_l (paper Eq. 5)."""
 
     segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)
+    """The network that makes query features F and mask logits M."""
+
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    """The class projector P, from query features to the teacher's space."""
+
     class_weight: float = 2.0
+    """Weight of the focal classification loss in L_match (Eq. 1) and in the matching cost (Mask2Former: 2)."""
+
     bce_weight: float = 5.0
+    """Weight of the per-pixel mask loss, cross-entropy or with mask_loss full focal, in L_match (Eq. 1) and in the
+    matching cost (Mask2Former: 5, MaskFormer: 20)."""
+
     dice_weight: float = 5.0
+    """Weight of the dice loss in L_match (Eq. 1) and in the matching cost (Mask2Former: 5, MaskFormer: 1)."""
+
     points: int = 12544
+    """With mask_loss points, the points at which masks are compared, per mask in the loss and per image in the matching
+    cost, at least 1 (Mask2Former: 12544)."""
+
     mask_loss: Literal["points", "full"] = "points"
+    """Mask losses: cross-entropy and dice at sampled points (Mask2Former), or focal and dice over all pixels
+    (MaskFormer)."""
+
     global_weight: float = 1.0
+    """w_g, weight of L_g, between target attention and the image's global token (Eq. 3); 0 switches it off (the paper:
+    1)."""
+
     instance_weight: float = 1.0
+    """w_l, weight of L_l, between matched queries and their instance tokens (Eq. 4); 0 switches it off (the paper:
+    1)."""
+
     target_attention: bool = True
+    """Weigh queries by target attention (Eq. 2) before L_g; off takes their plain mean (first row of the paper's table
+    5)."""
+
     gamma: float = 1.0
+    """Additional weight of matched queries in target attention (Eq. 2), 0 treats all alike; the paper gives no
+    value."""
+
     tau: float = 0.1
+    """Temperature of L_g and L_l (Eq. 3, 4), above 0; the paper gives no value."""
+
     bank: int = 4096
+    """T, global tokens of other images that L_g takes as negatives, drawn per image and step from the cached ones (D3),
+    at least 1; the paper gives no value."""
+
     instance_negatives: Literal["image", "batch"] = "image"
+    """Negatives of an instance in L_l: the other instances of its image (Eq. 4), or of the whole batch."""
+
     text_centering: bool = False
+    """Subtract the mean of the seen classes' text embeddings from all of them before the class logits (D1)."""
+
     backbone_lr: float = 0.1
+    """Factor on the learning rate for the backbone (Mask2Former: 0.1)."""
+
     scale_lr: float = 10.0
+    """Factor on the learning rate for the scale and the bias of the class logits (D1)."""
+
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """How training views are made."""
+
     resize: ResizeConfig = field(default_factory=ResizeConfig)
+    """How test views are made."""
+
     overlap_threshold: float = 0.8
+    """Share of a query's own mask that must be left to its segment in the panoptic map, else the segment is dropped
+    (published: 0.8)."""
+
     calibration_images: int = 500
+    """Training images, the first ones, on which the object threshold is chosen, at least 1 (D8)."""
+
     threshold_slack: float = 0.5
+    """Points of seen PQ that an object threshold may lose against the best one; the lowest such threshold is taken
+    (D8)."""
+
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the network's forward and backward pass (autocast); weights, losses and matching stay in float32."""
+
     accumulate: int = 1
+    """Parts in which a process computes its share of a batch, for less memory with the same gradient; divides batch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.precision not in ("float32", "bfloat16", "float16"):
-            raise UserError(
-                f"v2c: precision {self.precision!r} is not one of 'float32', 'bfloat16' and 'float16'; choose one"
-            )
         if self.accumulate < 1 or self.batch % self.accumulate:
             raise UserError(
                 f"v2c: batch {self.batch} cannot be cut into {self.accumulate} parts; choose a divisor of it"
@@ -152,20 +228,22 @@ class V2CConfig(Schedule):
             raise UserError(
                 "v2c: BatchNorm would see one part at a time; accumulate needs segmenter.frozen_batchnorm, or pass 1"
             )
-        if self.mask_loss not in ("points", "full"):
-            raise UserError(f"v2c: mask_loss {self.mask_loss!r} is not one of 'points' and 'full'; choose one of them")
         if self.tau <= 0 or self.bank < 1 or self.points < 1 or self.calibration_images < 1:
             raise UserError("v2c: tau must be above 0; bank, points and calibration_images at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class QueriesConfig:
-    """`views`: 1 = the plain image at test size; more add passes with stage 1's training augmentation, drawn from `seed` (D9).
-    `batch` views share a forward pass where their sizes agree."""
+    """The cached queries of the training images, which stages 2 and 3 learn from."""
 
     seed: int = 0
+    """Seed of the training views and of the points that the matching compares, 0 or more."""
+
     views: int = 1
+    """Views of each training image, at least 1: its test view, and beyond it views with stage 1's augmentation (D9)."""
+
     batch: int = 16
+    """Views per forward pass, at least 1; neighbours of equal size share one."""
 
     def __post_init__(self) -> None:
         if self.views < 1 or self.batch < 1 or self.seed < 0:
@@ -174,62 +252,93 @@ class QueriesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class G2SConfig(Schedule):
-    """Stage 2. L_g2s = L_mmd + lambda_s L_div + lambda_v L_gv2s + beta KL (paper Eq. 8, D6).
+    """Stage 2, generation-to-semantic alignment: L_g2s = L_mmd + lambda_s L_div + lambda_v L_gv2s + beta KL (paper Eq.
+    8, D6).
 
-    `generator`: "vae", the paper's, or "primitives", the vision-centric comparison's, which is trained by L_mmd alone.
-    `mmd_weight` is 1 in the paper, `diversity_weight` is lambda_s, `semantic_weight` lambda_v, `kl_weight` beta; 0 switches a loss off. `hidden`: width of the
-    generator's layers. `text_scale`: see `Generator`. `tau`: Eq. 7's temperature. `batch`: images a step. `sampling`: "natural" or, rare classes
-    as often as frequent ones, "balanced".
-
-    The paper gives none of these. With text rows of length 1 (`text_scale` 1 / sqrt(D)) and beta 0 the generated features of unseen
-    classes had nothing to do with their names; these defaults come from the ablations' validation split. README, "Does the
-    method do what the paper claims?", has the sweep and figure 4's numbers.
+    The paper gives no value of these settings but mmd_weight's. With text rows of length 1 (`text_scale` 1 / sqrt(D))
+    and beta 0 the generated features of unseen classes had nothing to do with their names; the defaults come from a
+    sweep on the ablations' validation split.
     """
 
     lr: float = 1e-3
+    """Learning rate at its peak, above 0."""
+
     weight_decay: float = 0.0
+    """AdamW's weight decay; none on norms."""
+
     clip: float = 1.0
+    """Largest norm of the gradient, over all parameters together; 0 does not clip."""
+
     generator: Literal["vae", "primitives"] = "vae"
+    """The paper's conditional VAE, or the vision-centric comparison's attention over learned primitives."""
+
     hidden: int = 512
+    """Width of the generator's hidden layers; a multiple of 4 for primitives."""
+
     text_scale: float = 2.0
+    """Length of the text embedding that conditions the generator, above 0, in units of sqrt(D), the length of a
+    standard normal latent (D5)."""
+
     mmd_weight: float = 1.0
+    """Weight of L_mmd, between generated and real features of the batch (Eq. 6; the paper: 1)."""
+
     diversity_weight: float = 0.01
+    """lambda_s, weight of L_div, which keeps an image's generated features apart (Eq. 7); 0 switches it off."""
+
     semantic_weight: float = 0.01
+    """lambda_v, weight of L_gv2s, the focal loss of generated features over the seen classes (Eq. 8); 0 switches it
+    off."""
+
     kl_weight: float = 1.0
+    """beta, weight of the VAE's KL divergence, which the paper does not have (D6); 0 switches it off."""
+
     tau: float = 0.1
+    """Temperature of L_div (Eq. 7), above 0."""
+
     sampling: Literal["natural", "balanced"] = "natural"
+    """How cached views are drawn: natural draws all alike; balanced draws a class, then one of its matched queries, and
+    takes that query's view."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tau <= 0 or self.text_scale <= 0:
             raise UserError(f"g2s: tau and text_scale must be above 0, not {self.tau} and {self.text_scale}")
-        if self.generator not in ("vae", "primitives"):
-            raise UserError(f"g2s: generator {self.generator!r} is not one of 'vae' and 'primitives'; choose one")
         if self.batch < 2:
             raise UserError("g2s: batch must be at least 2, for the generator's BatchNorm")
-        require_sampling("g2s", self.sampling)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CPAConfig(Schedule):
-    """Stage 3. L_f of paper Eq. 9. `synthetic`: U, made-up unseen features a step; `real_weight` and `synthetic_weight`:
-    weights of the two losses, 1 in the paper, whose U and learning rate nobody knows; `noise_into`: where the generator's noise goes in (D7). `batch`: images a step; `sampling`:
-    see G2SConfig. `classifier`: "projector", stage 1's, or "linear", the vision-centric comparison's, which begins anew and knows no
-    other names than these classes'."""
+    """Stage 3, class projector adaptation: L_f (paper Eq. 9)."""
 
     lr: float = 1e-4
+    """Learning rate at its peak, above 0; the paper gives no value."""
+
     clip: float = 1.0
+    """Largest norm of the gradient, over all parameters together; 0 does not clip."""
+
     synthetic: int = 24
+    """U, generated features of unseen classes per step, at least 1; the paper gives no value."""
+
     real_weight: float = 1.0
+    """Weight of the focal loss of real features over the seen classes (Eq. 9; the paper: 1)."""
+
     synthetic_weight: float = 10.0
+    """Weight of the focal loss of generated features over all classes (Eq. 9; the paper: 1)."""
+
     noise_into: Literal["encoder", "latent"] = "encoder"
+    """Where the generator's noise goes in: through the VAE's encoder, as a feature of size C (the paper), or as the
+    latent itself (D7)."""
+
     sampling: Literal["natural", "balanced"] = "natural"
+    """How cached views are drawn: natural draws all alike; balanced draws a class, then one of its matched queries, and
+    takes that query's view."""
+
     classifier: Literal["projector", "linear"] = "projector"
+    """What is trained: stage 1's projector, or the vision-centric comparison's new linear classifier, which knows no
+    names beyond the benchmark's classes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.synthetic < 1:
             raise UserError(f"cpa: synthetic must be at least 1, not {self.synthetic}")
-        require_sampling("cpa", self.sampling)
-        if self.classifier not in ("projector", "linear"):
-            raise UserError(f"cpa: classifier {self.classifier!r} is not one of 'projector' and 'linear'; choose one")

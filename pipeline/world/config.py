@@ -1,24 +1,31 @@
-"""How crowded the generated world is: numbers, sizes, occlusion and clutter of a scene."""
+"""The settings of the generated world: how many scenes of which classes, and how crowded each one is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipeline.data.config import check_choices
 from pipeline.world.names import SHAPES
 from storage.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutConfig:
-    """`things`: fewest and most things a scene. `radius`: smallest and largest, as shares of the image's side. `visible`: the share of
-    its own area that every thing shows at least; scenes with less are drawn again. `clutter`: strokes of ink and colour over the
-    finished scene, of no class and in no annotation."""
+    """Numbers, sizes, occlusion and clutter of one scene."""
 
     things: tuple[int, int] = (2, 4)
+    """Smallest and largest number of things per scene, from 1."""
+
     radius: tuple[float, float] = (0.16, 0.27)
+    """Smallest and largest radius of a thing as a share of the image's side, within 0.05..0.5."""
+
     visible: float = 0.6
+    """Share of its own area that every thing shows at least, above 0 and at most 0.9; scenes with less are drawn
+    again."""
+
     clutter: int = 0
+    """Coloured strokes over the scene that belong to no class and no segment, 0 or more."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.things[0] <= self.things[1]:
@@ -31,23 +38,36 @@ class LayoutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScenesConfig:
-    """The generated world.
-
-    `split` "test" holds out the reported unseen classes, "validation" others of the same structure, disjoint from them: use it to
-    choose settings. A share `unseen_share` of the training images is drawn from all classes, and mostly falls
-    to the image filter as in COCO; the others hold seen classes only. Validation images hold all classes. `size` in pixels.
-    """
+    """The generated world."""
 
     seed: int = 0
+    """Seed of the scenes, 0 or more; every scene is a function of it and of its own number."""
+
     size: int = 96
+    """Side of the square images in pixels, at least 32."""
+
     shapes: tuple[str, ...] = ("circle", "star", "ring")
+    """Shapes of the things, some of circle, star, ring, square, triangle and cross; each gives 8 classes."""
+
     train_images: int = 2600
+    """Training images to draw, at least 1."""
+
     val_images: int = 300
+    """Validation images to draw, at least 1; they show all classes."""
+
     unseen_share: float = 0.1
+    """Share of the training images, 0..1, that may show unseen classes; the image filter drops most of these, as in
+    COCO."""
+
     split: Literal["test", "validation"] = "test"
+    """Which classes are unseen: test holds out the reported ones, validation others of the same structure, disjoint
+    from them, for choosing settings."""
+
     layout: LayoutConfig = field(default_factory=LayoutConfig)
+    """How crowded a scene is."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.train_images < 1 or self.val_images < 1:
             raise UserError("scenes: train_images and val_images must be at least 1")
         if not self.shapes or not set(self.shapes) <= set(SHAPES):
