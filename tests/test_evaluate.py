@@ -361,7 +361,7 @@ def evaluate_again(
     stages = {
         "shards": "shard", "tokens": "cache-clip", "text": "text", "inductive": "v2c", "generator": "g2s", "transductive": "cpa",
     }  # fmt: skip
-    inputs = {name: steps[stage].recipe.ref for name, stage in stages.items()} | others
+    inputs: dict[str, Any] = {name: steps[stage].recipe.ref for name, stage in stages.items()} | others
     config = config or replace(tiny_config().evaluate, pictures=0)
     return Stage.of(evaluate, config, benchmark=_world(), **inputs).run(store, QUIET)
 
