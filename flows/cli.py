@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     _set_up_logging()
+    # Read when torch is loaded: threads that wait in a spin take the time of whatever else runs on the machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         command_line = parser()
         _require_command(argv, command_line.commands)
@@ -205,7 +207,13 @@ def parser() -> _Parser:
         command.add_argument(
             "--device", default="auto", metavar="DEVICE", help="auto (default), cpu, cuda, cuda:1, ..."
         )
-        command.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; default: one per core")
+        command.add_argument(
+            "--threads",
+            type=int,
+            default=0,
+            metavar="N",
+            help="CPU threads; default: 1 for small networks, else one per core",
+        )
     for command in (run, stage):
         _add_training_flags(command)
     for name, command in main_parser.commands.items():
