@@ -205,7 +205,10 @@ def parser() -> _Parser:
         command.add_argument(
             "--device", default="auto", metavar="DEVICE", help="auto (default), cpu, cuda, cuda:1, ..."
         )
-        command.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; default: one per core")
+        own = "what serves the stage best (1 for small networks), or " if command in (run, stage) else ""
+        command.add_argument(
+            "--threads", type=int, default=0, metavar="N", help=f"CPU threads; default: {own}one per core"
+        )
     for command in (run, stage):
         _add_training_flags(command)
     for name, command in main_parser.commands.items():
