@@ -207,12 +207,9 @@ def parser() -> _Parser:
         command.add_argument(
             "--device", default="auto", metavar="DEVICE", help="auto (default), cpu, cuda, cuda:1, ..."
         )
+        own = "what serves the stage best (1 for small networks), or " if command in (run, stage) else ""
         command.add_argument(
-            "--threads",
-            type=int,
-            default=0,
-            metavar="N",
-            help="CPU threads; default: 1 for small networks, else one per core",
+            "--threads", type=int, default=0, metavar="N", help=f"CPU threads; default: {own}one per core"
         )
     for command in (run, stage):
         _add_training_flags(command)

@@ -44,7 +44,7 @@ class Runtime:
     """auto (the GPU if there is one), or a torch device such as cpu or cuda:1."""
 
     threads: int = 0
-    """CPU threads; 0 takes one per core."""
+    """CPU threads; 0 takes what serves the stage best where it has a number of its own, else one per core."""
 
     progress: bool = True
     """Show progress bars."""
