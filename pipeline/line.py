@@ -1,4 +1,6 @@
-"""The straight line: which stages there are, what each one reads, and the key of everything, known before anything runs."""
+"""The straight line: which stages there are, what each one reads, and the key of everything, known before anything
+runs.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,18 @@ from storage.store import Build, Store
 
 log = logging.getLogger(__name__)
 
-# Networks on views of at most so many pixels a side, and the multilayer perceptrons of stages 2 and 3, gain next to nothing from a
-# second thread and lose several times over beside any other process: they compute with one (measured in pipeline/bench/README.md).
+# Networks on views of at most so many pixels a side, and the multilayer perceptrons of stages 2 and 3, gain next to
+# nothing from a second thread and lose several times over beside any other process: they compute with one (measured in
+# pipeline/bench/README.md).
 SMALL_VIEW = 128
 STAGES = ("scenes", "shard", "text", "cache-clip", "v2c", "queries", "g2s", "cpa", "evaluate")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything a run is made of, one field a stage. Presets (flows/presets.py) return it; flags override single fields."""
+    """Everything a run is made of, one field a stage. Presets (flows/presets.py) return it; flags override single
+    fields.
+    """
 
     preset: str
     """Name of the preset that this is, with or without fields replaced."""
@@ -70,9 +75,10 @@ class Config:
 class StageModule(Protocol):
     """What the module of a stage exports.
 
-    `STAGE` is its name, `VERSION` is raised when the meaning of its output changes. `recipe(config, **given)` computes the key and reads
-    no artefact. `build(build, config, runtime, **given)` does the work: it opens the recipe's inputs by name from `build` (a
-    `storage.store.Build`), writes into `build.path` and counts in `build.counts`; of `given` it receives what is no input.
+    `STAGE` is its name, `VERSION` is raised when the meaning of its output changes. `recipe(config, **given)` computes
+    the key and reads no artefact. `build(build, config, runtime, **given)` does the work: it opens the recipe's inputs
+    by name from `build` (a `storage.store.Build`), writes into `build.path` and counts in `build.counts`; of `given` it
+    receives what is no input.
     """
 
     @property
@@ -161,7 +167,9 @@ def line(config: Config) -> list[Stage]:
 
 
 def benchmark_of(config: Config) -> benchmarks.Benchmark:
-    """The classes of a run and their split. Raises UserError for a benchmark that cannot be read or has but seen or unseen classes."""
+    """The classes of a run and their split. Raises UserError for a benchmark that cannot be read, or whose
+    classes are all seen or all unseen.
+    """
     if isinstance(config.data, ScenesConfig):
         return scenes.benchmark(config.data)
     return _for_training(benchmarks.load_benchmark(config.data.benchmark))
@@ -171,7 +179,7 @@ def _for_training(benchmark: benchmarks.Benchmark) -> benchmarks.Benchmark:
     if all(benchmark.seen) or not any(benchmark.seen):
         none = "unseen" if all(benchmark.seen) else "seen"
         raise UserError(
-            f"benchmark {benchmark.name} has no {none} class and is for `zs-seg evaluate`; train on one that has both, or "
-            "correct its unseen_ids"
+            f"benchmark {benchmark.name} has no {none} class and is for `zs-seg evaluate`; "
+            "train on one that has both, or correct its unseen_ids"
         )
     return benchmark
