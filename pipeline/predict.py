@@ -1,4 +1,4 @@
-"""Images of one's own through a trained checkpoint, optionally with further class names that it has never heard of."""
+"""`zs-seg predict`: images of one's own through a trained checkpoint, if asked for with class names it was not trained on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(
     store: Store,
     runtime: Runtime,
 ) -> Path:
-    """Segment `images` (files, or folders of them) and write COCO panoptic and RLE predictions and an overlay each into `out`.
+    """Segment `images` (files, or folders of them); write COCO panoptic and RLE predictions, and an overlay each, into `out`.
 
     `checkpoint` is a key in the store or a checkpoint's folder, which may lie anywhere: it holds all that is needed.
     `names` are added to its classes as unseen things, and encoded by its own teacher; `teacher_weights` is the
@@ -41,7 +41,7 @@ def run(
     from pipeline.inference.maps import classes_of, panoptic_map
     from pipeline.inference.model import load_model
     from pipeline.inference.vocabulary import extend
-    from pipeline.report.pictures import overlay
+    from pipeline.report.overlay import labels_of, overlay
 
     folder = Path(out)
     try:
@@ -51,8 +51,9 @@ def run(
     device = runtime.torch_device()
     model = load_model(weights, device)
     vocabulary = extend(model, names, teacher_weights, runtime)
-    classes = classes_of(vocabulary.embedding, vocabulary.classes, device)
-    name_of = {category.id: category.name for category in vocabulary.categories}
+    known = vocabulary.classes
+    classes = classes_of(vocabulary.embedding, known, device)
+    named = dict(zip(known.ids, zip(known.names, known.seen, strict=True), strict=True))
     thresholds = model.meta.thresholds
 
     def predictions() -> Iterator[ImagePrediction]:
@@ -61,7 +62,8 @@ def run(
             for file, output in outputs(for_inference(model.segmenter), views, model.meta.resize, batch=1):
                 logits = model.logits(output.features, classes.text)
                 ids, segments = panoptic_map(output, logits, classes, thresholds)
-                overlay(read_image(file), ids, segments, name_of).save(folder / "overlay" / f"{file.stem}.png")
+                picture = overlay(read_image(file), ids, labels_of(segments, named))
+                picture.save(folder / "overlay" / f"{file.stem}.png")
                 yield ImagePrediction(image_id=image_ids[file], file_name=file.name, ids=ids, segments=segments)
                 bar.update()
 
@@ -94,6 +96,6 @@ def find_images(paths: Sequence[str]) -> list[Path]:
 
 
 def number(files: Sequence[Path]) -> dict[Path, int]:
-    """COCO's image ids: what the file names say where all of them are numbers, else 1, 2, ..."""
+    """COCO's image ids: the file names where all of them are numbers that differ, else 1, 2, ..."""
     named = [int(file.stem) for file in files if file.stem.isdecimal()]
     return dict(zip(files, named if len(set(named)) == len(files) else range(1, len(files) + 1), strict=True))

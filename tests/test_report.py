@@ -25,8 +25,9 @@ from reports import losses
 
 from pipeline.data.benchmarks import Category
 from pipeline.inference.maps import PredictedSegment
+from pipeline.report.overlay import UNSEEN
 from pipeline.report.page import SETTINGS
-from pipeline.report.pictures import UNSEEN, Picture
+from pipeline.report.pictures import Picture
 from pipeline.report.plots import spread
 from pipeline.report.write import console_table, publish, write_report
 from pipeline.scoring.metrics import ConfusionMatrix, PanopticQuality, class_map, scores, semantic_scores

@@ -1,4 +1,4 @@
-"""The paper's figure 5: validation images with an unseen class, the ground truth, and what several checkpoints make of them."""
+"""The paper's figure 5: validation images with an unseen class, their ground truth, and several checkpoints' predictions."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pipeline.data.benchmarks import Benchmark
 from pipeline.data.samples import samples_with_tokens
 from pipeline.data.transforms import channels_first
 from pipeline.inference.forward import outputs
-from pipeline.inference.maps import PredictedSegment, classes_of, panoptic_map
+from pipeline.inference.maps import classes_of, panoptic_map
 from pipeline.inference.model import load_model
-from pipeline.report.pictures import overlay
+from pipeline.report.overlay import labels_of, overlay
 from pipeline.runtime import Runtime
 from storage.keys import Ref
 from storage.shards import Shards, decode_ids, decode_image
@@ -35,11 +35,10 @@ def draw_examples(
     count: int,
     runtime: Runtime,
 ) -> None:
-    """A PNG: the first `count` validation images that show an unseen class, one a row; a column for the image, one for the ground truth
-    and one for each checkpoint by its title. Names of unseen classes carry a star."""
+    """A PNG of the first `count` validation images that show an unseen class, one a row: a column for the image, one for the
+    ground truth, and one for each checkpoint by its title. Unseen classes have the broad outline of `UNSEEN`."""
     device = runtime.torch_device()
-    named = zip(benchmark.categories, benchmark.seen, strict=True)
-    name_of = {category.id: category.name + " *" * (not seen) for category, seen in named}
+    named = {c.id: (c.name, seen) for c, seen in zip(benchmark.categories, benchmark.seen, strict=True)}
     unseen = set(benchmark.unseen_ids)
     samples = (
         sample for (sample, _), _ in samples_with_tokens(Shards(store.open(shards).path), store.open(tokens).path)
@@ -49,12 +48,7 @@ def draw_examples(
     columns = {
         "image": [Image.fromarray(photo) for photo in photos],
         "ground truth": [
-            overlay(
-                photo,
-                decode_ids(sample),
-                [PredictedSegment(id=s.id, category_id=s.category_id, score=1.0) for s in sample.segments],
-                name_of,
-            )
+            overlay(photo, decode_ids(sample), labels_of(sample.segments, named), side=SIDE)
             for photo, sample in zip(photos, chosen, strict=True)
         ],
     }
@@ -67,7 +61,7 @@ def draw_examples(
         for photo, output in outputs(for_inference(model.segmenter), views, model.meta.resize, batch=8):
             logits = model.logits(output.features, classes.text)
             ids, segments = panoptic_map(output, logits, classes, thresholds)
-            columns[title].append(overlay(photo, ids, segments, name_of))
+            columns[title].append(overlay(photo, ids, labels_of(segments, named), side=SIDE))
     _sheet(columns).save(path)
 
 

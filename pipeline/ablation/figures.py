@@ -48,5 +48,5 @@ def draw_figures(
     draw_examples(folder / "figure5.png", checkpoints, count=4, **common)
     return {
         "figure 4: features of unseen classes, real and generated": picture(folder / "figure4.png"),
-        "figure 5: transductive predictions; a star marks an unseen class": picture(folder / "figure5.png"),
+        "figure 5: transductive predictions; unseen classes are outlined in red": picture(folder / "figure5.png"),
     }

@@ -7,20 +7,13 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-if TYPE_CHECKING:
-    from pipeline.inference.maps import PredictedSegment
+from pipeline.report.overlay import PALETTE, UNSEEN
 
-UNSEEN = "#c2185b"
-PALETTE = (
-    "#2f7ed8", "#f28e2b", "#3f9b4f", "#8e6bbf", "#e5c100", "#17a2a2", "#9c6b4e", "#7fb8e6",
-    "#a3c14a", "#33518f", "#d8a27a", "#5f6f81", "#6d7a1f", "#b7a8dc", "#0f6b52", "#c9502f",
-)  # fmt: skip
 PANEL = 480  # long side of a rendered mask in pixels, and the unit of the label sizes
 
 Overlay = tuple[NDArray[np.integer], Mapping[int, tuple[str, bool]]]
@@ -135,31 +128,3 @@ def _rgb(colour: str) -> tuple[int, int, int]:
 def data_url(data: bytes, kind: str) -> str:
     """An image of a kind such as "png", to stand inside of a page."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def overlay(
-    image: np.ndarray, ids: np.ndarray, segments: Sequence[PredictedSegment], name_of: dict[int, str]
-) -> Image.Image:
-    """The image with its segments in colour, one colour a class, their borders white and their names on them."""
-    from PIL import ImageColor, ImageDraw, ImageFont
-    from scipy import ndimage
-
-    painted = image.astype(np.float32)
-    for segment in segments:
-        colour = ImageColor.getrgb(PALETTE[segment.category_id % len(PALETTE)])
-        mask = ids == segment.id
-        painted[mask] = 0.45 * painted[mask] + 0.55 * np.array(colour)
-    painted[(ndimage.maximum_filter(ids, 3) != ndimage.minimum_filter(ids, 3)) & (ids > 0)] = 255
-    scale = max(1, round(640 / max(image.shape[:2])))  # names need room on small images
-    picture = Image.fromarray(painted.astype(np.uint8))
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(max(12, max(picture.size) // 30))
-    for segment in segments:
-        depth = np.asarray(ndimage.distance_transform_edt(np.pad(ids == segment.id, 1)))[1:-1, 1:-1]
-        y, x = np.unravel_index(int(depth.argmax()), depth.shape)
-        draw.text(
-            ((int(x) + 0.5) * scale, (int(y) + 0.5) * scale),
-            f"{name_of[segment.category_id]} {segment.score:.2f}",
-            fill="white", stroke_fill="black", stroke_width=2, anchor="mm", font=font,
-        )  # fmt: skip
-    return picture

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.report.pictures import UNSEEN, data_url
+from pipeline.report.overlay import UNSEEN
+from pipeline.report.pictures import data_url
 from pipeline.scoring.records import SweepPoint
 
 if TYPE_CHECKING:

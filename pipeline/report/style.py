@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.report.pictures import UNSEEN
+from pipeline.report.overlay import UNSEEN
 
 STYLE = f"""
 :root {{ --ink: #1f2933; --dim: #616e7c; --line: #e4e7eb; --unseen: {UNSEEN}; }}
