@@ -21,6 +21,8 @@ INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 # Sources of the tests and the linters; only what exists.
 CODE := flows models pipeline storage tests
+# Two processes, each with whole files of tests. Some hundred more import torch, in a third of the time from compiled files.
+PYTEST = PYTHONDONTWRITEBYTECODE= $(PYTHON) -m pytest -n 2 --dist loadfile
 
 # The full path of the first of some names that runs as a Python with venv and pip. That a name is on PATH proves nothing: version
 # managers put shims there of versions that are not installed.
@@ -47,19 +49,19 @@ ablate: install  ## the paper's ablations on generated scenes, three seeds, with
 	@$(ZS_SEG) ablate --preset scenes $(FLAGS)
 
 test: install-dev  ## every test
-	@$(PYTHON) -m pytest
+	@$(PYTEST)
 
 test-faults: install-dev  ## 300 random faults, a killed Prefect server, fuzzed files; about 20 minutes; SEED=0
 	@mkdir -p runs
 	@PYTHONPATH=.:tests/helpers OMP_NUM_THREADS=1 $(PYTHON) tests/faults/fault_run.py --seed $(or $(SEED),0) --count 300 --markdown runs/faults.md --json runs/faults.json
 	@PYTHONPATH=. $(PYTHON) tests/faults/fault_prefect.py
-	@$(PYTHON) -m pytest tests/test_cluster.py tests/test_fuzz_readers.py tests/test_safety.py tests/test_store.py tests/test_store_inputs.py
+	@$(PYTEST) --hypothesis-profile deep tests/test_cluster.py tests/test_fuzz_readers.py tests/test_safety.py tests/test_store.py tests/test_store_inputs.py
 
 check: install-dev  ## format, lint, types, quick tests
 	@$(PYTHON) -m ruff format --check $(CODE)
 	@$(PYTHON) -m ruff check $(CODE)
 	@$(PYTHON) -m basedpyright --warnings
-	@$(PYTHON) -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 plan: install  ## what is there, and what a run would build
 	@$(ZS_SEG) plan --preset $(PRESET) $(FLAGS)

@@ -9,21 +9,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from small_segmenter import randomise_batchnorm
 from torch import Tensor, nn
 from transformers import SwinBackbone, SwinConfig
 
 from models.backbone import Backbone
 from pipeline.bench.reference import Names, renamed
 from storage.checkpoints import save_checkpoint
-
-
-def randomise_batchnorm(module: nn.Module) -> None:
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias, std=0.1)
-            nn.init.normal_(norm.running_mean, std=0.1)  # pyright: ignore[reportArgumentType]
-            nn.init.uniform_(norm.running_var, 0.5, 1.5)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "lcnet_035", "test_convnext", "swin_tiny_patch4_window7_224"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import QUIET, build, tiny_config
+from tiny import QUIET, build, copy_artefacts, tiny_config
 
 from flows.cli import main
 from pipeline.line import line
@@ -19,9 +19,11 @@ from storage.tokens import read_tokens, write_tokens
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Ref]:
-    store = Store(tmp_path_factory.mktemp("store"))
-    return store, build(store, tiny_config(), until="cache-clip")["cache-clip"].recipe.ref
+def made(shared_store: Store, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Ref]:
+    """A store with nothing but the tiny line's tokens and what they were made from."""
+    stages, store = build(shared_store, tiny_config(), until="cache-clip"), Store(tmp_path_factory.mktemp("store"))
+    copy_artefacts(shared_store, store, [stage.recipe.ref for stage in stages.values()])
+    return store, stages["cache-clip"].recipe.ref
 
 
 def check(store: Store, ref: Ref, rows: int, seed: int = 0) -> tuple[list[str], str]:
@@ -83,7 +85,7 @@ def spoiled(made: tuple[Store, Ref], root: Path, what: str) -> tuple[Store, Ref,
     """A second store, whose tokens differ in one row from what the teacher says; and how the check names it."""
     store, ref = made
     other, steps = Store(root), line(tiny_config())
-    build(other, tiny_config(), until="shard")
+    copy_artefacts(store, other, [step.recipe.ref for step in steps[:2]])
     sample = next(read_shard(Shards(other.path(steps[1].recipe.ref)).tars("val")[0]))
 
     def work(there) -> None:
@@ -126,22 +128,22 @@ def test_verify_says_how_many_rows_agree(made: tuple[Store, Ref], capsys: pytest
     assert main((*words, "--rows", "-1")) == 2
 
 
-def test_another_teacher_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_teacher_is_refused(
+    made: tuple[Store, Ref], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The tokens say whose they are; a file that is not that teacher must not be compared with."""
     weights = tmp_path / "a.pt"
     weights.write_bytes(b"not those")
-    store, config = Store(tmp_path / "store"), tiny_config()
-    made = build(store, config, until="cache-clip")["cache-clip"].recipe.ref
-    assert (
-        main(("verify", made.key, "--store", str(store.root), "--rows", "1", "--teacher.pretrained", str(weights))) == 2
-    )
+    store, ref = made
+    words = ("verify", ref.key, "--store", str(store.root), "--rows", "1", "--teacher.pretrained", str(weights))
+    assert main(words) == 2
     assert "not those the" in capsys.readouterr().err
 
 
-def test_rows_made_otherwise_are_not_checked(tmp_path: Path) -> None:
-    store, config = Store(tmp_path), tiny_config()
-    steps = build(store, config, until="shard")
-    recipe = line(config)[3].recipe
+def test_rows_made_otherwise_are_not_checked(made: tuple[Store, Ref], tmp_path: Path) -> None:
+    store, steps = Store(tmp_path), line(tiny_config())
+    copy_artefacts(made[0], store, [step.recipe.ref for step in steps[:2]])
+    recipe = steps[3].recipe
     boxed = replace(recipe, config={**recipe.config, "tokens": {"batch": 1, "crop": "box"}})
     ref = store.build(boxed, lambda there: (there.path / "x").touch())
-    assert check(store, ref, 3) == ([], "rows not checked for crop=box") and steps
+    assert check(store, ref, 3) == ([], "rows not checked for crop=box")

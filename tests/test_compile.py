@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_segmenter import small_segmenter
+from small_segmenter import small_segmenter
 from torch import Tensor
 
 from models.mask_logits import MaskLogits

@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import build, tiny_config
+from children import PATH, zs_seg
+from tiny import build, copy_artefacts, tiny_config
 from torch import Tensor, nn
 
 from flows.cli import main
@@ -29,35 +30,69 @@ from pipeline.training.distributed import ALONE, GlobalBatchNorm2d, Ranks, launc
 from pipeline.training.loader import Batch, TrainingData
 from pipeline.training.loop import parameter_groups, train
 from storage.checkpoints import load_checkpoint
+from storage.errors import UserError
 from storage.store import Store
 
 TWO = Runtime(progress=False, devices=2, threads=2)
 ONE = Runtime(progress=False, threads=1)
 
 
-def together(tmp_path: Path, function: Callable[..., None], *arguments: object) -> list[dict[str, Tensor]]:
-    """What two processes save as <folder>/<rank>.pt."""
-    launch(function, tmp_path, *arguments, runtime=TWO)
-    return [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+def net() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1)).double()
 
 
-def _collect(ranks: Ranks, runtime: Runtime, folder: Path) -> None:
+def _small(ranks: Ranks, runtime: Runtime, folder: Path, images: Tensor) -> None:
+    """Save what the processes exchanged and the batch statistics they shared; then one of them fails."""
+    torch.save(_exchange(ranks, runtime), folder / f"exchange {ranks.rank}.pt")
+    torch.save(_normalise(ranks, images), folder / f"statistics {ranks.rank}.pt")
+    if ranks.rank == 1:
+        raise UserError("v2c: loss dice is nan at step 3 (images [7]); look at it")
+    ranks.sum(torch.zeros(1))
+
+
+def _exchange(ranks: Ranks, runtime: Runtime) -> dict[str, Tensor]:
     rows = torch.arange(3.0 * (ranks.rank + 1)).view(-1, 3) + 100 * ranks.rank
     weight = nn.Parameter(torch.ones(2))
     idle = nn.Parameter(torch.ones(3))
     (weight * (ranks.rank + 1.0)).sum().backward()
     ranks.sum_gradients([weight, idle])
     assert weight.grad is not None and idle.grad is not None
-    found = {
+    return {
         "sum": ranks.sum(torch.tensor([1.0, 10.0 * ranks.rank])), "others": torch.cat(ranks.others(rows)), "grad": weight.grad,
         "idle": idle.grad, "threads": torch.tensor(runtime.threads),
     }  # fmt: skip
-    torch.save(found, folder / f"{ranks.rank}.pt")
+
+
+def _normalise(ranks: Ranks, images: Tensor) -> dict[str, Tensor | None]:
+    network = net()
+    share_batch_statistics(network, ranks)
+    assert isinstance(network[1], GlobalBatchNorm2d)
+    own = images[:3] if ranks.rank == 0 else images[3:]  # of unequal size
+    network(own).square().sum().backward()
+    ranks.sum_gradients(network.parameters())
+    return {**network.state_dict(), **{f"grad {name}": p.grad for name, p in network.named_parameters()}}
+
+
+IMAGES = torch.randn(5, 2, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pytest.ExceptionInfo[ValueError]]:
+    """The folder where two processes left what `_small` says, and what became of the mistake in one of them."""
+    folder = tmp_path_factory.mktemp("small")
+    with pytest.raises(ValueError) as caught:
+        launch(_small, folder, IMAGES, runtime=TWO)
+    return folder, caught
+
+
+def saved(small: tuple[Path, object], name: str) -> list[dict[str, Tensor]]:
+    return [torch.load(small[0] / f"{name} {rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.slow
-def test_what_processes_tell_each_other(tmp_path: Path) -> None:
-    zero, one = together(tmp_path, _collect)
+def test_what_processes_tell_each_other(small: tuple[Path, object]) -> None:
+    zero, one = saved(small, "exchange")
     for found in (zero, one):
         assert found["sum"].tolist() == [2.0, 10.0] and found["grad"].tolist() == [3.0, 3.0]
         assert found["idle"].tolist() == [0.0] * 3 and found["threads"] == 1
@@ -67,43 +102,20 @@ def test_what_processes_tell_each_other(tmp_path: Path) -> None:
     assert ALONE.sum(value) is value and ALONE.others(value) == []
 
 
-def _fail(ranks: Ranks, runtime: Runtime) -> None:
-    if ranks.rank == 1:
-        raise ValueError("v2c: loss dice is nan at step 3 (images [7]); look at it")
-    ranks.sum(torch.zeros(1))
-
-
 @pytest.mark.slow
-def test_a_mistake_in_one_process_is_told_as_if_it_were_here() -> None:
-    with pytest.raises(ValueError, match=r"^v2c: loss dice is nan at step 3 \(images \[7\]\); look at it$"):
-        launch(_fail, runtime=TWO)
+def test_a_mistake_in_one_process_is_told_as_if_it_were_here(
+    small: tuple[Path, pytest.ExceptionInfo[ValueError]],
+) -> None:
+    assert str(small[1].value) == "v2c: loss dice is nan at step 3 (images [7]); look at it"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # the launcher's own handler is gone
 
 
-def net() -> nn.Sequential:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1)).double()
-
-
-def _normalise(ranks: Ranks, runtime: Runtime, folder: Path, images: Tensor) -> None:
-    network = net()
-    share_batch_statistics(network, ranks)
-    assert isinstance(network[1], GlobalBatchNorm2d)
-    own = images[:3] if ranks.rank == 0 else images[3:]  # of unequal size
-    network(own).square().sum().backward()
-    ranks.sum_gradients(network.parameters())
-    grads = {name: p.grad for name, p in network.named_parameters()}
-    torch.save({**network.state_dict(), **{f"grad {n}": g for n, g in grads.items()}}, folder / f"{ranks.rank}.pt")
-
-
 @pytest.mark.slow
-def test_batch_statistics_are_those_of_the_whole_batch(tmp_path: Path) -> None:
-    images = torch.randn(5, 2, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    parts = together(tmp_path, _normalise, images)
+def test_batch_statistics_are_those_of_the_whole_batch(small: tuple[Path, object]) -> None:
     whole = net()
-    whole(images).square().sum().backward()
+    whole(IMAGES).square().sum().backward()
     expected = {**whole.state_dict(), **{f"grad {name}": p.grad for name, p in whole.named_parameters()}}
-    for part in parts:
+    for part in saved(small, "statistics"):
         for name, value in expected.items():
             assert value is not None
             torch.testing.assert_close(part[name], value, rtol=1e-10, atol=1e-12)
@@ -155,19 +167,18 @@ def apart(one: Path, other: Path) -> tuple[float, float]:
 
 
 @pytest.fixture(scope="module")
-def cached(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, dict[str, Stage]]:
-    store = Store(tmp_path_factory.mktemp("store"))
-    return store, build(store, tiny_config(), until="queries", runtime=ONE)
+def cached(shared_store: Store) -> tuple[Store, dict[str, Stage]]:
+    return shared_store, build(shared_store, tiny_config(), until="queries", runtime=ONE)
 
 
 @pytest.mark.slow
 def test_two_processes_end_where_one_does_and_parts_where_one_piece_does(
     tmp_path: Path, cached: tuple[Store, dict[str, Stage]]
 ) -> None:
-    """20 steps of 4 images; negatives come from the whole batch. Two processes: BatchNorm learns; parts: it is frozen."""
+    """10 steps of 4 images; negatives come from the whole batch. Two processes: BatchNorm learns; parts: it is frozen."""
     store, steps = cached
     inputs = [store.path(steps[stage].recipe.ref) for stage in ("shard", "cache-clip", "text")]
-    config = replace(tiny_config().v2c, steps=20, instance_negatives="batch")
+    config = replace(tiny_config().v2c, steps=10, instance_negatives="batch")
     learns = replace(config, segmenter=replace(config.segmenter, frozen_batchnorm=False))
     for folder, used, runtime in (
         ("learns", learns, ONE), ("learns", learns, TWO), ("frozen", config, ONE), ("frozen", replace(config, accumulate=2), ONE),
@@ -188,11 +199,7 @@ def test_stages_2_and_3_take_one_process_whatever_devices_says(
 ) -> None:
     store, steps = cached
     other = Store(tmp_path)
-    for kind in ("text", "checkpoint", "queries"):
-        (tmp_path / kind).mkdir()
-    for stage in ("text", "v2c", "queries"):
-        ref = steps[stage].recipe.ref
-        other.path(ref).symlink_to(store.path(ref))
+    copy_artefacts(store, other, [steps[stage].recipe.ref for stage in ("text", "v2c", "queries")])
     for step in line(tiny_config()):
         if step.name in ("g2s", "cpa"):
             one, two = (
@@ -206,23 +213,15 @@ def test_stage_1_from_the_command_line_under_torchrun(tmp_path: Path) -> None:
     """The artefact is whole; one process tells the user about it."""
     flags = ["--preset", "demo", "--data.train-images", "24", "--data.val-images", "6", "--v2c.steps", "2", "--v2c.batch", "4",
              "--v2c.calibration-images", "4"]  # fmt: skip
-    command = [sys.executable, "-c", "import sys; from flows.cli import main; sys.exit(main())"]
-    environment = {
-        **os.environ,
-        "ZS_SEG_STORE": str(tmp_path),
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "OMP_NUM_THREADS": "1",
-    }
-
-    def call(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=300)
-
-    prepared = call(*command, "run", *flags, "--until", "cache-clip", "--dask", "none")
-    assert prepared.returncode == 0, prepared.stderr
+    environment = {"ZS_SEG_STORE": str(tmp_path), "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"}
+    prepared = zs_seg("run", *flags, "--until", "cache-clip", "--dask", "none", env=environment)
+    assert prepared.wait() == 0, prepared.err
     script = tmp_path / "zs_seg.py"
     script.write_text("import sys\nfrom flows.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = call(*torchrun, "stage", "v2c", *flags)
+    done = subprocess.run(
+        [*torchrun, "stage", "v2c", *flags], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("built in") == 1
     (artefact,) = (ref for ref in Store(tmp_path).refs() if ref.kind == "checkpoint")

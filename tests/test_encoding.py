@@ -15,7 +15,8 @@ import pytest
 import torch
 from clip_factory import VISION, tiny_clip
 from clip_reference import attended_by_resnet, attended_by_vit, covered_patches, embed, masked, small_clip
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
@@ -191,7 +192,7 @@ def test_the_mirrored_row_is_the_mirrored_images(teacher: Teacher, tar: Path, tm
     assert same(group.mirrored_global[0], images) and same(group.mirrored_instance[0], instances)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 0.5), st.data())
 def test_a_box_holds_its_instance_and_is_square_where_the_image_allows(
     height: int, width: int, margin: float, data: st.DataObject

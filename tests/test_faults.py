@@ -3,42 +3,38 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from children import Child as Process
 from fault_injection import Child, attempt, cut, flip, swap
 from fault_run import KINDS
 
-TESTS = Path(__file__).parent
-PYTHONPATH = f"{TESTS.parent}:{TESTS / 'helpers'}:{TESTS / 'faults'}"
+from storage.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Each kind of fault once, tried by a process that forks: it has imported torch, and computed nothing."""
+    found = tmp_path_factory.mktemp("faults") / "trials.json"
+    process = Process("fault_run", "--seed", "1", "--count", str(len(KINDS)), "--json", str(found))
+    assert process.wait() == 0, process.out + process.err
+    return {trial["kind"]: trial for trial in json.loads(found.read_text())}
 
 
 @pytest.mark.slow
-def test_no_fault_leads_to_a_wrong_result(tmp_path: Path) -> None:
-    """In a process of its own, which forks: it has imported torch, and computed nothing."""
-    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        str(TESTS / "faults" / "fault_run.py"),
-        "--seed",
-        "1",
-        "--count",
-        str(len(KINDS)),
-        "--json",
-        str(tmp_path / "trials.json"),
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    trials = json.loads((tmp_path / "trials.json").read_text())
-    assert {trial["kind"] for trial in trials} == set(KINDS)
-    assert Counter(bool(trial["wrong"] or trial["problem"]) for trial in trials) == {False: len(KINDS)}
-    assert all(trial["repaired"] for trial in trials)
-    assert sum(bool(trial["message"]) for trial in trials) >= 9  # every damaged input and report at the least
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_fault_leads_to_a_wrong_result(kind: str, trials: dict[str, dict[str, Any]]) -> None:
+    trial = trials[kind]
+    assert trial["repaired"] and not trial["wrong"] and not trial["problem"], trial
+
+
+@pytest.mark.slow
+def test_most_faults_stop_with_a_line(trials: dict[str, dict[str, Any]]) -> None:
+    assert trials.keys() == KINDS.keys()
+    assert sum(bool(trial["message"]) for trial in trials.values()) >= 9  # damaged inputs and reports at the least
 
 
 def test_the_suite_does_what_it_says(tmp_path: Path) -> None:
@@ -57,7 +53,12 @@ def test_the_suite_does_what_it_says(tmp_path: Path) -> None:
     assert a.startswith((tmp_path / "b.bin").read_bytes()) and len((tmp_path / "b.bin").read_bytes()) < len(a)
     assert attempt(lambda: 3).kind == "ok"
     assert attempt(lambda: {}["x"]).kind == "bug"
-    assert attempt(lambda: int("x")).kind == "message"
+    assert attempt(lambda: int("x")).kind == "bug"
+
+    def mistake() -> None:
+        raise UserError("correct --store")
+
+    assert attempt(mistake).kind == "message"
     child = Child(lambda: __import__("time").sleep(60))
     assert child.alive()
     child.kill()

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_backbone import randomise_batchnorm
-from test_segmenter import small_segmenter
+from small_segmenter import randomise_batchnorm, small_segmenter
 from torch import nn
 
 from models.folding import for_inference

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from coco_factory import make_coco
-from hypothesis import HealthCheck, given, settings
+from examples import examples
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -33,9 +34,9 @@ from storage.shards import Sample, Segment, Shards, read_shard, write_index, wri
 from storage.store import Build, Store
 from storage.tokens import read_tokens, write_tokens
 
-FUZZ = settings(
-    max_examples=60,
-    deadline=timedelta(seconds=10),  # no file makes a reader hang
+FUZZ = examples(
+    60,
+    deadline=timedelta(minutes=2),  # no file makes a reader hang
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 SAMPLES = [
@@ -106,8 +107,8 @@ def attempt(read: Callable[[], Any]) -> Any:
     """What it reads, or None where it is refused as it should be."""
     try:
         return read()
-    except ValueError as error:
-        assert type(error) is UserError and str(error) and "\n" not in str(error), repr(error)
+    except UserError as error:
+        assert str(error) and "\n" not in str(error), repr(error)
         return None
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -15,16 +14,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from children import ENVIRONMENT, command
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from many_artefacts import demo_line, fill, note
+from store_processes import hold_build, hold_run
 
 from storage.collect import collect, survey
 from storage.keys import Recipe, Ref
 from storage.runs import RunRecord, Runs
 from storage.store import Build, Store
 
-ROOT = Path(__file__).parents[1]
 DAY = 86400.0
 
 
@@ -62,7 +63,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(data=st.data())
 def test_what_a_run_reaches_stays_and_all_else_goes(data: st.DataObject) -> None:
     """Over random graphs and runs; some manifests are damaged, some builds were cut off, some runs are dropped."""
@@ -166,10 +167,8 @@ def test_a_removal_cut_off_and_a_folder_without_manifest_are_cleared(tmp_path: P
 
 
 @contextmanager
-def process(code: str, *words: str) -> Iterator[subprocess.Popen[str]]:
-    running = subprocess.Popen(
-        [sys.executable, "-c", code, *words], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+def process(words: list[str]) -> Iterator[subprocess.Popen[str]]:
+    running = subprocess.Popen(words, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         yield running
     finally:
@@ -177,35 +176,10 @@ def process(code: str, *words: str) -> Iterator[subprocess.Popen[str]]:
         running.communicate()
 
 
-# Holds the line of stages argv[3:] under the name argv[2] in the store argv[1], until it is killed
-HOLDER = """
-import sys
-from pathlib import Path
-from storage.keys import Ref
-from storage.runs import RunRecord, Runs
-from storage.store import Store
-refs = {str(i): Ref.parse(text) for i, text in enumerate(sys.argv[3:])}
-with Runs(Store(Path(sys.argv[1]))).running(RunRecord.now(name=sys.argv[2], command="x", refs=refs)):
-    print("holds", flush=True)
-    sys.stdin.read()
-"""
-# Builds an artefact of its own from the input argv[2] in the store argv[1], no run named, until it is killed
-BUILDER = """
-import sys
-from pathlib import Path
-from storage.keys import Recipe, Ref
-from storage.store import Store
-def work(build):
-    print("builds", flush=True)
-    sys.stdin.read()
-Store(Path(sys.argv[1])).build(Recipe(kind="text", stage="x", version=1, config=1, inputs={"a": Ref.parse(sys.argv[2])}), work)
-"""
-
-
 def test_a_living_run_keeps_its_artefacts_though_another_took_its_name(tmp_path: Path) -> None:
     store = Store(tmp_path)
     mine, theirs = store.build(recipe(0), work), store.build(recipe(1), work)
-    with process(HOLDER, str(tmp_path), "demo", str(theirs)) as holder:
+    with process(command(hold_run, tmp_path, "demo", str(theirs))) as holder:
         assert holder.stdout and holder.stdout.readline() == "holds\n"
         record(store, "demo", mine)
         assert collect(store).waste == []
@@ -220,7 +194,7 @@ def test_what_a_build_reads_and_writes_is_left_alone(tmp_path: Path) -> None:
     store = Store(tmp_path)
     source, kept = store.build(recipe(0), work), store.build(recipe(1), work)
     record(store, "demo", kept)
-    with process(BUILDER, str(tmp_path), str(source)) as builder:
+    with process(command(hold_build, tmp_path, str(source))) as builder:
         assert builder.stdout and builder.stdout.readline() == "builds\n"
         (building,) = store.locked()
         assert survey(store, partial_age=0).waste == []

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.keys import Recipe, Ref, canonical, sha256_file
@@ -54,7 +54,6 @@ def test_golden_key() -> None:
     assert recipe().key == hashlib.sha256(text.encode()).hexdigest()[:16] == "4ed81a5bb0b480a8"
 
 
-@settings(deadline=None)
 @given(PLAIN)
 def test_canonical_is_json_and_a_fixed_point(value: object) -> None:
     text = canonical(value)
@@ -62,13 +61,11 @@ def test_canonical_is_json_and_a_fixed_point(value: object) -> None:
     assert canonical(json.loads(text)) == text
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.text(), PLAIN, min_size=2, max_size=6))
 def test_order_of_a_mapping_does_not_matter(value: dict[str, object]) -> None:
     assert canonical(dict(reversed(value.items()))) == canonical(value)
 
 
-@settings(deadline=None)
 @given(PLAIN, PLAIN)
 def test_different_values_have_different_text(a: object, b: object) -> None:
     def typed(value: object) -> object:  # 1, 1.0 and True are equal in Python, and differ here
@@ -79,7 +76,6 @@ def test_different_values_have_different_text(a: object, b: object) -> None:
     assert (canonical(a) == canonical(b)) == (typed(a) == typed(b))
 
 
-@settings(deadline=None)
 @given(lr=st.floats(1e-6, 1), steps=st.integers(1, 9), names=st.lists(st.text()), width=st.integers(4, 9))
 def test_any_changed_field_moves_the_key(lr: float, steps: int, names: list[str], width: int) -> None:
     changed = Config(lr=lr + 1, steps=steps, names=(*names, "x"), inner=Inner(width=width), weights="w", flip=False)

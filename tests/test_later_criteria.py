@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_criteria import (
+from loss_samples import (
     DIM,
     QUERIES,
     SEEN,

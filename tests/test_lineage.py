@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from many_artefacts import demo_line, fill
 
@@ -38,7 +39,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return store
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     text=st.sampled_from(TRAPS) | st.text(max_size=8),
     sizes=st.dictionaries(
@@ -73,7 +74,7 @@ def test_an_unreadable_manifest_is_nothing(tmp_path: Path, text: str) -> None:
     assert Lineage(store).nodes() == []
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(data=st.data())
 def test_users_reach_and_ancestry_of_any_graph(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -22,10 +22,9 @@ from storage.tokens import read_tokens, write_tokens
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, TextBank]:
-    store = Store(tmp_path_factory.mktemp("store"))
-    steps = build(store, tiny_config(), until="cache-clip")
-    shards, text, tokens = (store.open(steps[s].recipe.ref) for s in ("shard", "text", "cache-clip"))
+def parts(shared_store: Store) -> tuple[Path, Path, TextBank]:
+    steps = build(shared_store, tiny_config(), until="cache-clip")
+    shards, text, tokens = (shared_store.open(steps[s].recipe.ref) for s in ("shard", "text", "cache-clip"))
     return shards.path, tokens.path, open_text(text.path, text.ref.key)
 
 

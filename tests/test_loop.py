@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +13,10 @@ from typing import Literal
 
 import pytest
 import torch
+from children import start
+from stage_processes import train_until_saved, train_until_terminated
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import build, tiny_config
+from tiny import build, copy_artefacts, tiny_config
 from torch import Tensor, nn
 
 from pipeline.runtime import Runtime
@@ -167,36 +166,14 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
               batches=lambda start: iter([Halves([step]) for step in range(3)]), losses=losses, runtime=QUIET)  # fmt: skip
 
 
-TOLD = """
-import signal, sys, torch
-from pathlib import Path
-torch.set_num_threads(1)
-from pipeline.training.curves import Record
-from pipeline.runtime import Runtime
-from storage.checkpoints import load_training_state
-from storage.store import Store
-from tiny import build, tiny_config
-real = Record.add
-def add(record, *arguments, **named):
-    real(record, *arguments, **named)
-    add.calls = getattr(add, "calls", 0) + 1
-    if add.calls == 3:
-        signal.raise_signal(signal.SIGTERM)  # after step 3: step 4 is done, its state is saved
-Record.add = add
-build(Store(Path(sys.argv[1])), tiny_config(), until="v2c", runtime=Runtime(progress=False, checkpoint_every=1000))
-"""
-
-
 @pytest.mark.slow
-def test_a_terminated_stage_saves_its_state_and_dies_of_the_signal(tmp_path: Path) -> None:
-    calm, shaken = Store(tmp_path / "calm"), Store(tmp_path / "shaken")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "helpers")}
-    done = subprocess.run([sys.executable, "-c", TOLD, str(shaken.root)], env=environment, check=False, timeout=120)
-    assert done.returncode == -signal.SIGTERM
+def test_a_terminated_stage_saves_its_state_and_dies_of_the_signal(shared_store: Store, tmp_path: Path) -> None:
+    shaken = cut_before(shared_store, "v2c", tmp_path)
+    assert start(train_until_terminated, shaken.root).wait() == -signal.SIGTERM
     (state,) = shaken.root.glob("checkpoint/.*.partial")
     saved = load_training_state(state)
     assert saved is not None and saved["step"] == 4
-    assert weights_of(shaken, "v2c") == weights_of(calm, "v2c")
+    assert weights_of(shaken, "v2c") == weights_of(shared_store, "v2c")
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -240,38 +217,21 @@ def weights_of(store: Store, stage: str) -> str:
     return hashlib.sha256((store.path(steps[stage].recipe.ref) / "weights.safetensors").read_bytes()).hexdigest()
 
 
-RUN_AND_HANG = """
-import sys, time, torch
-from pathlib import Path
-torch.set_num_threads(1)  # as the tests around it: another number of threads may round otherwise
-from pipeline.training import loop as training
-from pipeline.runtime import Runtime
-from storage.checkpoints import load_training_state
-from storage.store import Store
-from tiny import build, tiny_config
-real = training.save_training_state
-def save_and_tell(folder, state):
-    real(folder, state)
-    print("saved", state["step"], flush=True)
-    time.sleep(60)
-if sys.argv[2] == sys.argv[3]:
-    training.save_training_state = save_and_tell
-build(Store(Path(sys.argv[1])), tiny_config(), until=sys.argv[2], runtime=Runtime(progress=False, checkpoint_every=2, dask="none"))
-"""
+def cut_before(store: Store, stage: str, root: Path) -> Store:
+    """A store with what the tiny line's stages before `stage` made."""
+    stages, cut = build(store, tiny_config(), until=stage), Store(root)
+    copy_artefacts(store, cut, [made.recipe.ref for name, made in stages.items() if name != stage])
+    return cut
 
 
 @pytest.mark.slow
-def test_every_stage_killed_in_the_middle_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    """SIGKILL right after a state was saved, in each of the three stages; then the same command again."""
-    calm, shaken = Store(tmp_path / "calm"), Store(tmp_path / "shaken")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "helpers")}
-    for stage in ("v2c", "g2s", "cpa"):
-        command = [sys.executable, "-c", RUN_AND_HANG, str(shaken.root), stage, stage]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline().startswith("saved")
-            process.send_signal(signal.SIGKILL)
-        partial = [path for path in shaken.root.glob("*/.*.partial")]
-        assert len(partial) == 1, f"{stage} must have been cut off"
-        assert weights_of(shaken, stage) == weights_of(calm, stage)
-        assert not list(shaken.root.glob("*/.*.partial"))
+@pytest.mark.parametrize("stage", ["v2c", "g2s", "cpa"])
+def test_a_stage_killed_in_the_middle_ends_with_the_same_bytes(stage: str, shared_store: Store, tmp_path: Path) -> None:
+    """SIGKILL right after a state was saved; then the same command again."""
+    shaken = cut_before(shared_store, stage, tmp_path)
+    child = start(train_until_saved, shaken.root, stage)
+    child.until(lambda: child.out.startswith("saved"))
+    child.kill()
+    (partial,) = shaken.root.glob("*/.*.partial")
+    assert weights_of(shaken, stage) == weights_of(shared_store, stage)
+    assert not partial.exists()

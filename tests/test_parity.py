@@ -160,14 +160,18 @@ def test_the_gradients_are_the_same_and_every_weight_matters(network: str) -> No
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_outputs_of_the_reference_are_its_own(network: str) -> None:
-    """The last output is what transformers returns; and its pixel_mask is never read."""
+    """The last output is what transformers returns; and its pixel_mask is never read.
+
+    Two calls of one network need not agree to the last bit: the kernels of some CPUs sum in an order that depends on where
+    the tensors lie in memory. A mask that is read moves the logits by far more than the tolerance.
+    """
     both = pair(network, small=True)
     inputs = images("padded").float()
     mask = torch.zeros(inputs[:, 0].shape)
     with torch.no_grad():
         features, masks = both.outputs(both.theirs, inputs)
         theirs = both.theirs(inputs, pixel_mask=mask)
-    torch.testing.assert_close(theirs.masks_queries_logits, masks[-1], rtol=0, atol=0)
+    torch.testing.assert_close(theirs.masks_queries_logits, masks[-1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(both.theirs.class_predictor(features[-1]), theirs.class_queries_logits)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from panoptic_factory import CATEGORIES, IDS, Case, cases, slow_quality, write_panoptic
 from PIL import Image
@@ -31,7 +32,7 @@ SAMPLE = Path(__file__).parents[2] / "shared" / "coco-sample" / "annotations"
 CAT, DOG, SKY = IDS
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.lists(cases, min_size=1, max_size=3))
 def test_equals_the_slow_reference_and_panopticapi(tmp_path_factory: pytest.TempPathFactory, many: list[Case]) -> None:
     folder = tmp_path_factory.mktemp("pq")

@@ -2,30 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_segmenter import small_segmenter
 from torch import Tensor, nn
 
 from models.pixel_decoder import sine_positions
 from models.query_decoder import Attention, QueryDecoder, attention_mask
-from models.segmenter import Segmenter, build_segmenter
-
-SMALL = {
-    "backbone": "lcnet_035",
-    "backbone_weights": None,
-    "frozen_batchnorm": False,
-    "queries": 5,
-    "dim": 32,
-    "heads": 4,
-    "encoder_layers": 1,
-    "encoder_ffn": 48,
-    "encoder_points": 4,
-    "decoder_layers": 4,
-    "decoder_ffn": 48,
-}
-
-
-def small_segmenter(**changes: object) -> Segmenter:
-    torch.manual_seed(0)
-    return build_segmenter(**(SMALL | changes))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 96), (160, 32)])

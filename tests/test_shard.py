@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from children import start
 from coco_factory import edit_json, make_coco
 from sharding import BENCHMARK, CONFIG, JPEG, QUIET, samples, shard, tree
+from stage_processes import shard_until
 
 from pipeline import shard as stage
 from pipeline.data.coco import CocoSource, coco_source
@@ -160,29 +160,6 @@ def test_wrong_config(wrong: dict[str, int]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Killed builds
 
-SLOW = """
-import sys, time
-from pathlib import Path
-from pipeline import shard
-from pipeline.data.benchmarks import load_benchmark
-from pipeline.data.coco import coco_source
-from pipeline.data.config import ShardConfig
-from pipeline.line import Stage
-from pipeline.runtime import Runtime
-from storage.store import Store
-load = shard._load
-def slow(done, item):
-    if item.image_id == 14:
-        time.sleep(60)
-    return load(done, item)
-shard._load = slow
-stage = Stage.of(
-    shard, ShardConfig(samples_per_tar=2, skip_bad=True), source=coco_source(sys.argv[1]),
-    benchmark=load_benchmark("coco-panoptic-zps"),
-)
-stage.run(Store(Path(sys.argv[2])), Runtime(progress=False))
-"""
-
 
 @pytest.mark.slow
 def test_a_killed_build_goes_on_to_the_same_bytes(coco: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -191,14 +168,10 @@ def test_a_killed_build_goes_on_to_the_same_bytes(coco: Path, tmp_path: Path, ca
     undisturbed, killed = Store(tmp_path / "undisturbed"), Store(tmp_path / "killed")
     ref = shard(coco, undisturbed, config)
 
-    process = subprocess.Popen([sys.executable, "-c", SLOW, str(coco), str(killed.root)], cwd=PROJECT)
     partial = killed.root / "shards" / f".{ref.key}.partial"
-    end = time.monotonic() + 60
-    while not (partial / "train-000001.tar").exists():
-        assert time.monotonic() < end and process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    child = start(shard_until, coco, killed.root, 14)
+    child.until((partial / "train-000001.tar").exists)
+    child.kill()
     assert killed.state(ref) == "partial"
     (partial / ".train-000002.tar.writing").write_bytes(b"torn")
     kept = (partial / "train-000001.tar").stat()

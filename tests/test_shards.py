@@ -57,7 +57,7 @@ SAMPLE = Sample(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(samples=SAMPLES)
 def test_what_is_written_comes_back(tmp_path: Path, samples: list[Sample]) -> None:
     write_shard(tmp_path / "a.tar", samples)
@@ -160,7 +160,6 @@ def test_a_missing_tar_and_no_tar_at_all(tmp_path: Path) -> None:
         list(read_shard(tmp_path / "a.tar"))
 
 
-@settings(deadline=None)
 @given(arrays(np.int32, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.integers(0, 256**3 - 1)))
 def test_ids_go_through_png(ids: np.ndarray) -> None:
     decoded = decode_ids(replace(SAMPLE, png=encode_ids(ids)))

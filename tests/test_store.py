@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,35 +13,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from children import ENVIRONMENT, command
+from examples import examples
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from store_processes import TOKENS as RECIPE
+from store_processes import build_two_files
 
 from storage.keys import Recipe, Ref
 from storage.store import LARGE, Build, Store
 
-ROOT = Path(__file__).parents[1]
-RECIPE = Recipe(kind="tokens", stage="cache-clip", version=3, config={"size": 4}, inputs={})
 REF = RECIPE.ref
-
-# Builds RECIPE in the store argv[1]: writes a.txt, appends x to the file argv[2], waits for argv[3], writes b/c.txt
-BUILDER = """
-import sys, time
-from pathlib import Path
-from storage.keys import Recipe
-from storage.store import Store
-begun, go = Path(sys.argv[2]), Path(sys.argv[3])
-def work(build):
-    (build.path / "a.txt").write_text("first")
-    with begun.open("a") as file:
-        file.write("x")
-    while not go.exists():
-        time.sleep(0.01)
-    (build.path / "b").mkdir(exist_ok=True)
-    (build.path / "b" / "c.txt").write_text("second")
-    build.counts["samples"] = 2
-recipe = Recipe(kind="tokens", stage="cache-clip", version=3, config={"size": 4}, inputs={})
-Store(Path(sys.argv[1])).build(recipe, work)
-"""
 
 
 def work(build: Build) -> None:
@@ -54,7 +35,7 @@ def work(build: Build) -> None:
 
 
 def builder(store: Path, begun: Path, go: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", BUILDER, str(store), str(begun), str(go)], cwd=ROOT)
+    return subprocess.Popen(command(build_two_files, store, begun, go), env=ENVIRONMENT)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:
@@ -194,7 +175,7 @@ def test_nothing_is_seen_before_the_rename(store: Store) -> None:
     store.build(RECIPE, look)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_verify_finds_any_changed_byte(store: Store, data: st.DataObject) -> None:
     store.build(RECIPE, work)

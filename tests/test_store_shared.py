@@ -6,60 +6,25 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from children import ENVIRONMENT, command
+from store_processes import SHARED, build_as
 
-from storage.keys import Recipe
 from storage.store import Store
 
-ROOT = Path(__file__).parents[1]
-REF = Recipe(kind="tokens", stage="cache-clip", version=1, config=None, inputs={}).ref
+REF = SHARED.ref
 GROUP = 64001
-# Builds one artefact in the store argv[1]; after a first file it dies if argv[2] says so, or waits for the file argv[2]
-BUILD = """
-import logging, os, sys, time
-from pathlib import Path
-logging.basicConfig(level=logging.INFO, format="%(message)s")
-from storage.atomic import write_text
-from storage.keys import Recipe
-from storage.provenance import provenance
-from storage.runs import RunRecord, Runs
-from storage.store import Store
-provenance()  # which reads files that another user may not
-store, then = Store(Path(sys.argv[1])), sys.argv[2]
-if sys.argv[3:]:
-    user, group, umask = map(int, sys.argv[3:])
-    os.setgroups([])
-    os.setgid(group)
-    os.setuid(user)
-    os.umask(umask)
-recipe = Recipe(kind="tokens", stage="cache-clip", version=1, config=None, inputs={})
-def work(build):
-    (build.path / "part").mkdir(exist_ok=True)
-    write_text(build.path / "part" / "a.txt", "first")
-    with (build.path / "log.txt").open("a") as file:
-        file.write("x")
-    if then == "die":
-        os._exit(9)
-    while then and not Path(then).exists():
-        time.sleep(0.01)
-try:
-    with Runs(store).running(RunRecord.now(name="demo", command="x", refs={"cache-clip": recipe.ref})):
-        store.build(recipe, work)
-except ValueError as error:
-    sys.exit(f"refused: {error}")
-"""
 
 
 def build(store: Path, then: str = "", *rights: int) -> subprocess.Popen[str]:
     """A process that builds; `rights`: user, group and umask."""
-    command = [sys.executable, "-c", BUILD, str(store), then, *map(str, rights)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    words = command(build_as, store, then, *map(str, rights))
+    return subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
 
 def test_who_comes_second_waits_and_says_for_whom(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from test_criteria import IMAGES, V2C, batch, rng, terms_of, v2c, values
+from loss_samples import IMAGES, V2C, batch, rng, terms_of, v2c, values
 
 
 def test_segments_without_a_token_leave_the_instance_loss() -> None:

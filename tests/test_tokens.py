@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from examples import examples
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from storage.tokens import read_tokens, write_tokens
@@ -35,7 +36,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 999), n=st.integers(0, 6), mirrored=st.booleans())
 def test_what_is_written_comes_back(tmp_path: Path, seed: int, n: int, mirrored: bool) -> None:
     written = tokens(seed, n, mirrored=mirrored)

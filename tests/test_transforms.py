@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.transforms import (
@@ -28,7 +29,7 @@ def picture(height: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch
     return torch.stack([ids * 60 - 30] * 3).to(torch.uint8), ids
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.integers(20, 90), st.integers(20, 90), st.integers(0, 10**6), st.floats(0.3, 2.5))
 def test_image_and_ids_stay_together(height: int, width: int, seed: int, scale: float) -> None:
     image, ids = picture(height, width)

@@ -48,16 +48,15 @@ def test_primitives_depend_on_text_and_noise_and_not_on_the_features() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_with_it_knows_its_own_classes_alone(tmp_path) -> None:
+def test_a_run_with_it_knows_its_own_classes_alone(shared_store: Store) -> None:
     tiny = tiny_config()
     config = replace(
         tiny,
         g2s=replace(tiny.g2s, generator="primitives", diversity_weight=0.0, semantic_weight=0.0),
         cpa=replace(tiny.cpa, classifier="linear", lr=1e-2),
     )
-    store = Store(tmp_path)
-    steps = build(store, config)
-    model = load_model(store.path(steps["cpa"].recipe.ref))
+    steps = build(shared_store, config)
+    model = load_model(shared_store.path(steps["cpa"].recipe.ref))
     assert isinstance(model.projector, LinearClassifier)
     classes = len(model.meta.classes.names)
     assert model.text.equal(torch.eye(classes))

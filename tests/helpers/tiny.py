@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 
 from flows.presets import preset
 from pipeline.line import Config, Stage, line
 from pipeline.runtime import Runtime
+from storage.keys import Ref
 from storage.store import Store
 
 QUIET = Runtime(progress=False, dask="none")
@@ -36,3 +39,9 @@ def build(store: Store, config: Config, *, until: str = "evaluate", runtime: Run
         if step.name == until:
             break
     return steps
+
+
+def copy_artefacts(source: Store, target: Store, refs: Iterable[Ref]) -> None:
+    """Give a store of a test's own what the shared one has, to change and to damage."""
+    for ref in refs:
+        shutil.copytree(source.path(ref), target.path(ref))

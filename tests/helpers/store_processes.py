@@ -1,0 +1,82 @@
+"""What other processes do to a store while a test looks on or kills them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from storage.atomic import write_text
+from storage.keys import Recipe, Ref
+from storage.provenance import provenance
+from storage.runs import RunRecord, Runs
+from storage.store import Build, Store
+
+TOKENS = Recipe(kind="tokens", stage="cache-clip", version=3, config={"size": 4}, inputs={})
+SHARED = Recipe(kind="tokens", stage="cache-clip", version=1, config=None, inputs={})
+
+
+def build_two_files(store: str, begun: str, go: str) -> None:
+    """Build TOKENS: a.txt, an x at the end of the file `begun`, and as soon as the file `go` is there b/c.txt."""
+
+    def work(build: Build) -> None:
+        (build.path / "a.txt").write_text("first")
+        with Path(begun).open("a") as file:
+            file.write("x")
+        while not Path(go).exists():
+            time.sleep(0.01)
+        (build.path / "b").mkdir(exist_ok=True)
+        (build.path / "b" / "c.txt").write_text("second")
+        build.counts["samples"] = 2
+
+    Store(Path(store)).build(TOKENS, work)
+
+
+def build_as(store: str, then: str, *rights: str) -> None:
+    """Build SHARED, with the `rights` user, group and umask if given; after a first file die where `then` is "die", or wait for
+    the file `then`."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    provenance()  # which reads files that another user may not
+    if rights:
+        user, group, umask = map(int, rights)
+        os.setgroups([])
+        os.setgid(group)
+        os.setuid(user)
+        os.umask(umask)
+
+    def work(build: Build) -> None:
+        (build.path / "part").mkdir(exist_ok=True)
+        write_text(build.path / "part" / "a.txt", "first")
+        with (build.path / "log.txt").open("a") as file:
+            file.write("x")
+        if then == "die":
+            os._exit(9)
+        while then and not Path(then).exists():
+            time.sleep(0.01)
+
+    opened = Store(Path(store))
+    try:
+        with Runs(opened).running(RunRecord.now(name="demo", command="x", refs={"cache-clip": SHARED.ref})):
+            opened.build(SHARED, work)
+    except ValueError as error:
+        sys.exit(f"refused: {error}")
+
+
+def hold_run(store: str, name: str, *refs: str) -> None:
+    """Be a run of that name with these artefacts, until killed."""
+    held = {str(i): Ref.parse(text) for i, text in enumerate(refs)}
+    with Runs(Store(Path(store))).running(RunRecord.now(name=name, command="x", refs=held)):
+        print("holds", flush=True)
+        sys.stdin.read()
+
+
+def hold_build(store: str, source: str) -> None:
+    """Build an artefact of its own from the input `source`, no run named, until killed."""
+
+    def work(build: Build) -> None:
+        print("builds", flush=True)
+        sys.stdin.read()
+
+    Store(Path(store)).build(Recipe(kind="text", stage="x", version=1, config=1, inputs={"a": Ref.parse(source)}), work)
