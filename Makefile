@@ -22,7 +22,7 @@ INSTALLED_DEV := .venv/.installed-dev
 # Sources of the tests and the linters; only what exists.
 CODE := flows models pipeline storage tests
 # Two processes, each with whole files of tests. Some hundred more import torch, in a third of the time from compiled files.
-PYTEST = PYTHONDONTWRITEBYTECODE= $(PYTHON) -m pytest -n 2 --dist loadfile
+PYTEST = PYTHONDONTWRITEBYTECODE= $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The full path of the first of some names that runs as a Python with venv and pip. That a name is on PATH proves nothing: version
 # managers put shims there of versions that are not installed.

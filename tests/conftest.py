@@ -27,6 +27,12 @@ def pytest_configure(config: pytest.Config) -> None:
         children.start_server()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that the many short ones keep both processes busy to the end."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(scope="session")
 def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """One store for all tests of a run, also those of another process: what one has built the others find.

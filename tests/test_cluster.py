@@ -161,8 +161,11 @@ def test_a_mistake_stops_the_other_jobs(existing: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_workers_tar_is_encoded_again(shards: tuple[Store, Ref], calm: Artefact, tmp_path: Path) -> None:
+def test_a_killed_workers_tar_is_encoded_again(
+    shards: tuple[Store, Ref], calm: Artefact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Twice: before it has encoded anything, and as soon as some groups are there."""
+    monkeypatch.setattr(cluster, "PATIENCE", 10.0)  # for a worker that Dask does not bring back, now and then
     killed, ended = list[int](), threading.Event()
 
     def kill(when_there_are: int) -> None:
