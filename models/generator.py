@@ -76,9 +76,6 @@ class Generator(nn.Module):
             noise_into: D7. "encoder" (the paper's words): normal noise of size C passes the encoder, and the latent is
                 drawn from its output; "latent": the latent itself is standard normal.
             rng: draws on its own device; one on the CPU gives the same noise on every machine.
-
-        Raises:
-            ModelError: `noise_into` is neither.
         """
 
         def normal(size: int) -> Tensor:
