@@ -24,14 +24,14 @@ STRIDES = (4, 8, 16, 32)
 class Backbone(nn.Module):
     """The four feature maps of a timm network, strides 4, 8, 16, 32.
 
-    ResNets (the paper's are resnet50 and, with a deep stem, resnet101c), Swin, ConvNeXt and others. Swin takes images of
-    any size, partitions, pads and shifts its windows at every size, and each of its maps passes a LayerNorm, all as in
-    the published segmenters over Swin.
+    ResNets (the paper's are resnet50 and, with a deep stem, resnet101c), Swin, ConvNeXt and others. Swin takes images
+    of any size, partitions, pads and shifts its windows at every size, and each of its maps passes a LayerNorm, all as
+    in the published segmenters over Swin.
 
     `weights` is None (random), "imagenet" (timm's default pretrained weights, downloaded from its hub and cached),
     "shipped" (the package's own, of the small network for generated scenes) or the path of a local file that holds
-    `timm.create_model(name).state_dict()`, as .safetensors or as a torch file of plain tensors. A classifier in the file
-    is ignored; one over COCO's categories is refused, see `read_weights`.
+    `timm.create_model(name).state_dict()`, as .safetensors or as a torch file of plain tensors. A classifier in the
+    file is ignored; one over COCO's categories is refused, see `read_weights`.
 
     With `frozen_batchnorm` the affine parameters and running statistics of every BatchNorm stay as loaded, also after
     `.train()`, as in the published ResNet settings; on a network without BatchNorm it changes nothing.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.errors import ModelError
 
-# names of the parts of detectors and segmenters in Detectron2, torchvision, mmdetection, transformers, DETR, timm and ours
+# names of a detector's or segmenter's parts in Detectron2, torchvision, mmdetection, transformers, DETR, timm and ours
 PARTS = re.compile(
     r"(^|\.)(roi_heads?|rpn(_head)?|proposal_generator|anchor_generator|bbox\w*|box_(head|net|predictor)"
     r"|class_net|classification_head|regression_head"
@@ -33,8 +33,8 @@ def read_weights(name: str, path: Path) -> dict[str, Tensor]:
 
     Raises ModelError for a file that is missing, unreadable or for another network, and for one of a network trained on
     COCO's categories: with a detector's or segmenter's parts, with a classifier of as many outputs as COCO has classes,
-    or zs-seg's own checkpoint. Such weights were trained on the unseen classes. A bare backbone cut out of such a network
-    cannot be distinguished from an ImageNet one.
+    or zs-seg's own checkpoint. Such weights were trained on the unseen classes. A bare backbone cut out of such a
+    network cannot be distinguished from an ImageNet one.
     """
     if not path.is_file():
         raise ModelError(f"backbone_weights {path}: no such file; use 'imagenet', none, or the path of a weights file")

@@ -1,7 +1,7 @@
 """Multi-scale deformable attention (Zhu et al. 2021, Eq. 3): each query samples a few points a level.
 
-The sampling is one operator with its own backward: a Triton kernel on CUDA where Triton is installed, PyTorch elsewhere.
-As an operator it is opaque to `torch.compile`, so it breaks no graph.
+The sampling is one operator with its own backward: a Triton kernel on CUDA where Triton is installed, PyTorch
+elsewhere. As an operator it is opaque to `torch.compile`, so it breaks no graph.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ def require_compiler() -> None:
     # Triton's order: CC, gcc, clang
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         raise ModelError(
-            "Triton, which runs deformable attention on a GPU, needs a C compiler, and neither gcc nor clang is on PATH; "
-            "install gcc (Debian, Ubuntu: apt-get install gcc libc6-dev), or name a compiler in the environment variable CC"
+            "Triton, which runs deformable attention on a GPU, needs a C compiler, and neither gcc nor clang is on "
+            "PATH; install gcc (Debian, Ubuntu: apt-get install gcc libc6-dev), or name a compiler in the environment "
+            "variable CC"
         )
     header = Path(sysconfig.get_path("include", "posix_prefix")) / "Python.h"
     if not header.is_file():

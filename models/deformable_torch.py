@@ -1,8 +1,8 @@
 """The sampling of deformable attention in PyTorch, on any device.
 
-A bilinear sample is the weighted sum of four cells, so all samples of a query and head are one weighted bag of rows of a
-table, which `embedding_bag` gathers and sums in one pass. `grid_sample` stores every sample first and takes four times as
-long on a CPU.
+A bilinear sample is the weighted sum of four cells, so all samples of a query and head are one weighted bag of rows of
+a table, which `embedding_bag` gathers and sums in one pass. `grid_sample` stores every sample first and takes four
+times as long on a CPU.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class _Table:
         return each.repeat_interleave(places.shape[-1]).repeat(self.heads)
 
     def inside(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Where places (B, Q, M, levels, P) are at most one cell outside their map, so that the gradient is not zero: two
-        bool tensors (B, Q, M * levels * P), for x and for y."""
+        """Where places (B, Q, M, levels, P) are at most one cell outside their map, so that the gradient is not zero:
+        two bool tensors (B, Q, M * levels * P), for x and for y."""
         height, width = self._sides(x)
         x, y = x.flatten(2), y.flatten(2)
         return (x >= -1) & (x <= width), (y >= -1) & (y <= height)

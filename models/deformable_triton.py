@@ -1,8 +1,8 @@
 """The sampling of deformable attention as Triton kernels: only the result, and the gradients, are written to memory.
 
 A program holds a block of queries of one head and loops over their samples. Triton compiles at the first call, so there
-is no build step. The gradient of the maps is summed by atomic additions, whose order is not fixed: it differs from run to
-run by rounding.
+is no build step. The gradient of the maps is summed by atomic additions, whose order is not fixed: it differs from run
+to run by rounding.
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ def _layers(inputs: int, hidden: int) -> nn.Sequential:
 class Generator(nn.Module):
     """Conditional VAE: z = mu + eps std from a feature, h = z + s a, and a generated feature from h.
 
-    The text embedding a is ADDED, so the latent has its size (D5). The paper does not give the length of a there: with a
-    row of length 1 beside a latent of length sqrt(D) the generated features did not depend on the class name. In training
-    mode BatchNorm needs 2 rows or more.
+    The text embedding a is ADDED, so the latent has its size (D5). The paper does not give the length of a there: with
+    a row of length 1 beside a latent of length sqrt(D) the generated features did not depend on the class name. In
+    training mode BatchNorm needs 2 rows or more.
 
     Args:
         dim: C, size of a query feature. text_dim: D, size of a text embedding and of the latent. hidden: width of all
@@ -68,8 +68,8 @@ class Generator(nn.Module):
     def generate(self, text: Tensor, *, noise_into: Literal["encoder", "latent"], rng: torch.Generator) -> Tensor:
         """Features of classes from their text alone: (U, D) -> (U, C), no gradient.
 
-        BatchNorm uses its running statistics, and every module's mode is restored afterwards: in training mode each call
-        would update the statistics, and so change the generator for all later calls.
+        BatchNorm uses its running statistics, and every module's mode is restored afterwards: in training mode each
+        call would update the statistics, and so change the generator for all later calls.
 
         Args:
             text: (U, D), unit norm, one row for each feature to generate; U may be 1.
@@ -96,6 +96,6 @@ class Generator(nn.Module):
 def build_generator(
     *, generator: Literal["vae", "primitives"], dim: int, text_dim: int, hidden: int, text_scale: float
 ) -> Generator | PrimitiveGenerator:
-    """A generator with random weights, drawn from torch's global generator: seed that first. Sizes as in `Generator`."""
+    """A generator with random weights, drawn from torch's global generator: seed it first. Sizes as in `Generator`."""
     kinds = {"vae": Generator, "primitives": PrimitiveGenerator}
     return kinds[generator](dim=dim, text_dim=text_dim, hidden=hidden, text_scale=text_scale)

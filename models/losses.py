@@ -1,9 +1,9 @@
 """Every loss of the three training stages, as pure functions: tensors in, scalar tensors out.
 
 "The paper" is "Semantic-Centric Alignment for Zero-Shot Panoptic and Semantic Segmentation" (anonymous, under review),
-"Paper Eq. n" an equation in it, "Dn" a decision on what it leaves open; models/README.md has the table of decisions. The
-paper prints the contrastive losses (Eq. 3, 4, 7) without their -log; here they are InfoNCE. All are computed in float32
-or better, under autocast too, and return a zero that keeps the graph when there is nothing to compare.
+"Paper Eq. n" an equation in it, "Dn" a decision on what it leaves open; models/README.md has the table of decisions.
+The paper prints the contrastive losses (Eq. 3, 4, 7) without their -log; here they are InfoNCE. All are computed in
+float32 or better, under autocast too, and return a zero that keeps the graph when there is nothing to compare.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def focal_loss(
     """Sigmoid focal loss (Lin et al. 2017; the L_focal of paper Eq. 1, 8 and 9), summed and divided by `normaliser`.
 
     With p the predicted probability of the target's value, elementwise: -alpha_t (1 - p)^gamma log p, alpha_t = alpha
-    where the target is 1, 1 - alpha where it is 0. D2: a query without a segment has an all-zero target row; there is no
-    void class.
+    where the target is 1, 1 - alpha where it is 0. D2: a query without a segment has an all-zero target row; there is
+    no void class.
 
     Args:
         logits: (..., K), any leading shape.
@@ -125,9 +125,9 @@ def sample_points(
     points` with logits nearest to 0 are kept; the rest of the points are new uniform draws.
 
     Args:
-        draws: generators, each with the number of rows, in order, that it draws for; N together. One an image, so that an
-            image's points depend on no other image. Each draws on its own device: on the CPU the same points on every
-            machine, on the GPU faster for 12,544 points a mask.
+        draws: generators, each with the number of rows, in order, that it draws for; N together. One an image, so that
+            an image's points depend on no other image. Each draws on its own device: on the CPU the same points on
+            every machine, on the GPU faster for 12,544 points a mask.
     """
     drawn, uncertain = int(points * oversample), int(points * importance)
     # one draw for both, so that the sequence of draws does not depend on how points are split
@@ -363,7 +363,7 @@ def mmd_loss(generated: Tensor, real: Tensor, *, bandwidths: tuple[float, ...] =
 def diversity_loss(
     generated: Tensor, real: Tensor, image: Tensor, unmatched: Tensor, unmatched_image: Tensor, *, tau: float
 ) -> Tensor:
-    """L_div (paper Eq. 7, read with -log and f'_i.f_i in the numerator): generated features that differ from each other.
+    """L_div (paper Eq. 7, read with -log and f'_i.f_i in the numerator): keeps generated features apart.
 
     InfoNCE of each generated feature with the real one it reconstructs; negatives are the other generated features of
     its image and the image's queries without a segment.

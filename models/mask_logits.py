@@ -53,7 +53,7 @@ class MaskLogits:
         return maps.index_select(0, order.argsort()).unflatten(1, size)
 
     def sample(self, points: Tensor) -> Iterator[Tensor]:
-        """Bilinear values in float32 at points (B, P, 2), (x, y) in [0, 1], one output after the other: L x (B, Q, P)."""
+        """Bilinear values in float32 at (B, P, 2) points (x, y) in [0, 1], output by output: L x (B, Q, P)."""
         pixels = at_least_float32(self.pixels)
         height, width = pixels.shape[-2:]
         x, y = (points.to(pixels.dtype) * points.new_tensor([width, height]) - 0.5)[:, :, None, None, None].unbind(-1)

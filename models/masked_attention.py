@@ -1,8 +1,8 @@
-"""An image and all of its instances in one pass: each instance has an extra CLS token that attends to its own patches only.
+"""An image and all of its instances in one pass: each instance has a CLS token that attends to its own patches only.
 
 No other token attends to the extra ones, so the image's embedding equals that of a plain pass, and so does that of an
-instance that owns every patch. For towers whose output is the attention of one query over patches: open_clip's ViTs, and
-its ResNets with attention pooling, where the query is the mean of the cells, here of the instance's own.
+instance that owns every patch. For towers whose output is the attention of one query over patches: open_clip's ViTs,
+and its ResNets with attention pooling, where the query is the mean of the cells, here of the instance's own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CURE = "use --tokens.method pixels, or an open_clip ViT or ResNet as the teacher
 
 
 def patch_grid(visual: Any) -> tuple[int, int]:
-    """Rows and columns of an image tower's patches. Raises ModelError for a tower that `embed_by_instance` cannot run."""
+    """Rows and columns of a tower's patches. Raises ModelError for a tower that `embed_by_instance` cannot run."""
     if isinstance(visual, ModifiedResNet):
         side = int(visual.image_size) // 32  # the stride of its last layer
         return side, side
@@ -40,8 +40,8 @@ def patch_grid(visual: Any) -> tuple[int, int]:
 def embed_by_instance(visual: Any, images: Tensor, own: Tensor) -> Tensor:
     """Embeddings (B, 1 + O, D), not normalised, of prepared images (B, 3, S, S) and of their instances.
 
-    `own` (B, O, P) bool: which of the image's P patches, row by row, are the instance's. The embedding of an empty row is
-    defined but has no meaning, so that images can be padded to O instances.
+    `own` (B, O, P) bool: which of the image's P patches, row by row, are the instance's. The embedding of an empty row
+    is defined but has no meaning, so that images can be padded to O instances.
     """
     return (_resnet if isinstance(visual, ModifiedResNet) else _vit)(visual, images, own)
 
@@ -59,8 +59,8 @@ def _vit(visual: Any, images: Tensor, own: Tensor) -> Tensor:
 
 
 def _attend(attention: Any, x: Tensor, first: int, allowed: Tensor) -> Tensor:
-    """Self-attention of the first `first` tokens among themselves; the others attend to patches and to themselves, where
-    `allowed` (B, 1, O, P + O) is True. x (B, 1 + P + O, W) -> the same shape."""
+    """Self-attention of the first `first` tokens among themselves; the others attend to patches and to themselves,
+    where `allowed` (B, 1, O, P + O) is True. x (B, 1 + P + O, W) -> the same shape."""
     qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias).unflatten(-1, (3, attention.num_heads, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, tokens, width of a head) each
     shared = F.scaled_dot_product_attention(q[:, :, :first], k[:, :, :first], v[:, :, :first])

@@ -1,8 +1,8 @@
 """Pixel decoder and query decoder of MaskFormer (Cheng et al. 2021), as in its COCO panoptic setting.
 
 A transformer encoder over stride 32, an FPN from there to stride 4, and DETR's decoder over the encoder's map. There is
-no dropout (published: 0.1): every random draw of a training step comes from the step's own generator, and dropout cannot
-take one.
+no dropout (published: 0.1): every random draw of a training step comes from the step's own generator, and dropout
+cannot take one.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ class FPNPixelDecoder(nn.Module):
 class DETRLayer(DecoderLayer):
     """The parts of Mask2Former's layer in DETR's order: self-attention first, then cross-attention to the whole map."""
 
-    def forward(self, x: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, positions: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
         placed = x + positions
         x = self.self_norm(x + self.self_attention(placed, placed, x))
         x = self.cross_norm(x + self.cross_attention(x + positions, keys, values))
@@ -98,7 +100,7 @@ class DETRLayer(DecoderLayer):
 
 
 class DETRDecoder(nn.Module):
-    """Learned queries that attend to the stride 32 map in every layer; only their positions are learned, they start at 0.
+    """Queries that attend to the stride 32 map in every layer; they start at zero, and their positions are learned.
 
     Args:
         queries: Q. dim: width C. heads: of the attention. layers: L. ffn: hidden width of the FFNs.

@@ -35,9 +35,9 @@ def match(
     """Assign segments to queries at least cost, for all layers and images.
 
     The cost of (query, segment) is the loss of that pair: class_weight * (focal loss of the segment's class as positive
-    minus as negative) + bce_weight * BCE + dice_weight * dice, the last two over `points` uniform points that all layers
-    of an image share. With `mask_loss` "full", as in MaskFormer, bce_weight is the weight of a focal loss, and both it
-    and dice are over all pixels of the predicted maps, the segments resized to these (nearest).
+    minus as negative) + bce_weight * BCE + dice_weight * dice, the last two over `points` uniform points that all
+    layers of an image share. With `mask_loss` "full", as in MaskFormer, bce_weight is the weight of a focal loss, and
+    both it and dice are over all pixels of the predicted maps, the segments resized to these (nearest).
 
     Args:
         class_logits: (L, B, Q, K), over the K seen classes. mask_logits: (L, B, Q, h, w).

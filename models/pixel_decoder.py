@@ -42,7 +42,7 @@ def sine_positions(height: int, width: int, dim: int, device: torch.device) -> T
 
 
 class EncoderLayer(nn.Module):
-    """Deformable attention and FFN, each followed by its norm: tokens (B, S, dim), positions (S, dim) -> (B, S, dim)."""
+    """Deformable attention and FFN, each followed by its norm; tokens (B, S, dim), positions (S, dim) -> tokens."""
 
     def __init__(self, *, dim: int, heads: int, points: int, ffn: int) -> None:
         super().__init__()
@@ -61,7 +61,8 @@ class PixelDecoder(nn.Module):
 
     Args:
         channels: of the backbone maps at strides 4, 8, 16, 32. dim: width of all inner maps, a multiple of 8.
-        heads, points: of the deformable attention, points a level. layers: of the encoder. ffn: hidden width of the FFNs.
+        heads, points: of the deformable attention, points a level. layers: of the encoder. ffn: hidden width of the
+            FFNs.
     """
 
     def __init__(self, *, channels: Sequence[int], dim: int, heads: int, layers: int, ffn: int, points: int) -> None:

@@ -15,7 +15,7 @@ MAX_SCALE = 100.0  # as in CLIP
 
 
 def class_products(v: Tensor, text: Tensor) -> Tensor:
-    """Scalar products: v (..., D), text (K, D) -> (..., K); of text (K, S, D), S names a class, each class's largest."""
+    """Scalar products: v (..., D), text (K, D) -> (..., K); of text (K, S, D), S names a class, the largest a class."""
     products = v @ text.flatten(0, -2).T
     return products.unflatten(-1, text.shape[:2]).amax(-1) if text.ndim == 3 else products
 

@@ -1,7 +1,7 @@
 """Masked-attention query decoder of Mask2Former (Cheng et al. 2022).
 
-Attention masks are computed from mask features resized once a level, not from full-size masks resized once a layer: both
-are linear, so the result is the same, and full-size masks are computed only where they are used.
+Attention masks are computed from mask features resized once a level, not from full-size masks resized once a layer:
+both are linear, so the result is the same, and full-size masks are computed only where they are used.
 """
 
 from __future__ import annotations
@@ -112,6 +112,6 @@ class QueryDecoder(nn.Module):
 
 
 def attention_mask(logits: Tensor) -> Tensor:
-    """Where a query attends, (B, Q, S) bool: at mask logits (B, Q, S) >= 0; everywhere for a query whose mask is empty."""
+    """Where a query attends, (B, Q, S) bool: at mask logits (B, Q, S) >= 0; everywhere if its mask is empty."""
     allowed = logits >= 0
     return allowed | ~allowed.any(-1, keepdim=True)

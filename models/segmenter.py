@@ -19,7 +19,8 @@ from models.query_decoder import QueryDecoder
 class SegmenterOutput(NamedTuple):
     """All L decoder outputs; the last one is F.
 
-    Mask2Former: L = decoder layers + 1, the first computed from the learned queries alone. MaskFormer: L = decoder layers.
+    Mask2Former: L = decoder layers + 1, the first computed from the learned queries alone. MaskFormer: L = decoder
+    layers.
     """
 
     features: Tensor  # (L, B, Q, C) after the final norm
@@ -43,7 +44,8 @@ class Segmenter(nn.Module):
     def forward(self, images: Tensor, *, dense: bool = True) -> SegmenterOutput:
         """images (B, 3, H, W), normalised, H and W multiples of 32 -> query features and mask logits of all outputs.
 
-        With `dense` the masks are a tensor of all outputs' maps, without they are MaskLogits, which computes maps on use.
+        With `dense` the masks are a tensor of all outputs' maps, without they are MaskLogits, which computes maps on
+        use.
         """
         assert images.shape[-2] % 32 == 0 and images.shape[-1] % 32 == 0, f"image size {tuple(images.shape[-2:])}"
         features, masks = self.query_decoder(*self.pixel_decoder(self.backbone(images)))
