@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class ModelError(ValueError):
-    """A network, or weights for it, that cannot be built or loaded as configured; one line that names thing and cure."""
+    """A network, or its weights, that cannot be built or loaded as configured; one line that names thing and cure."""

@@ -234,8 +234,8 @@ def _tokenizer_advice(name: str, error: Exception) -> str:
     repository = text.get("hf_tokenizer_name") or text.get("hf_model_name") or f"timm/{name}"
     return (
         f"the tokenizer of {name} cannot be had ({_reason(error)}); fetch {TOKENIZER}, tokenizer_config.json, {CONFIG} "
-        f"and {WEIGHTS} of https://huggingface.co/{repository} into one folder and pass --teacher.pretrained FOLDER, or "
-        f"load it once with a network, which fills the cache {_cache()}"
+        f"and {WEIGHTS} of https://huggingface.co/{repository} into one folder and pass --teacher.pretrained FOLDER, "
+        f"or load it once with a network, which fills the cache {_cache()}"
     )
 
 
