@@ -1,1 +1,1 @@
-"""What people start: presets, the command line, and the Prefect flow. Thin; the work is in `pipeline`."""
+"""The entry points: presets, the command line, and the Prefect flow. Thin; the work is in `pipeline`."""

@@ -1,4 +1,4 @@
-"""A stage in a process of its own: what ends it (a fault in CUDA, the kernel for want of memory) ends nothing else.
+"""A stage in a process of its own, so that what ends it (a fault in CUDA, lack of memory) ends nothing else.
 
 `python -m flows.child ARGUMENTS` is that process: `zs-seg ARGUMENTS` that ends when the process that started it does.
 """
@@ -28,17 +28,17 @@ CAUSES = {
 
 
 class Died(RuntimeError):
-    """The process ended with nothing that its user could mend; another try may end better."""
+    """The process ended by a fault that its user cannot mend; another try may succeed."""
 
 
-def run(name: str, arguments: Sequence[str], say: Callable[[str], None]) -> None:
-    """Run `zs-seg ARGUMENTS`, which is called `name` where it fails, and hand each line that it prints to `say`, which another thread calls.
+def run(name: str, arguments: Sequence[str], emit: Callable[[str], None]) -> None:
+    """Run `zs-seg ARGUMENTS` and pass each line that it prints to `emit`, from another thread.
 
-    When this is interrupted, the process is asked to end, and killed after `GRACE` seconds. A training stage that is asked
-    saves its state first.
+    `name` stands for the process in error messages. When this call is interrupted, the process is asked to end, and
+    killed after `GRACE` seconds; a training stage saves its state in between.
 
-    Raises UserError for a mistake of the user's, with the line that says so, and `Died` when the process ended in any
-    other way.
+    Raises UserError, with the process's own line, for a mistake of the user's, and `Died` when it failed in any other
+    way.
     """
     command = [sys.executable, "-X", "faulthandler", "-m", "flows.child", *arguments]
     process = subprocess.Popen(
@@ -46,7 +46,7 @@ def run(name: str, arguments: Sequence[str], say: Callable[[str], None]) -> None
     )
     assert process.stdin and process.stdout
     last: deque[str] = deque(maxlen=1)
-    reader = threading.Thread(target=_pass_on, args=(process.stdout, say, last), daemon=True)
+    reader = threading.Thread(target=_pass_on, args=(process.stdout, emit, last), daemon=True)
     reader.start()
     try:
         process.wait()
@@ -60,7 +60,7 @@ def run(name: str, arguments: Sequence[str], say: Callable[[str], None]) -> None
         reader.join(5)
     if not process.returncode:
         return
-    message = last[0] if last else "it said nothing"
+    message = last[0] if last else "it printed nothing"
     if process.returncode == 2:
         raise UserError(message.removeprefix("zs-seg: "))
     if process.returncode > 0:
@@ -68,15 +68,16 @@ def run(name: str, arguments: Sequence[str], say: Callable[[str], None]) -> None
     number = signal.Signals(-process.returncode)
     cause = f" ({CAUSES[number]})" if number in CAUSES else ""
     raise Died(
-        f"the process of {name} was ended by {number.name}{cause}; what it saved stays, and the next try goes on from there"
+        f"the process of {name} was ended by {number.name}{cause}; "
+        "what it saved stays, and the next try goes on from there"
     )
 
 
-def _pass_on(output: IO[str], say: Callable[[str], None], last: deque[str]) -> None:
+def _pass_on(output: IO[str], emit: Callable[[str], None], last: deque[str]) -> None:
     for line in output:  # a progress bar's carriage return ends a line, too
         if line := line.rstrip():
             last.append(line)
-            say(line)
+            emit(line)
 
 
 def _end_with_parent() -> None:

@@ -40,8 +40,10 @@ def plan(options: argparse.Namespace) -> int:
             rows.append((stage.name, str(ref), state, size(built.bytes), duration(built.provenance["seconds"]), ""))
             continue
         guess = estimator.estimate(stage)
-        takes = ("-" if guess.bytes is None else f"~{size(guess.bytes)}",
-                 "-" if guess.seconds is None else f"~{duration(guess.seconds)}")  # fmt: skip
+        takes = (
+            "-" if guess.bytes is None else f"~{size(guess.bytes)}",
+            "-" if guess.seconds is None else f"~{duration(guess.seconds)}",
+        )
         rows.append((stage.name, str(ref), state, *takes, _why(stage, state, store, explainer)))
         if guess.seconds is not None:
             notes.append(f"{stage.name} {guess.source}")
@@ -54,7 +56,8 @@ def plan(options: argparse.Namespace) -> int:
         print(f"~ {note}")
     if any(row[4] == "-" for row in rows):
         print(
-            "- has no estimate: there is one as soon as a stage like it was built in this store, of v2c also with --step-seconds"
+            "- has no estimate: there is one as soon as a stage like it was built in this store, "
+            "of v2c also with --step-seconds"
         )
     print(counts)
     if counts.left:

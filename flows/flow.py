@@ -1,5 +1,5 @@
-"""The Prefect flow `zs-seg`: one task a stage, each in a process of its own. The store decides what is built; Prefect starts,
-watches and records."""
+"""The Prefect flow `zs-seg`: one task a stage, each in a process of its own. The store decides what is built; Prefect
+starts, watches and records."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def _may_help(_task: Any, _run: Any, state: Any) -> bool:
     return isinstance(state.data, child.Died)
 
 
-# Prefect's own cache does not look whether the artefact is still there: off. The store finds a complete one by its key.
+# Prefect's own cache is off: it does not check that the artefact still exists. The store finds a complete one by its
+# key.
 TASKS = {
     stage: task(
         name=stage,
@@ -83,9 +84,10 @@ def zs_seg(
         store: Folder of the artefacts; empty = ZS_SEG_STORE of the worker, else ./artifacts.
         device: Where to compute, such as auto, cpu, cuda or cuda:1.
         devices: How many GPUs (on a CPU, processes) train stage v2c together.
-        dask: Workers of cache-clip, one of local, local:N, none, tcp://HOST:PORT or a scheduler's file; empty = ZS_SEG_DASK of the worker, else local.
+        dask: Workers of cache-clip, one of local, local:N, none, tcp://HOST:PORT or a scheduler's file; empty =
+            ZS_SEG_DASK of the worker, else local.
         checkpoint_every: Training steps between two saved states.
-        retries: How often a stage whose process died (a fault in CUDA, killed for want of memory) goes on from its last state.
+        retries: How often a stage whose process died (a fault in CUDA, a lack of memory) goes on from its last state.
 
     Returns:
         The last artefact as "kind/key".

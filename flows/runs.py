@@ -1,4 +1,4 @@
-"""What the command line and the flow share: from what is asked for to a Config, to built stages, to the report in runs/."""
+"""What the command line and the flow share: selecting and building the stages of a run, and publishing its report."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def find(stages: Sequence[Stage], name: str) -> int:
 
 
 def forced(selected: Sequence[Stage], names: Collection[str]) -> list[Stage]:
-    """`stages` and all selected stages that read what they make, directly or not; they keep their keys, so only this tells
-    that they are out of date.
+    """The named stages and all selected ones that depend on them. Their keys do not change, so `remove` must make them
+    missing for them to be built again.
 
     Raises UserError for a stage that is not selected.
     """
@@ -58,8 +58,8 @@ def forced(selected: Sequence[Stage], names: Collection[str]) -> list[Stage]:
 
 
 def remove(store: Store, stages: Sequence[Stage]) -> None:
-    """Remove the stages' artefacts, whole or partial, so that they are built again; the last goes first, so that nothing made
-    from an artefact outlives it."""
+    """Remove the stages' artefacts, whole or partial, so that they are built again; the last goes first, so that
+    nothing made from an artefact outlives it."""
     for stage in reversed(stages):
         store.remove(stage.recipe.ref)
 
@@ -67,18 +67,19 @@ def remove(store: Store, stages: Sequence[Stage]) -> None:
 def require_inputs(
     request: Request, store: Store, stages: Sequence[Stage], selected: Sequence[Stage], again: Sequence[Stage] = ()
 ) -> None:
-    """Is everything there that the selected stages read and do not make themselves? Those of `again` are built even if complete.
+    """Check that every input that the selected stages do not make themselves is complete. Those of `again` are built
+    even if complete.
 
     Raises UserError that names the first missing stage and the command that makes it.
     """
-    maker = {stage.recipe.ref: stage.name for stage in stages}
+    stage_of = {stage.recipe.ref: stage.name for stage in stages}
     made = {stage.recipe.ref for stage in selected}
     for stage in selected:
         if stage not in again and store.state(stage.recipe.ref) == "fresh":
             continue
         for ref in stage.recipe.inputs.values():
             if ref not in made and (state := store.state(ref)) != "fresh":
-                name = maker[ref]
+                name = stage_of[ref]
                 raise UserError(
                     f"stage {stage.name} reads what stage {name} makes, and {ref} is {state} in {store.root}; "
                     f"make it with `{request.command('run', '--until', name)}`"
@@ -86,7 +87,8 @@ def require_inputs(
 
 
 def noted(request: Request, stages: Sequence[Stage], store: Store) -> contextlib.AbstractContextManager[None]:
-    """Notes the whole line under the run's name before anything is built; inside, it is under way, and `zs-seg gc` spares it.
+    """Records the whole line under the run's name before anything is built; inside, it is under way, and `zs-seg gc`
+    keeps its artefacts.
 
     Raises UserError for a name that is no file name.
     """
@@ -98,7 +100,7 @@ def noted(request: Request, stages: Sequence[Stage], store: Store) -> contextlib
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one stage: built now, in `seconds`, or there already."""
+    """The result of one stage: built now, in `seconds`, or complete before."""
 
     stage: str
     ref: Ref
@@ -128,8 +130,8 @@ def build(stage: Stage, store: Store, runtime: Runtime) -> Outcome:
 
 
 def publish(preset: str, stages: Sequence[Stage], store: Store, runs: Path = Path("runs"), *, name: str = "") -> Path:
-    """Copy the report to `<runs>/<name, else preset>/`, with the preset's name and where every number came from; returns that
-    folder."""
+    """Copy the report to `<runs>/<name, else preset>/`, with the preset's name and where every number came from;
+    returns that folder."""
     from pipeline.report import write
 
     folder, ref = runs / (name or preset), stages[-1].recipe.ref

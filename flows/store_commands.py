@@ -46,11 +46,15 @@ def list_artefacts(options: argparse.Namespace) -> int:
         return 0
     rows = [
         (
-            node.stage, str(node.ref), size(node.bytes), age(node.provenance["created"]),
-            str(len(lineage.users(node.ref)) or "-"), _few(reached.get(node.ref, [])) or "-",
+            node.stage,
+            str(node.ref),
+            size(node.bytes),
+            age(node.provenance["created"]),
+            str(len(lineage.users(node.ref)) or "-"),
+            _few(reached.get(node.ref, [])) or "-",
         )
         for node in known
-    ]  # fmt: skip
+    ]
     rows += [("?", str(ref), "damaged", "-", "-", "see `zs-seg verify`") for ref in damaged]
     if rows:
         print_table(("stage", "artefact", "size", "age", "used by", "runs"), rows)
@@ -68,9 +72,15 @@ def _few(names: Sequence[str]) -> str:
 
 def _entry(node: Node, lineage: Lineage, reached: Mapping[Ref, list[str]]) -> dict[str, object]:
     return {
-        "kind": node.ref.kind, "key": node.ref.key, "stage": node.stage, "bytes": node.bytes, "files": node.files,
-        "created": node.provenance["created"], "used_by": list(map(str, lineage.users(node.ref))), "runs": reached.get(node.ref, []),
-    }  # fmt: skip
+        "kind": node.ref.kind,
+        "key": node.ref.key,
+        "stage": node.stage,
+        "bytes": node.bytes,
+        "files": node.files,
+        "created": node.provenance["created"],
+        "used_by": list(map(str, lineage.users(node.ref))),
+        "runs": reached.get(node.ref, []),
+    }
 
 
 def _damaged(ref: Ref) -> dict[str, object]:
@@ -89,8 +99,10 @@ def show_artefact(options: argparse.Namespace) -> int:
     names = [n for n in runs.names() if manifest.ref in lineage.reach(runs.lines(n)[-1].refs.values())]
     print(f"\nruns: {', '.join(names) or 'none'}")
     for title, content in (
-        ("config", manifest.config), ("counts", manifest.counts), ("provenance", manifest.provenance),
-    ):  # fmt: skip
+        ("config", manifest.config),
+        ("counts", manifest.counts),
+        ("provenance", manifest.provenance),
+    ):
         print(f"\n{title}")
         print_tree(content, "  ")
     print(f"\nfiles: {len(manifest.files)}, {size(manifest.bytes)}")
@@ -107,16 +119,16 @@ def show_artefact(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_inputs(lineage: Lineage, ref: Ref, indent: str, message: set[Ref]) -> None:
-    """The inputs, theirs below them; what was told already is not told again."""
+def _print_inputs(lineage: Lineage, ref: Ref, indent: str, printed: set[Ref]) -> None:
+    """The inputs, each with its own below it; one that is in `printed` is not expanded again."""
     node = lineage.node(ref)
     for name, source in (node.inputs if node else {}).items():
         made = lineage.node(source)
-        state = "as above" if source in message and made and made.inputs else made.stage if made else "not there"
+        state = "as above" if source in printed and made and made.inputs else made.stage if made else "not there"
         print(f"{indent}{name}: {source} ({state})")
-        if source not in message:
-            message.add(source)
-            _print_inputs(lineage, source, indent + "  ", message)
+        if source not in printed:
+            printed.add(source)
+            _print_inputs(lineage, source, indent + "  ", printed)
 
 
 def _print_users(lineage: Lineage, ref: Ref) -> None:
@@ -187,11 +199,11 @@ def _draw(store: Store, refs: Sequence[Ref], options: argparse.Namespace) -> dic
 def diff(options: argparse.Namespace) -> int:
     store = open_store(options)
     lineage = Lineage(store)
-    (before, message), (after, also_told) = (_line(name, store, lineage) for name in (options.one, options.other))
+    (before, one_name), (after, other_name) = (_line(name, store, lineage) for name in (options.one, options.other))
     rows = [(difference.field, *difference.values) for difference in differences(before, after)]
     if rows:
-        print_table(("field", message, also_told), rows)
-    print(f"{len(rows)} fields differ" if rows else f"{message} and {also_told} differ in no field")
+        print_table(("field", one_name, other_name), rows)
+    print(f"{len(rows)} fields differ" if rows else f"{one_name} and {other_name} differ in no field")
     return 0
 
 

@@ -22,19 +22,21 @@ STRIDES = (4, 8, 16, 32)
 
 
 class Backbone(nn.Module):
-    """The four feature maps of a timm network, strides 4, 8, 16, 32: ResNets (the paper's are resnet50 and, with a deep
-    stem, resnet101c), Swin, ConvNeXt and others. Swin takes images of any size, partitions, pads and shifts its windows at
-    every size, and each of its maps passes a LayerNorm, all as in the published segmenters over Swin.
+    """The four feature maps of a timm network, strides 4, 8, 16, 32.
+
+    ResNets (the paper's are resnet50 and, with a deep stem, resnet101c), Swin, ConvNeXt and others. Swin takes images
+    of any size, partitions, pads and shifts its windows at every size, and each of its maps passes a LayerNorm, all as
+    in the published segmenters over Swin.
 
     `weights` is None (random), "imagenet" (timm's default pretrained weights, downloaded from its hub and cached),
-    "shipped" (the package's own, of the small network that generated scenes are for) or the path of a local file that
-    holds `timm.create_model(name).state_dict()`, as .safetensors or as a torch file of plain tensors. A classifier in the
-    file is ignored; one of COCO's categories is refused, see `read_weights`.
+    "shipped" (the package's own, of the small network for generated scenes) or the path of a local file that holds
+    `timm.create_model(name).state_dict()`, as .safetensors or as a torch file of plain tensors. A classifier in the
+    file is ignored; one over COCO's categories is refused, see `read_weights`.
 
     With `frozen_batchnorm` the affine parameters and running statistics of every BatchNorm stay as loaded, also after
     `.train()`, as in the published ResNet settings; on a network without BatchNorm it changes nothing.
 
-    Raises ModelError for a name that timm does not know, a network without these strides, weights that cannot be
+    Raises ModelError for a name that timm does not have, a network without these strides, weights that cannot be
     downloaded, and a file that is missing, unreadable, made for another network, or trained on COCO's categories.
     """
 
@@ -50,9 +52,11 @@ class Backbone(nn.Module):
                 f"backbone {name!r} has feature strides {strides}, not {STRIDES}; "
                 f"choose a timm model with four stages, such as resnet50"
             )
-        self.net.to(memory_format=torch.channels_last)  # a third faster on CPU, and what tensor cores want
+        # a third faster on a CPU, and the layout of tensor cores
+        self.net.to(memory_format=torch.channels_last)
         self.channels: tuple[int, ...] = tuple(info.channels())
-        last = getattr(self.net, "output_fmt", Format.NCHW) == Format.NHWC  # Swin and its like
+        # Swin and similar networks return their maps with channels last
+        last = getattr(self.net, "output_fmt", Format.NCHW) == Format.NHWC
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.channels) if last else None
         self.frozen_batchnorm = frozen_batchnorm
         if frozen_batchnorm:
@@ -89,8 +93,10 @@ def _create(name: str, weights: str | None) -> nn.Module:
 
 
 def _padded_attention(attention: Callable[[Tensor], Tensor], window: tuple[int, int], x: Tensor) -> Tensor:
-    """Swin's windowed attention on maps (B, H, W, C) filled up to whole windows first, as published. timm shifts first, and
-    so mixes cells from opposite borders where a map is no multiple of the window."""
+    """Swin's windowed attention on maps (B, H, W, C) that are padded to whole windows first, as published.
+
+    timm shifts first, and so mixes cells from opposite borders where a map's size is no multiple of the window's.
+    """
     height, width = x.shape[1:3]
     filled = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))
     return attention(filled)[:, :height, :width]
@@ -106,7 +112,8 @@ def _create_features(name: str, weights: str | None, **arguments: Any) -> nn.Mod
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **features)
     try:
         return timm.create_model(name, pretrained=True, **features)
-    except Exception as error:  # offline, timm and its hub client raise a dozen unrelated types
+    except Exception as error:
+        # without a network timm and its hub client raise a dozen unrelated types
         config = timm.get_pretrained_cfg(name)
         source = (config and (config.hf_hub_id or config.url)) or "none published"
         raise ModelError(

@@ -1,7 +1,7 @@
-"""Multi-scale deformable attention (Zhu et al. 2021, Eq. 3): each query reads a few points a level.
+"""Multi-scale deformable attention (Zhu et al. 2021, Eq. 3): each query samples a few points a level.
 
-The sampling is one operator with its own backward: a Triton kernel on CUDA where Triton is installed, PyTorch elsewhere. As
-an operator it is opaque to `torch.compile`, so it breaks no graph.
+The sampling is one operator with its own backward: a Triton kernel on CUDA where Triton is installed, PyTorch
+elsewhere. As an operator it is opaque to `torch.compile`, so it breaks no graph.
 """
 
 from __future__ import annotations
@@ -28,18 +28,24 @@ TRITON = importlib.util.find_spec("triton") is not None
 
 
 def sample_levels(value: Tensor, shapes: Shapes, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of bilinear samples from several feature maps; what lies outside a map counts as zero.
+    """Weighted sum of bilinear samples from several feature maps; a sample outside its map is zero.
 
-    value: (B, S, M, D), the maps of all levels flattened and joined, S = sum of h * w over `shapes` (h, w)
-    x, y: (B, Q, M, levels, P), places in cells of the level's map, where a cell's centre is at an integer
-    weights: (B, Q, M, levels, P)
-    -> (B, Q, M * D). All of one floating type, float32 or float64; differentiable once.
+    M heads of width D, P points a level. All tensors are of one floating type, float32 or float64; differentiable once.
+
+    Args:
+        value: (B, S, M, D), the maps of all levels flattened and joined, S = sum of h * w over `shapes`.
+        shapes: (h, w) of each level's map.
+        x, y: (B, Q, M, levels, P), places in cells of the level's map, where a cell's centre is at an integer.
+        weights: (B, Q, M, levels, P).
+
+    Returns:
+        (B, Q, M * D).
     """
     return torch.ops.zs_seg.deformable_sample(value, [side for shape in shapes for side in shape], x, y, weights)
 
 
 def _kernels(value: Tensor) -> Any:
-    """The module whose `sample` and `sample_backward` are the fastest where `value` is."""
+    """The module whose `sample` and `sample_backward` are the fastest on the device of `value`."""
     if not (TRITON and value.is_cuda):
         return deformable_torch
     require_compiler()
@@ -50,21 +56,22 @@ def _kernels(value: Tensor) -> Any:
 
 @functools.cache
 def require_compiler() -> None:
-    """Triton builds a small extension module, in C against Python.h, when the first kernel of a process runs on a GPU.
+    """Check for the compiler and header with which Triton builds a small C module at a process's first kernel on a GPU.
 
-    Raises ModelError where there is no C compiler or no Python.h, naming the package that brings it.
+    Raises ModelError where there is no C compiler or no Python.h, naming the package that contains it.
     """
-    # CC before gcc before clang, as Triton chooses
+    # Triton's order: CC, gcc, clang
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         raise ModelError(
-            "Triton, which runs deformable attention on a GPU, needs a C compiler, and neither gcc nor clang is on PATH; install gcc "
-            "(Debian, Ubuntu: apt-get install gcc libc6-dev), or name a compiler in the environment variable CC"
+            "Triton, which runs deformable attention on a GPU, needs a C compiler, and neither gcc nor clang is on "
+            "PATH; install gcc (Debian, Ubuntu: apt-get install gcc libc6-dev), or name a compiler in the environment "
+            "variable CC"
         )
     header = Path(sysconfig.get_path("include", "posix_prefix")) / "Python.h"
     if not header.is_file():
         raise ModelError(
-            f"Triton, which runs deformable attention on a GPU, needs Python's C headers, and {header} is missing; install them "
-            f"(Debian, Ubuntu: apt-get install python{sysconfig.get_python_version()}-dev)"
+            f"Triton, which runs deformable attention on a GPU, needs Python's C headers, and {header} is missing; "
+            f"install them (Debian, Ubuntu: apt-get install python{sysconfig.get_python_version()}-dev)"
         )
 
 
@@ -113,7 +120,8 @@ _sample.register_autograd(_backward, setup_context=_save)
 @functools.lru_cache(maxsize=16)
 def token_places(shapes: Shapes, device: torch.device) -> tuple[Tensor, Tensor]:
     """x and y of each token's own centre in cells of every map, cell centres at integers: (S, levels) float32 each."""
-    with torch.inference_mode(False):  # a cached inference tensor could not be used in training later
+    # the result is cached, and an inference tensor could not be used in training later
+    with torch.inference_mode(False):
         own = []
         for h, w in shapes:
             y = (torch.arange(h, device=device) + 0.5) / h
@@ -126,8 +134,11 @@ def token_places(shapes: Shapes, device: torch.device) -> tuple[Tensor, Tensor]:
 class DeformableAttention(nn.Module):
     """Every token of a set of feature maps attends to `points` learned offsets from its own place on every map.
 
-    Offsets are in cells of the map that is read. The sampling points are computed in float32 under autocast, since half
-    types cannot tell neighbouring cells of a large map apart.
+    Offsets are in cells of the sampled map. The sampling points are computed in float32 under autocast, since half
+    precision cannot resolve neighbouring cells of a large map.
+
+    Args:
+        dim: C, width of the tokens, a multiple of heads. heads: M. levels: number of maps. points: P, samples a level.
     """
 
     def __init__(self, *, dim: int, heads: int, levels: int, points: int) -> None:
@@ -140,7 +151,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The published start: equal weights, heads looking in different directions, point i at distance i."""
+        """The published initial values: equal weights, a direction of its own for each head, point i at distance i."""
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], -1)
         direction = direction / direction.abs().amax(-1, keepdim=True)
@@ -159,14 +170,12 @@ class DeformableAttention(nn.Module):
         """tokens (B, S, C), positions (S, C) added for offsets and weights only, shapes (h, w) a level -> (B, S, C)."""
         split = (self.heads, self.levels, self.points)
         queries = tokens + positions
-        value = linear(tokens, self.value_proj.weight, self.value_proj.bias).unflatten(
-            2, (self.heads, -1)
-        )  # (B, S, M, D)
+        value = linear(tokens, self.value_proj.weight, self.value_proj.bias)
+        value = value.unflatten(2, (self.heads, -1))  # (B, S, M, D)
         offsets = linear(queries, self.sampling_offsets.weight, self.sampling_offsets.bias).unflatten(2, (*split, 2))
+        weights = linear(queries, self.attention_weights.weight, self.attention_weights.bias)
         # softmax over rows of 12 numbers is slow on a CPU, over columns it is not
-        weights = (
-            linear(queries, self.attention_weights.weight, self.attention_weights.bias).transpose(1, 2).contiguous()
-        )
+        weights = weights.transpose(1, 2).contiguous()
         weights = weights.unflatten(1, (self.heads, -1)).softmax(2).flatten(1, 2).transpose(1, 2).unflatten(2, split)
         x, y = (
             place.repeat_interleave(self.points, 1).view(-1, 1, *split[1:]) + offset

@@ -1,8 +1,8 @@
 """The sampling of deformable attention in PyTorch, on any device.
 
-A bilinear sample is the weighted sum of four cells, so all samples of a query and head are one weighted bag of rows of a
-table, which `embedding_bag` gathers and sums in one pass. `grid_sample` writes every sample out first and takes four times
-as long on a CPU.
+A bilinear sample is the weighted sum of four cells, so all samples of a query and head are one weighted bag of rows of
+a table, which `embedding_bag` gathers and sums in one pass. `grid_sample` stores every sample first and takes four
+times as long on a CPU.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def sample(value: Tensor, shapes: Shapes, x: Tensor, y: Tensor, weights: Tensor)
 def sample_backward(
     grad: Tensor, value: Tensor, shapes: Shapes, x: Tensor, y: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of value, x, y and weights from that of the result, (B, Q, M * D)."""
+    """The gradients of value, x, y and weights, shapes as theirs, from that of the result, (B, Q, M * D)."""
     table = _Table(value.shape, shapes)
     corners = table.corners(x, y)
     weight = weights.reshape(corners.i.shape)
     grad = grad.reshape(len(weight), -1)
     d_value = table.value_gradient(grad, corners, weight)
 
-    # what each corner adds to the product of the result with `grad`, then the derivatives of the bilinear formula
+    # the contribution of each corner to <result, grad>, then the derivatives of the bilinear formula
     dots = _dots(grad, table.fill(value), corners.rows()).view(len(weight), 4, -1).unbind(1)
     upper_slope, lower_slope = dots[1] - dots[0], dots[3] - dots[2]
     upper = torch.addcmul(dots[0], upper_slope, corners.right)
@@ -70,18 +70,22 @@ class _Corners(NamedTuple):
 
 
 class _Table:
-    """The cells of all maps as rows (B * M * rows, D), every map in a frame of zero cells, so that no sample needs a case
-    of its own: places beyond the frame are moved onto it."""
+    """The cells of all maps as rows (B * M * rows, D), every map inside a frame of zero cells.
+
+    Places beyond the frame are clamped onto it, so that samples near and outside a border need no special case.
+    """
 
     def __init__(self, value: Sequence[int], shapes: Shapes) -> None:
         self.batch, self.tokens, self.heads, self.width = value
         self.shapes = shapes
         framed = [(h + 2) * (w + 2) for h, w in shapes]
         self.starts = [sum(framed[:level]) for level in range(len(shapes))]
-        self.rows = sum(framed) + shapes[-1][1] + 3  # a sample on the last frame's end has cells (of share 0) beyond it
+        # a sample on the end of the last frame also reads cells beyond it, with weight 0
+        self.rows = sum(framed) + shapes[-1][1] + 3
 
     def _maps(self, table: Tensor, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Views of the same cells, (B, M, h, w, D) a level: in the table (B, M, rows, D), in the tokens (B, S, M, D)."""
+        """Views of the same cells, (B, M, h, w, D) each, level by level: of the table (B, M, rows, D) and of the tokens
+        (B, S, M, D)."""
         sizes = [h * w for h, w in self.shapes]
         return [
             (
@@ -94,8 +98,8 @@ class _Table:
     def fill(self, value: Tensor) -> Tensor:
         """(B, S, M, D) -> (B * M * rows, D)."""
         table = value.new_zeros(self.batch, self.heads, self.rows, self.width)
-        for ours, theirs in self._maps(table, value):
-            ours.copy_(theirs)
+        for framed, plain in self._maps(table, value):
+            framed.copy_(plain)
         return table.flatten(0, 2)
 
     def _per_sample(self, values: Sequence[int], places: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,7 +108,8 @@ class _Table:
         return each.repeat_interleave(places.shape[-1]).repeat(self.heads)
 
     def inside(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether places (B, Q, M, levels, P) are so near that the result depends on them, in x and in y."""
+        """Where places (B, Q, M, levels, P) are at most one cell outside their map, so that the gradient is not zero:
+        two bool tensors (B, Q, M * levels * P), for x and for y."""
         height, width = self._sides(x)
         x, y = x.flatten(2), y.flatten(2)
         return (x >= -1) & (x <= width), (y >= -1) & (y <= height)
@@ -118,7 +123,7 @@ class _Table:
         )
 
     def corners(self, x: Tensor, y: Tensor) -> _Corners:
-        """Of places (B, Q, M, levels, P)."""
+        """The four cells around places (B, Q, M, levels, P)."""
         samples = x.shape[-2] * x.shape[-1]
         height, width = self._sides(x)
         origins = [start + w + 3 for start, (_, w) in zip(self.starts, self.shapes, strict=True)]
@@ -137,9 +142,9 @@ class _Table:
         )
 
     def value_gradient(self, grad: Tensor, corners: _Corners, weight: Tensor) -> Tensor:
-        """That of the maps (B, S, M, D) from that of the bags (N, D): for every cell the bags that read it.
+        """The gradient of the maps, (B, S, M, D), from that of the bags, (N, D): a sum over the bags that read a cell.
 
-        The samples are sorted by their upper left cell; the other three corners read at a fixed distance from it.
+        The samples are sorted by their upper left cell; the other three corners lie at a fixed distance from it.
         """
         cells = corners.i.flatten()
         order = torch.sort(cells, stable=True).indices
@@ -163,8 +168,8 @@ class _Table:
             end = start + (h + 2) * (w + 2)
             upper[:, :, start + w + 2 : end] += lower[:, :, start : end - w - 2]
         value = grad.new_empty(self.batch, self.tokens, self.heads, self.width)
-        for ours, theirs in self._maps(upper, value):
-            theirs.copy_(ours)
+        for framed, plain in self._maps(upper, value):
+            plain.copy_(framed)
         return value
 
 
@@ -172,7 +177,8 @@ def _dots(grad: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     """grad[n] . table[rows[n, k]], (N, D), (R, D) and (N, K) -> (N, K)."""
     count, width = rows.shape
     ends = torch.arange(0, count * width + 1, width, dtype=torch.int32, device=rows.device)
-    with warnings.catch_warnings():  # torch calls its sparse tensors beta, once a process
+    # torch warns once a process that its sparse tensors are in beta state
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         nothing = grad.new_zeros(rows.numel())
         places = torch.sparse_csr_tensor(ends, rows.flatten(), nothing, (count, len(table)), check_invariants=False)

@@ -1,8 +1,8 @@
-"""The sampling of deformable attention as Triton kernels: nothing but the result, and the gradients, is written to memory.
+"""The sampling of deformable attention as Triton kernels: only the result, and the gradients, are written to memory.
 
-A program holds a block of queries of one head and walks over their samples. Triton compiles at the first call, so there is no
-build step. The gradient of the maps is summed by atomic additions, whose order is not fixed: it differs from run to run by
-rounding.
+A program holds a block of queries of one head and loops over their samples. Triton compiles at the first call, so there
+is no build step. The gradient of the maps is summed by atomic additions, whose order is not fixed: it differs from run
+to run by rounding.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def sample(value: Tensor, shapes: Shapes, x: Tensor, y: Tensor, weights: Tensor)
 def sample_backward(
     grad: Tensor, value: Tensor, shapes: Shapes, x: Tensor, y: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of value, x, y and weights from that of the result, (B, Q, M * D)."""
+    """The gradients of value, x, y and weights, shapes as theirs, from that of the result, (B, Q, M * D)."""
     grad, value, x, y, weights = (tensor.contiguous() for tensor in (grad, value, x, y, weights))
     found = torch.zeros_like(value), torch.empty_like(x), torch.empty_like(y), torch.empty_like(weights)
     grid, sizes = _launch(value, weights)
@@ -43,7 +43,7 @@ def sample_backward(
 
 @functools.lru_cache(maxsize=16)
 def _levels(shapes: Shapes, device: torch.device) -> Tensor:
-    """Height, width and first cell of every map, (levels, 3) int32."""
+    """Height, width and index of the first cell of every map, (levels, 3) int32."""
     starts = [sum(h * w for h, w in shapes[:level]) for level in range(len(shapes))]
     rows = [(h, w, start) for (h, w), start in zip(shapes, starts, strict=True)]
     return torch.tensor(rows, dtype=torch.int32, device=device)
@@ -55,16 +55,23 @@ def _launch(value: Tensor, weights: Tensor) -> tuple[tuple[int, int], dict[str, 
     columns = triton.next_power_of_2(width)
     rows = max(BLOCK // columns, 1)
     sizes = {
-        "CELLS": cells, "QUERIES": queries, "HEADS": heads, "WIDTH": width, "LEVELS": levels, "POINTS": points,
-        "ROWS": rows, "COLUMNS": columns, "bags": batch * queries,
-    }  # fmt: skip
+        "CELLS": cells,
+        "QUERIES": queries,
+        "HEADS": heads,
+        "WIDTH": width,
+        "LEVELS": levels,
+        "POINTS": points,
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "bags": batch * queries,
+    }
     return (triton.cdiv(batch * queries, rows), heads), sizes
 
 
 @triton.jit
 def _corner(value, first, h, w, row, column, stride, d, valid):
-    """Cells (ROWS, COLUMNS) at (row, column) of maps that begin at `first`, zero outside; where they lie, and whether they
-    exist."""
+    """Cells (ROWS, COLUMNS) at (row, column) of maps that begin at `first`, zero outside; their offsets in memory, and
+    whether they exist."""
     there = valid & ((row >= 0) & (row < h) & (column >= 0) & (column < w))[:, None]
     at = (first + (row * w + column) * stride)[:, None] + d[None, :]
     return tl.load(value + at, mask=there, other=0.0), at, there
@@ -91,7 +98,7 @@ def _forward(
         first = image + tl.load(levels + level * 3 + 2) * stride
         for point in range(POINTS):
             k = sample_ + level * POINTS + point
-            # beyond -1 and the map's end everything is zero, and a float may not fit an integer
+            # samples beyond -1 and the map's end are zero; clamping keeps floats that fit no integer out of the cast
             px = tl.minimum(tl.maximum(tl.load(x + k, mask=exists, other=0.0), -1.0), w)
             py = tl.minimum(tl.maximum(tl.load(y + k, mask=exists, other=0.0), -1.0), h)
             weight = tl.load(weights + k, mask=exists, other=0.0)

@@ -1,4 +1,4 @@
-"""A segmenter that only predicts: every BatchNorm folded into the convolution before it, and on a CPU the large 3 x 3
+"""A segmenter for inference: every BatchNorm folded into the convolution before it, and on a CPU the large 3 x 3
 convolutions with fewer multiplications."""
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from models.winograd import WinogradConv
 
 
 def for_inference(segmenter: Segmenter) -> Segmenter:
-    """A frozen copy with the same predictions but for rounding, a tenth faster. It has its own weights: what the original
-    learns later does not reach it, and it cannot learn. Leave it on the device where it was made."""
+    """A frozen copy with the same predictions but for rounding, a tenth faster.
+
+    It has weights of its own: later training of the original does not change it, and it cannot be trained. Leave it on
+    the device where it was made.
+    """
     folded = copy.deepcopy(segmenter).eval().requires_grad_(False)
     if any(isinstance(module, _BatchNorm) for module in folded.backbone.modules()):
-        folded.backbone.net = _fold(folded.backbone.net)  # by its trace, which Swin, without BatchNorm, does not have
+        # folding needs a trace, and Swin, which has no BatchNorm, cannot be traced
+        folded.backbone.net = _fold(folded.backbone.net)
     if next(folded.parameters()).device.type == "cpu":
         for module in list(folded.modules()):
             for name, child in module.named_children():
@@ -32,7 +36,8 @@ def for_inference(segmenter: Segmenter) -> Segmenter:
 def _fold(net: nn.Module) -> nn.Module:
     traced: Any = fuse(net)
     convolutions = {name for name, module in traced.named_modules() if isinstance(module, nn.Conv2d)}
-    for node in traced.graph.nodes:  # tracing wrote `x += shortcut` as a sum of its own
+    # tracing turns `x += shortcut` into a sum with a result of its own: back in place
+    for node in traced.graph.nodes:
         if node.target is operator.add and node.args[0].target in convolutions and len(node.args[0].users) == 1:
             node.target = operator.iadd
     traced.recompile()

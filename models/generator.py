@@ -1,4 +1,4 @@
-"""Stage 2's generator: a conditional VAE that turns a text embedding into a query feature of that class (D5, D7)."""
+"""Stage 2's generator: a conditional VAE from a text embedding to a query feature of that class (D5, D7)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.vision_centric import PrimitiveGenerator
 
-LAYERS = 4  # the paper's, in the encoder and in the decoder
+LAYERS = 4  # of the encoder and of the decoder, as in the paper
 
 
 def _layers(inputs: int, hidden: int) -> nn.Sequential:
@@ -22,11 +22,11 @@ def _layers(inputs: int, hidden: int) -> nn.Sequential:
 
 
 class Generator(nn.Module):
-    """Conditional VAE: z = mu + eps std from a feature, h = z + s a, and a feature again from h.
+    """Conditional VAE: z = mu + eps std from a feature, h = z + s a, and a generated feature from h.
 
-    The text embedding a is ADDED, so the latent has its size (D5). The paper does not say how long a is there: a row of length
-    1 is lost in a latent of length sqrt(D), and the decoder then makes features that have nothing to do with their names.
-    While it trains, its BatchNorm needs 2 rows or more.
+    The text embedding a is ADDED, so the latent has its size (D5). The paper does not give the length of a there: with
+    a row of length 1 beside a latent of length sqrt(D) the generated features did not depend on the class name. In
+    training mode BatchNorm needs 2 rows or more.
 
     Args:
         dim: C, size of a query feature. text_dim: D, size of a text embedding and of the latent. hidden: width of all
@@ -52,10 +52,10 @@ class Generator(nn.Module):
         return self.decoder(z + self.scale * text)
 
     def forward(self, features: Tensor, text: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Copy real features through the latent.
+        """Reconstruct real features through the latent.
 
         Args:
-            features: (N, C), real, of queries that found a segment (F_s). text: (N, D), unit norm, of each one's class.
+            features: (N, C), real, of queries matched to a segment (F_s). text: (N, D), unit norm, of each one's class.
             eps: (N, D), standard normal draws.
 
         Returns:
@@ -66,16 +66,16 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def generate(self, text: Tensor, *, noise_into: Literal["encoder", "latent"], rng: torch.Generator) -> Tensor:
-        """Features of classes known by text alone: (U, D) -> (U, C), no gradient.
+        """Features of classes from their text alone: (U, D) -> (U, C), no gradient.
 
-        BatchNorm runs on its running statistics, and every module has its mode back afterwards: in training mode each
-        call would move the statistics, and so change the generator for all that follows.
+        BatchNorm uses its running statistics, and every module's mode is restored afterwards: in training mode each
+        call would update the statistics, and so change the generator for all later calls.
 
         Args:
-            text: (U, D), unit norm, one row a wanted feature; U may be 1.
-            noise_into: D7. "encoder" (the paper's words): normal noise of size C through the encoder, whose latent is
-                then drawn; "latent": the latent itself is standard normal.
-            rng: draws happen on its device; one on the CPU gives the same noise on every machine.
+            text: (U, D), unit norm, one row for each feature to generate; U may be 1.
+            noise_into: D7. "encoder" (the paper's words): normal noise of size C passes the encoder, and the latent is
+                drawn from its output; "latent": the latent itself is standard normal.
+            rng: draws on its own device; one on the CPU gives the same noise on every machine.
         """
 
         def normal(size: int) -> Tensor:
@@ -96,6 +96,6 @@ class Generator(nn.Module):
 def build_generator(
     *, generator: Literal["vae", "primitives"], dim: int, text_dim: int, hidden: int, text_scale: float
 ) -> Generator | PrimitiveGenerator:
-    """A generator with fresh weights; draws from torch's global generator, so seed it first."""
+    """A generator with random weights, drawn from torch's global generator: seed it first. Sizes as in `Generator`."""
     kinds = {"vae": Generator, "primitives": PrimitiveGenerator}
     return kinds[generator](dim=dim, text_dim=text_dim, hidden=hidden, text_scale=text_scale)

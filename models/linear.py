@@ -1,18 +1,18 @@
-"""Linear layers and FFNs on many tokens at a CPU's full speed."""
+"""Linear layers and FFNs that are faster on a CPU for many tokens."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEW = 256  # tokens, below which F.linear is the faster of the two
+FEW = 256  # tokens; with fewer F.linear is the faster of the two
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` on tokens: (B, S, in), (out, in), (out,) -> (B, S, out).
 
-    On a CPU it runs as a 1 x 1 convolution, whose kernels (oneDNN) come nearer to the processor's peak than those of
-    `F.linear` (MKL), most of all where the processor is not Intel's; forward and backward.
+    On a CPU it is computed as a 1 x 1 convolution, forward and backward: its kernels (oneDNN) come nearer to the
+    processor's peak than those of `F.linear` (MKL), above all on processors that are not Intel's.
     """
     if x.device.type != "cpu" or x.shape[1] < FEW:
         return F.linear(x, weight, bias)
@@ -20,7 +20,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def make_feed_forward(dim: int, hidden: int) -> nn.Sequential:
-    """Linear, ReLU, Linear, with the published networks' start."""
+    """Linear (dim -> hidden), ReLU, Linear (hidden -> dim), initialised as in the published networks."""
     ffn = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
     for parameter in ffn.parameters():
         if parameter.dim() > 1:
@@ -29,22 +29,23 @@ def make_feed_forward(dim: int, hidden: int) -> nn.Sequential:
 
 
 def feed_forward(x: Tensor, ffn: nn.Sequential) -> Tensor:
-    """Linear, ReLU, Linear on tokens (B, S, C)."""
+    """`ffn`, from `make_feed_forward`, on tokens (B, S, C) -> (B, S, C)."""
     first, _, second = ffn
     assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
     if x.device.type != "cpu" or x.shape[1] < FEW:
         return ffn(x)
-    # in place on what the convolution returns: on a view of it, autograd would copy the whole tensor three times
+    # in place on the convolution's result: on a view of it autograd would copy the whole tensor three times
     hidden = F.relu(_convolve(_to_maps(x), first.weight, first.bias), inplace=True)
     return _from_maps(_convolve(hidden, second.weight, second.bias))
 
 
 def _to_maps(x: Tensor) -> Tensor:
-    """(B, S, C) -> (B, C, 1, S), channels last in memory as before."""
+    """(B, S, C) -> (B, C, 1, S), a view, channels last in memory."""
     return x.transpose(1, 2).unsqueeze(2)
 
 
 def _from_maps(x: Tensor) -> Tensor:
+    """(B, C, 1, S) -> (B, S, C), a view."""
     return x.squeeze(2).transpose(1, 2)
 
 

@@ -1,9 +1,9 @@
 """Every loss of the three training stages, as pure functions: tensors in, scalar tensors out.
 
 "The paper" is "Semantic-Centric Alignment for Zero-Shot Panoptic and Semantic Segmentation" (anonymous, under review),
-"Paper Eq. n" an equation in it, "Dn" a decision on what it leaves open; models/README.md has the table of decisions. The
-paper prints the contrastive losses (Eq. 3, 4, 7) without their -log; here they are InfoNCE. All are computed in float32 or
-better, under autocast too, and return a zero that keeps the graph when there is nothing to compare.
+"Paper Eq. n" an equation in it, "Dn" a decision on what it leaves open; models/README.md has the table of decisions.
+The paper prints the contrastive losses (Eq. 3, 4, 7) without their -log; here they are InfoNCE. All are computed in
+float32 or better, under autocast too, and return a zero that keeps the graph when there is nothing to compare.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _R = TypeVar("_R")
 
 
 def at_least_float32(value: Any) -> Any:
-    """A half-precision tensor raised to float32; everything else as it is."""
+    """A half-precision tensor as float32; everything else unchanged."""
     return value.float() if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def _full_precision(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Keep autocast out: a cosine rounded to bfloat16 and divided by tau = 0.1 is off by some hundredths."""
+    """Disable autocast: a cosine rounded to bfloat16 and divided by tau = 0.1 is off by some hundredths."""
 
     @wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -49,18 +49,21 @@ def focal_loss(
 ) -> Tensor:
     """Sigmoid focal loss (Lin et al. 2017; the L_focal of paper Eq. 1, 8 and 9), summed and divided by `normaliser`.
 
-    With p the probability of the true side of one binary decision: -alpha_t (1 - p)^gamma log p, alpha_t = alpha where
-    the target is 1, 1 - alpha where it is 0. D2: a query that shows no object has an all-zero row, there is no void
-    class.
+    With p the predicted probability of the target's value, elementwise: -alpha_t (1 - p)^gamma log p, alpha_t = alpha
+    where the target is 1, 1 - alpha where it is 0. D2: a query without a segment has an all-zero target row; there is
+    no void class.
 
     Args:
         logits: (..., K), any leading shape.
         targets: the same shape, 0 or 1 (bool, integer or float).
         normaliser: the number of matched segments of the global batch, at least 1 (synthetic features: their number U).
         alpha: in [0, 1]. gamma: 0 or more.
+
+    Returns:
+        A scalar.
     """
     positive = targets.to(torch.bool)
-    z = torch.where(positive, -logits, logits)  # logit of being wrong
+    z = torch.where(positive, -logits, logits)  # logit of 1 - p
     weight = torch.where(positive, alpha, 1.0 - alpha).to(z.dtype)
     # exp(gamma log sigmoid) and not sigmoid^gamma: its gradient stays finite where the sigmoid underflows and gamma < 1
     loss = -weight * torch.exp(gamma * F.logsigmoid(z)) * F.logsigmoid(-z)
@@ -71,14 +74,14 @@ def sample_logits(mask_logits: Tensor, points: Tensor) -> Tensor:
     """Bilinear values of maps at points: (N, R, h, w) and (N, P, 2) -> (N, R, P).
 
     Points are (x, y) in [0, 1] over the whole map (align_corners False, zeros outside), so maps of different sizes are
-    asked at the same place.
+    sampled at the same place.
     """
     grid = (2.0 * points[:, :, None].to(mask_logits.dtype)).sub_(1.0)
     return F.grid_sample(mask_logits, grid, align_corners=False).squeeze(3)
 
 
 def sample_masks(masks: Tensor, rows: Tensor, points: Tensor) -> Tensor:
-    """`sample_logits` for bool masks: row n asks masks[rows[n]] at points[n].
+    """`sample_logits` for bool masks: row n samples masks[rows[n]] at points[n].
 
     (S, H, W), (N,) and (N, P, 2) -> (N, P) float32.
 
@@ -116,15 +119,15 @@ def sample_points(
     importance: float,
     draws: Sequence[tuple[torch.Generator, int]],
 ) -> Tensor:
-    """Where each predicted mask is supervised (PointRend, as in Mask2Former).
+    """The points at which each predicted mask is supervised (PointRend, as in Mask2Former).
 
     (N, h, w) -> (N, points, 2), (x, y) in [0, 1]. Of `oversample * points` uniform draws a row, the `importance *
-    points` nearest to logit 0 stay; the rest of the points are new uniform draws.
+    points` with logits nearest to 0 are kept; the rest of the points are new uniform draws.
 
     Args:
-        draws: generators, and for how many rows, in order, each draws; together N. One an image, so that an image's points
-            depend on no other image. They draw on their own device: on the CPU the same points on every machine, on
-            the GPU faster for 12,544 points a mask.
+        draws: generators, each with the number of rows, in order, that it draws for; N together. One an image, so that
+            an image's points depend on no other image. Each draws on its own device: on the CPU the same points on
+            every machine, on the GPU faster for 12,544 points a mask.
     """
     drawn, uncertain = int(points * oversample), int(points * importance)
     # one draw for both, so that the sequence of draws does not depend on how points are split
@@ -157,8 +160,8 @@ def mask_losses(
     Args:
         mask_logits: (N, h, w) predictions of the matched queries.
         masks: (N, H, W) bool ground truth of the same rows; or, with `rows`, (S, H, W), each segment once.
-        rows: (N,) int64, which of `masks` each prediction belongs to. The way to supervise many decoder outputs without
-            copying masks.
+        rows: (N,) int64, the index in `masks` of each prediction's segment. So many decoder outputs are supervised
+            without copies of the masks.
         points: points a row. oversample: 1 or more. importance: in [0, 1].
         normaliser: the number of matched segments of the global batch, at least 1.
         draws: see `sample_points`.
@@ -193,12 +196,13 @@ def full_mask_losses(
     """MaskFormer's mask losses, over every pixel of predictions resized to the masks: focal and dice.
 
     Per row focal = mean over the pixels, dice as in `mask_losses`; each summed over the rows and divided by
-    `normaliser`. Takes several float maps of a mask's size a row; `mask_losses` takes `points` numbers.
+    `normaliser`. Memory: several float maps of a mask's size a row, where `mask_losses` needs `points` numbers.
 
     Args:
         mask_logits: (N, h, w) predictions of the matched queries. masks: (S, H, W) bool, each segment once.
-        rows: (N,) int64, which of `masks` each prediction belongs to.
+        rows: (N,) int64, the index in `masks` of each prediction's segment.
         normaliser: the number of matched segments of the global batch, at least 1.
+        alpha, gamma: as in `focal_loss`.
 
     Returns:
         (focal, dice), scalars; zeros that keep the graph when N = 0.
@@ -224,9 +228,9 @@ def _info_nce(
     """-log(e^positive / (e^positive + sum of e^negatives)), mean over the rows that have a negative; 0 when none has.
 
     Args:
-        positive: (N,). negatives: (N, K). Both similarities already divided by tau.
+        positive: (N,). negatives: (N, K). Both are similarities already divided by tau.
         allowed: (N, K) bool, False where a column is no negative of that row; None = all are.
-        normaliser: what the sum is divided by instead, where the rows are a part of a larger batch.
+        normaliser: divisor of the sum in place of the number of rows, where these are a part of a larger batch.
     """
     if allowed is not None:
         negatives = negatives.masked_fill(~allowed, -torch.inf)
@@ -240,7 +244,7 @@ def _info_nce(
 
 @_full_precision
 def target_attention(global_token: Tensor, v: Tensor, matched: Tensor, *, gamma: float, enabled: bool = True) -> Tensor:
-    """One vector for an image from its queries (paper Eq. 2), those that found a segment weighing more.
+    """One vector for an image from its queries (paper Eq. 2), with larger weights for those matched to a segment.
 
     W = softmax over the Q queries of cos(C_g, v_q) (gamma 1[q in V_s] + 1); V_a = W^T V.
 
@@ -248,7 +252,7 @@ def target_attention(global_token: Tensor, v: Tensor, matched: Tensor, *, gamma:
         global_token: (B, D), the teacher's embedding of the whole image (C_g).
         v: (B, Q, D), projected queries (V), of any length.
         matched: (B, Q) bool, True where a query is assigned to a segment.
-        gamma: 0 or more; 0 treats all queries alike.
+        gamma: 0 or more; at 0 the weights do not depend on `matched`.
         enabled: False = plain mean over all Q queries (table 5's first row).
 
     Returns:
@@ -272,8 +276,11 @@ def global_loss(
     Args:
         v_a: (B, D), from `target_attention`. global_token: (B, D).
         bank: (B, T, D), or (T, D) shared by the batch: global tokens of OTHER images. D3: drawn uniformly from the
-            cached tokens of a frozen teacher, the image's own row left out by whoever draws.
-        tau: temperature, above 0. normaliser: images of the global batch, where these are a part of it.
+            cached tokens of a frozen teacher; the caller leaves out the image's own row.
+        tau: temperature, above 0. normaliser: number of images of the global batch, where these are a part of it.
+
+    Returns:
+        A scalar.
     """
     anchor = F.normalize(v_a, dim=-1)
     positive = (anchor * F.normalize(global_token, dim=-1)).sum(-1)
@@ -298,7 +305,7 @@ def instance_loss(
     L_l = mean_i -log(e^{cos(v_i, c_i) / tau} / sum_j e^{cos(v_i, c_j) / tau}), j over the instances of i's image (or
     of the batch). The paper writes a sum over the image's instances; the mean is over all instances of the batch that
     have a negative, so that the loss grows neither with the number of objects nor with the batch. An instance alone
-    in its image counts neither above nor below the line.
+    in its image counts neither in the sum nor in its divisor.
 
     Args:
         v: (N, D), projected queries assigned to a segment (V_s), one row an instance.
@@ -307,7 +314,10 @@ def instance_loss(
         tau: temperature, above 0.
         negatives: "image" (the paper) or "batch", all other instances of the batch.
         elsewhere: (M, D), with "batch": tokens of the global batch's instances that are not among these N.
-        normaliser: instances of the global batch that have a negative, where these N are a part of them.
+        normaliser: number of instances of the global batch with a negative, where these N are a part of them.
+
+    Returns:
+        A scalar.
     """
     anchor = F.normalize(v, dim=-1)
     similarity = anchor @ F.normalize(tokens, dim=-1).T / tau
@@ -328,14 +338,19 @@ def instance_loss(
 def mmd_loss(generated: Tensor, real: Tensor, *, bandwidths: tuple[float, ...] = MMD_BANDWIDTHS) -> Tensor:
     """L_mmd (paper Eq. 6, minus sign and normalisation restored): squared maximum mean discrepancy, as in GMMN.
 
-    MMD^2 = mean k(f', f') + mean k(f, f) - 2 mean k(f', f), the biased estimate (i = j stays in); k(a, b) = mean over
-    the bandwidths sigma of exp(-|a - b|^2 / (2 sigma^2)). No square root is taken.
+    MMD^2 = mean k(f', f') + mean k(f, f) - 2 mean k(f', f), the biased estimate (pairs i = j included); k(a, b) = mean
+    over the bandwidths sigma of exp(-|a - b|^2 / (2 sigma^2)). No square root is taken.
 
     Args:
-        generated: (N, C) with N >= 1. real: (M, C) with M >= 1; the two need not be as many, nor in the same order.
+        generated: (N, C) with N >= 1. real: (M, C) with M >= 1. Numbers and order of the two may differ.
+        bandwidths: sigma, in the features' unit.
+
+    Returns:
+        A scalar, 0 or more up to rounding.
     """
     both = torch.cat((generated, real))
-    both = both - both.mean(0).detach()  # distances stay; |a|^2 + |b|^2 - 2 a.b loses fewer digits near the origin
+    # distances do not change, and |a|^2 + |b|^2 - 2 a.b loses fewer digits near the origin
+    both = both - both.mean(0).detach()
     square = both.square().sum(1)
     distance = (square[:, None] + square[None] - 2.0 * both @ both.T).clamp(min=0.0)
     kernel = torch.stack([torch.exp(distance / (-2.0 * sigma**2)) for sigma in bandwidths]).mean(0)
@@ -348,10 +363,10 @@ def mmd_loss(generated: Tensor, real: Tensor, *, bandwidths: tuple[float, ...] =
 def diversity_loss(
     generated: Tensor, real: Tensor, image: Tensor, unmatched: Tensor, unmatched_image: Tensor, *, tau: float
 ) -> Tensor:
-    """L_div (paper Eq. 7, read with -log and f'_i.f_i above the line): generated features that differ from each other.
+    """L_div (paper Eq. 7, read with -log and f'_i.f_i in the numerator): keeps generated features apart.
 
-    Each is to resemble the real one it copies, and neither the other generated ones of its image nor the image's
-    queries that found nothing.
+    InfoNCE of each generated feature with the real one it reconstructs; negatives are the other generated features of
+    its image and the image's queries without a segment.
 
     L_div = mean_i -log(e^{s(f'_i, f_i)} / (e^{s(f'_i, f_i)} + sum_{j != i} e^{s(f'_i, f'_j)} + sum_k e^{s(f'_i,
     f0_k)})), s = cos / tau, j and k over i's image only; mean over the rows that have a negative (the paper writes a
@@ -361,6 +376,9 @@ def diversity_loss(
         generated, real: (N, C), row i of one made from row i of the other. image: (N,) integer.
         unmatched: (M, C), real features of queries without a segment. unmatched_image: (M,) integer.
         tau: temperature, above 0.
+
+    Returns:
+        A scalar.
     """
     anchor = F.normalize(generated, dim=-1)
     positive = (anchor * F.normalize(real, dim=-1)).sum(-1)
@@ -372,5 +390,5 @@ def diversity_loss(
 
 @_full_precision
 def kl_loss(mu: Tensor, log_var: Tensor) -> Tensor:
-    """KL divergence of N(mu, e^log_var) from N(0, I), (N, D) each: sum over D, mean over N (D6: not in the paper)."""
+    """KL divergence of N(mu, e^log_var), (N, D) each, from N(0, I): sum over D, mean over N (D6: not in the paper)."""
     return 0.5 * (mu.square() + log_var.exp() - 1.0 - log_var).sum() / max(len(mu), 1)

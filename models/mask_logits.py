@@ -1,4 +1,4 @@
-"""Mask logits kept as the product they are, so that only what is asked for is ever computed."""
+"""Mask logits kept as the two factors of their product, so that only the maps in use are computed."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from models.losses import at_least_float32
 class MaskLogits:
     """Logit of a query at a pixel = its embedding . the pixel's features: L x B x Q maps of (h, w).
 
-    All maps of a training step would be gigabytes; prediction wants those of one output, the losses those of the matched
-    queries, the matcher a few points of all. It is indexed like the tensor (L, B, Q, h, w) that it stands for.
+    All maps of a training step would be gigabytes; prediction uses those of one output, the losses those of the matched
+    queries, the matcher a few points of all. Indexed like the tensor (L, B, Q, h, w) that it represents.
     """
 
     embeddings: Tensor  # (L, B, Q, C)
     pixels: Tensor  # (B, C, h, w)
 
     def dense(self) -> Tensor:
-        """(L, B, Q, h, w)."""
+        """All maps, (L, B, Q, h, w)."""
         return torch.einsum("lbqc,bchw->lbqhw", self.embeddings, self.pixels)
 
     def __len__(self) -> int:
         return len(self.embeddings)
 
     def __getitem__(self, index: Any) -> Any:
-        """[layer] -> the tensor (B, Q, h, w) of one output; [slice] -> the MaskLogits of these outputs; [layer, image,
-        query], three index tensors (N,) -> the tensor (N, h, w)."""
+        """[layer] -> the tensor (B, Q, h, w) of one output; [slice] -> the MaskLogits of these outputs;
+        [layer, image, query], three index tensors (N,) -> the tensor (N, h, w)."""
         if isinstance(index, int):
             return torch.einsum("bqc,bchw->bqhw", self.embeddings[index], self.pixels)
         if isinstance(index, slice):
@@ -53,7 +53,7 @@ class MaskLogits:
         return maps.index_select(0, order.argsort()).unflatten(1, size)
 
     def sample(self, points: Tensor) -> Iterator[Tensor]:
-        """Bilinear values in float32 at (B, P, 2) points (x, y) in [0, 1], one output after the other: L x (B, Q, P)."""
+        """Bilinear values in float32 at (B, P, 2) points (x, y) in [0, 1], output by output: L x (B, Q, P)."""
         pixels = at_least_float32(self.pixels)
         height, width = pixels.shape[-2:]
         x, y = (points.to(pixels.dtype) * points.new_tensor([width, height]) - 0.5)[:, :, None, None, None].unbind(-1)

@@ -1,7 +1,7 @@
-"""An image and all of its instances in one pass: each instance has a CLS token of its own that sees its own patches only.
+"""An image and all of its instances in one pass: each instance has a CLS token that attends to its own patches only.
 
-The other tokens never see these extra ones, so the image's own embedding stays what a plain pass gives, and an instance that owns
-every patch gets that same embedding. For the towers whose last word is an attention of one query over patches: open_clip's ViTs,
+No other token attends to the extra ones, so the image's embedding equals that of a plain pass, and so does that of an
+instance that owns every patch. For towers whose output is the attention of one query over patches: open_clip's ViTs,
 and its ResNets with attention pooling, where the query is the mean of the cells, here of the instance's own.
 """
 
@@ -21,7 +21,7 @@ CURE = "use --tokens.method pixels, or an open_clip ViT or ResNet as the teacher
 
 
 def patch_grid(visual: Any) -> tuple[int, int]:
-    """Rows and columns of an image tower's patches. Raises ModelError where the tower cannot attend by instance."""
+    """Rows and columns of a tower's patches. Raises ModelError for a tower that `embed_by_instance` cannot run."""
     if isinstance(visual, ModifiedResNet):
         side = int(visual.image_size) // 32  # the stride of its last layer
         return side, side
@@ -40,7 +40,8 @@ def patch_grid(visual: Any) -> tuple[int, int]:
 def embed_by_instance(visual: Any, images: Tensor, own: Tensor) -> Tensor:
     """Embeddings (B, 1 + O, D), not normalised, of prepared images (B, 3, S, S) and of their instances.
 
-    `own` (B, O, P) bool: which of the image's P patches, row by row, are the instance's; an empty row is allowed and means nothing.
+    `own` (B, O, P) bool: which of the image's P patches, row by row, are the instance's. The embedding of an empty row
+    is defined but has no meaning, so that images can be padded to O instances.
     """
     return (_resnet if isinstance(visual, ModifiedResNet) else _vit)(visual, images, own)
 
@@ -48,7 +49,7 @@ def embed_by_instance(visual: Any, images: Tensor, own: Tensor) -> Tensor:
 def _vit(visual: Any, images: Tensor, own: Tensor) -> Tensor:
     x = visual._embeds(images)  # (B, 1 + P, W): CLS, patches
     first, count = x.shape[1], own.shape[1]
-    x = torch.cat([x, x[:, :1].expand(-1, count, -1)], 1)  # and O more CLS tokens
+    x = torch.cat([x, x[:, :1].expand(-1, count, -1)], 1)  # (B, 1 + P + O, W): O more CLS tokens
     allowed = _with_itself(own)[:, None]
     for block in visual.transformer.resblocks:
         x = x + block.ls_1(_attend(block.attn, block.ln_1(x), first, allowed))
@@ -58,7 +59,8 @@ def _vit(visual: Any, images: Tensor, own: Tensor) -> Tensor:
 
 
 def _attend(attention: Any, x: Tensor, first: int, allowed: Tensor) -> Tensor:
-    """Self-attention of the first `first` tokens among themselves; the others look at patches and at themselves, as `allowed`."""
+    """Self-attention of the first `first` tokens among themselves; the others attend to patches and to themselves,
+    where `allowed` (B, 1, O, P + O) is True. x (B, 1 + P + O, W) -> the same shape."""
     qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias).unflatten(-1, (3, attention.num_heads, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, tokens, width of a head) each
     shared = F.scaled_dot_product_attention(q[:, :, :first], k[:, :, :first], v[:, :, :first])
@@ -71,7 +73,7 @@ def _resnet(visual: Any, images: Tensor, own: Tensor) -> Tensor:
     for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
         x = layer(x)
     cells, pool = x.flatten(2).transpose(1, 2), visual.attnpool  # (B, P, W)
-    own = torch.cat([own.new_ones(len(own), 1, own.shape[2]), own], 1)  # the image itself owns every cell
+    own = torch.cat([own.new_ones(len(own), 1, own.shape[2]), own], 1)  # the image owns every cell
     share = own.to(cells.dtype)
     mean = (share / share.sum(-1, keepdim=True).clamp(min=1)) @ cells
     position = pool.positional_embedding.to(cells.dtype)
@@ -82,13 +84,15 @@ def _resnet(visual: Any, images: Tensor, own: Tensor) -> Tensor:
         return tokens.unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
 
     found = F.scaled_dot_product_attention(
-        heads(pool.q_proj(query)), heads(pool.k_proj(sources)), heads(pool.v_proj(sources)),
+        heads(pool.q_proj(query)),
+        heads(pool.k_proj(sources)),
+        heads(pool.v_proj(sources)),
         attn_mask=_with_itself(own)[:, None],
-    )  # fmt: skip
+    )
     return pool.c_proj(found.transpose(1, 2).flatten(2))
 
 
 def _with_itself(own: Tensor) -> Tensor:
-    """(B, O, P) -> (B, O, P + O): a token that owns these patches also sees itself, as the CLS token does."""
+    """(B, O, P) -> (B, O, P + O): a token that owns these patches also attends to itself, as the CLS token does."""
     itself = torch.eye(own.shape[1], dtype=torch.bool, device=own.device)
     return torch.cat([own, itself.expand(len(own), -1, -1)], -1)

@@ -1,7 +1,8 @@
 """Pixel decoder and query decoder of MaskFormer (Cheng et al. 2021), as in its COCO panoptic setting.
 
-A transformer encoder over stride 32, an FPN from there to stride 4, and DETR's decoder over the encoder's map. There is no
-dropout (published: 0.1): every random draw of a training step comes from the step's own generator, and dropout takes none.
+A transformer encoder over stride 32, an FPN from there to stride 4, and DETR's decoder over the encoder's map. There is
+no dropout (published: 0.1): every random draw of a training step comes from the step's own generator, and dropout
+cannot take one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from models.query_decoder import Attention, DecoderLayer
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and FFN, each followed by its norm; positions are added to queries and keys, not to values."""
+    """Self-attention and FFN, each followed by its norm; positions are added to queries and keys, not to values.
+
+    tokens (B, S, dim), positions (S, dim) -> (B, S, dim).
+    """
 
     def __init__(self, *, dim: int, heads: int, ffn: int) -> None:
         super().__init__()
@@ -39,11 +43,13 @@ def _conv_norm(width: int, dim: int) -> nn.Sequential:
 
 
 class FPNPixelDecoder(nn.Module):
-    """Four backbone maps to the map that queries read, at stride 32, and the mask features, at stride 4.
+    """Four backbone maps to the map that the queries attend to, at stride 32, and the mask features, at stride 4.
 
-    channels: of the backbone maps at strides 4, 8, 16, 32.  dim: width of everything inside, a multiple of 8.
-    layers: 6 as published for COCO panoptic. With 0, the published semantic setting, the FPN starts from the backbone's
-    own stride 32 map.
+    Args:
+        channels: of the backbone maps at strides 4, 8, 16, 32. dim: width of all inner maps, a multiple of 8.
+        heads: of the attention. ffn: hidden width of the FFNs.
+        layers: 6 as published for COCO panoptic. With 0, the published semantic setting, the FPN starts from the
+            backbone's own stride 32 map.
     """
 
     def __init__(self, *, channels: Sequence[int], dim: int, heads: int, layers: int, ffn: int) -> None:
@@ -84,7 +90,9 @@ class FPNPixelDecoder(nn.Module):
 class DETRLayer(DecoderLayer):
     """The parts of Mask2Former's layer in DETR's order: self-attention first, then cross-attention to the whole map."""
 
-    def forward(self, x: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, positions: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
         placed = x + positions
         x = self.self_norm(x + self.self_attention(placed, placed, x))
         x = self.cross_norm(x + self.cross_attention(x + positions, keys, values))
@@ -92,7 +100,11 @@ class DETRLayer(DecoderLayer):
 
 
 class DETRDecoder(nn.Module):
-    """Learned queries, zero but for their positions at the start, read the stride 32 map in every layer."""
+    """Queries that attend to the stride 32 map in every layer; they start at zero, and their positions are learned.
+
+    Args:
+        queries: Q. dim: width C. heads: of the attention. layers: L. ffn: hidden width of the FFNs.
+    """
 
     def __init__(self, *, queries: int, dim: int, heads: int, layers: int, ffn: int) -> None:
         super().__init__()
@@ -106,8 +118,8 @@ class DETRDecoder(nn.Module):
 
     def forward(self, tokens: Tensor, mask_features: Tensor) -> tuple[Tensor, MaskLogits]:
         """tokens (B, H/32 * W/32, dim), mask_features (B, dim, H/4, W/4)
-        -> features (L, B, Q, dim) after the final norm, and masks of L x B x Q maps (H/4, W/4), L = layers: queries that
-        have not looked yet are all zero, so their output says nothing and is not among them.
+        -> features (L, B, Q, dim) after the final norm, and masks of L x B x Q maps (H/4, W/4), L = layers. The queries
+        before the first layer are all zero, so there is no output for them.
         """
         height, width = mask_features.shape[-2:]
         keys = tokens + sine_positions(height // 8, width // 8, self.dim, tokens.device)

@@ -1,4 +1,4 @@
-"""Which query answers for which segment: bipartite matching, for every decoder output (sigma^ of paper Eq. 1)."""
+"""The assignment of segments to queries: bipartite matching, for every decoder output (sigma^ of paper Eq. 1)."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def match(
 ) -> Tensor:
     """Assign segments to queries at least cost, for all layers and images.
 
-    The cost of (query, segment) is the loss it would bring: class_weight * (focal loss of the segment's class as
-    positive minus as negative) + bce_weight * BCE + dice_weight * dice, the last two over `points` uniform points that
-    all layers of an image share. With `mask_loss` "full", as in MaskFormer, bce_weight weighs a focal loss, and both it
-    and dice are over all pixels of the predicted maps, the segments resized to these (nearest).
+    The cost of (query, segment) is the loss of that pair: class_weight * (focal loss of the segment's class as positive
+    minus as negative) + bce_weight * BCE + dice_weight * dice, the last two over `points` uniform points that all
+    layers of an image share. With `mask_loss` "full", as in MaskFormer, bce_weight is the weight of a focal loss, and
+    both it and dice are over all pixels of the predicted maps, the segments resized to these (nearest).
 
     Args:
-        class_logits: (L, B, Q, K), over the K classes that may be learnt. mask_logits: (L, B, Q, h, w).
+        class_logits: (L, B, Q, K), over the K seen classes. mask_logits: (L, B, Q, h, w).
         labels: B tensors (O_b,) int64 in [0, K). masks: B tensors (O_b, H, W) bool, of one size. O_b may be 0.
-        points: points an image. generators: B, whose own device draws them (see `models.losses.sample_points`).
-        alpha, gamma: the focal loss's.
+        points: points an image. generators: B, each draws on its own device (see `models.losses.sample_points`).
+        alpha, gamma: of the focal loss.
 
     Returns:
-        (L, B, Q) int64 on the logits' device: the index of the segment a query answers for, or -1. Every segment has
+        (L, B, Q) int64 on the logits' device: the index of the segment assigned to a query, or -1. Every segment has
         exactly one query in every layer while O_b <= Q; else Q of the segments have.
 
     Raises:
@@ -60,7 +60,7 @@ def match(
     if not any(counts):
         return torch.from_numpy(found).to(device)
 
-    # segments of all images side by side, (B, most) with empty places at the end
+    # segments of all images side by side, (B, max O_b), padded at the end
     image = torch.repeat_interleave(torch.tensor(counts))
     place = torch.cat([torch.arange(count) for count in counts])
     image, place = image.to(device), place.to(device)
@@ -86,7 +86,7 @@ def match(
             else:
                 cost = _mask_cost(values, truth, bce_weight, dice_weight)
             costs.append(cost + class_weight * _focal_cost(own, alpha, gamma))
-    cost = torch.stack(costs).cpu().numpy()  # (L, B, Q, most), the only copy from the device
+    cost = torch.stack(costs).cpu().numpy()  # (L, B, Q, max O_b), the only copy from the device
     if not np.isfinite(cost).all():
         raise ModelError("predictions hold NaN or infinity: training has diverged; lower the learning rate")
 
@@ -111,17 +111,17 @@ def _all_pixels(mask_logits: Tensor | MaskLogits) -> Iterator[Tensor]:
 
 
 def _focal_cost(logits: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Elementwise: what a 1 costs here minus what the 0 would have cost (as in Deformable DETR)."""
+    """Elementwise focal loss with target 1 minus that with target 0 (as in Deformable DETR)."""
     positive = -alpha * torch.exp(gamma * F.logsigmoid(-logits)) * F.logsigmoid(logits)
     negative = -(1.0 - alpha) * torch.exp(gamma * F.logsigmoid(logits)) * F.logsigmoid(-logits)
     return positive - negative
 
 
 def _mask_cost(logits: Tensor, truth: Tensor, bce_weight: float, dice_weight: float) -> Tensor:
-    """Every query with every segment, at the same points: (B, Q, P) and (B, O, P) -> (B, Q, O).
+    """Mask cost of every query with every segment, at the same points: (B, Q, P) and (B, O, P) -> (B, Q, O).
 
     BCE(x, t) = softplus(x) - x t, so its mean over the points is a sum and a matrix product; dice likewise.
-    softplus(x) = max(x, 0) - log sigmoid(|x|) from the sigmoid that dice needs anyway: F.softplus was a third of the
+    softplus(x) = max(x, 0) - log sigmoid(|x|), from the sigmoid that dice needs anyway: F.softplus took a third of the
     matcher's time.
     """
     truth = truth.to(logits.dtype).transpose(1, 2)
@@ -135,7 +135,7 @@ def _mask_cost(logits: Tensor, truth: Tensor, bce_weight: float, dice_weight: fl
 def _full_mask_cost(
     logits: Tensor, truth: Tensor, focal_weight: float, dice_weight: float, alpha: float, gamma: float
 ) -> Tensor:
-    """Every query with every segment over all pixels: (B, Q, P) and (B, O, P) -> (B, Q, O), P = h w."""
+    """Mask cost of every query with every segment, over all pixels: (B, Q, P) and (B, O, P) -> (B, Q, O), P = h w."""
     truth = truth.to(logits.dtype).transpose(1, 2)
     background = -(1.0 - alpha) * torch.exp(gamma * F.logsigmoid(logits)) * F.logsigmoid(-logits)
     focal = _focal_cost(logits, alpha, gamma) @ truth + background.sum(2, keepdim=True)

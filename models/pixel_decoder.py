@@ -1,6 +1,6 @@
 """Pixel decoder of Mask2Former (Cheng et al. 2022): deformable attention over strides 8 to 32, then one FPN level.
 
-Small networks: GroupNorm keeps the published 8 channels a group below width 256 and 32 groups from there on.
+GroupNorm has 8 channels a group below width 256, and 32 groups from there on; at the published width 256 these agree.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.deformable import DeformableAttention, Shapes
 from models.linear import feed_forward, make_feed_forward
 
-LEVELS = 3  # strides 32, 16, 8: the maps that attention works on, in this order
+LEVELS = 3  # strides 32, 16, 8: the maps of the attention, in this order
 
 
 def group_norm(dim: int) -> nn.GroupNorm:
@@ -26,7 +26,8 @@ def group_norm(dim: int) -> nn.GroupNorm:
 @functools.lru_cache(maxsize=16)
 def sine_positions(height: int, width: int, dim: int, device: torch.device) -> Tensor:
     """Sine position embedding, normalised to 2 pi: (height * width, dim) float32, y in the first half, then x."""
-    with torch.inference_mode(False):  # a cached inference tensor could not be used in training later
+    # the result is cached, and an inference tensor could not be used in training later
+    with torch.inference_mode(False):
         pairs = torch.arange(dim // 4, device=device)
         period = 10000 ** (pairs / (dim // 4))
 
@@ -41,6 +42,8 @@ def sine_positions(height: int, width: int, dim: int, device: torch.device) -> T
 
 
 class EncoderLayer(nn.Module):
+    """Deformable attention and FFN, each followed by its norm; tokens (B, S, dim), positions (S, dim) -> tokens."""
+
     def __init__(self, *, dim: int, heads: int, points: int, ffn: int) -> None:
         super().__init__()
         self.attention = DeformableAttention(dim=dim, heads=heads, levels=LEVELS, points=points)
@@ -54,9 +57,12 @@ class EncoderLayer(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Four backbone maps to three attended maps and the mask features.
+    """Four backbone maps to three encoded maps and the mask features.
 
-    channels: of the backbone maps at strides 4, 8, 16, 32.  dim: width of everything inside, a multiple of 8.
+    Args:
+        channels: of the backbone maps at strides 4, 8, 16, 32. dim: width of all inner maps, a multiple of 8.
+        heads, points: of the deformable attention, points a level. layers: of the encoder. ffn: hidden width of the
+            FFNs.
     """
 
     def __init__(self, *, channels: Sequence[int], dim: int, heads: int, layers: int, ffn: int, points: int) -> None:
@@ -73,7 +79,7 @@ class PixelDecoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The published start of the convolutions; the deformable layers have their own."""
+        """The published initial values of the convolutions; the deformable layers have their own."""
         for conv in (module for module in self.modules() if isinstance(module, nn.Conv2d)):
             nn.init.kaiming_uniform_(conv.weight, a=1)
             if conv.bias is not None:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from models.errors import ModelError
 
-MAX_SCALE = 100.0  # CLIP's own limit
+MAX_SCALE = 100.0  # as in CLIP
 
 
 def class_products(v: Tensor, text: Tensor) -> Tensor:
-    """v (..., D), text (K, D) -> scalar products (..., K); of text (K, S, D), S names a class, the largest of each class."""
+    """Scalar products: v (..., D), text (K, D) -> (..., K); of text (K, S, D), S names a class, the largest a class."""
     products = v @ text.flatten(0, -2).T
     return products.unflatten(-1, text.shape[:2]).amax(-1) if text.ndim == 3 else products
 
@@ -23,14 +23,14 @@ def class_products(v: Tensor, text: Tensor) -> Tensor:
 class Projector(nn.Module):
     """V = P(F), an MLP, and the class logits l_qk = e^s cos(v_q, a_k) + b (D1).
 
-    e^s starts at 20 and b at -0.6 * 20, the focal prior (-4.6) for wrong classes at cosine 0.37: they are learnt,
-    but travel slowly, so give `log_scale` and `bias` a learning rate of their own and no weight decay.
+    e^s starts at 20 and b at -0.6 * 20, the focal prior (-4.6) for wrong classes at cosine 0.37. Both are learned, but
+    slowly, so give `log_scale` and `bias` a learning rate of their own and no weight decay.
 
     Attributes:
-        log_scale: s, scalar; e^s is held at 100 or below wherever it is used (above, s has no gradient).
+        log_scale: s, scalar; e^s is clamped to 100 wherever it is used (above, s has no gradient).
         bias: b, scalar.
         text_center: (D,) buffer subtracted from the text rows before the cosine (option `text_centering` of D1: the
-            mean of the seen rows); zeros, its start, leave them as they are.
+            mean of the seen rows); zeros at the start.
 
     Args:
         dim: C, size of a query feature. text_dim: D, size of a text embedding.
@@ -58,7 +58,7 @@ class Projector(nn.Module):
         return self.mlp(features)
 
     def logits(self, v: Tensor, text: Tensor) -> Tensor:
-        """Class logits: v (..., D), text (K, D) -> (..., K), in the parameters' precision whatever autocast says.
+        """Class logits: v (..., D), text (K, D) -> (..., K), in the parameters' precision, under autocast too.
 
         Text (K, S, D) has S names a class, which gets the largest of their logits.
         """

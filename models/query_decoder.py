@@ -1,7 +1,7 @@
 """Masked-attention query decoder of Mask2Former (Cheng et al. 2022).
 
-Attention masks come from mask features that were resized once a level, not from full-size masks that are resized once a
-layer: both are linear, so the result is the same, and full-size masks are computed only where they are asked for.
+Attention masks are computed from mask features resized once a level, not from full-size masks resized once a layer:
+both are linear, so the result is the same, and full-size masks are computed only where they are used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """query (B, Q, C), key and value (B, S, C), allowed (B, Q, S) bool, True = may look -> (B, Q, C)."""
+        """query (B, Q, C), key and value (B, S, C), allowed (B, Q, S) bool, True = attends -> (B, Q, C)."""
         weights, biases = self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3)
         q, k, v = (
             linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -43,7 +43,10 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Masked cross-attention, self-attention, FFN, each followed by its norm."""
+    """Masked cross-attention, self-attention, FFN, each followed by its norm.
+
+    x (B, Q, C), positions (Q, C), keys and values (B, S, C), allowed (B, Q, S) bool -> (B, Q, C).
+    """
 
     def __init__(self, *, dim: int, heads: int, ffn: int) -> None:
         super().__init__()
@@ -62,7 +65,11 @@ class DecoderLayer(nn.Module):
 
 
 class QueryDecoder(nn.Module):
-    """Learned queries read the pixel decoder's maps, strides 32, 16, 8 in turn, each only where its last mask is."""
+    """Learned queries that attend to the pixel decoder's maps, strides 32, 16, 8 in turn, each inside its last mask.
+
+    Args:
+        queries: Q. dim: width C. heads: of the attention. layers: L - 1. ffn: hidden width of the FFNs.
+    """
 
     def __init__(self, *, queries: int, dim: int, heads: int, layers: int, ffn: int) -> None:
         super().__init__()
@@ -105,6 +112,6 @@ class QueryDecoder(nn.Module):
 
 
 def attention_mask(logits: Tensor) -> Tensor:
-    """Where a query may look: mask logits (B, Q, S) >= 0; everywhere for a query whose mask is empty."""
+    """Where a query attends, (B, Q, S) bool: at mask logits (B, Q, S) >= 0; everywhere if its mask is empty."""
     allowed = logits >= 0
     return allowed | ~allowed.any(-1, keepdim=True)

@@ -1,7 +1,7 @@
 """The frozen CLIP: any open_clip model, the small one that ships with the package included, behind a few methods.
 
-Its image embedding is what the paper calls the CLS token (D10: convolutional CLIPs have none). Images come into the square
-input as a whole, never cropped at the centre, so that no instance falls outside the teacher's view.
+Its image embedding is the paper's "CLS token" (D10: convolutional CLIPs have none). The whole image is resized into the
+square input, never cropped at the centre, so that no instance lies outside it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Resize = Literal["squeeze", "letterbox"]
 class Teacher(nn.Module):
     """A frozen CLIP with its own preprocessing. Embeddings are float32 rows of unit length, of width `dim`.
 
-    `resize`, wherever it is taken: "squeeze" stretches the whole image to the square input of S pixels; "letterbox" keeps its
-    shape, centred between borders of the fill colour.
+    `resize`, wherever it is taken: "squeeze" stretches the whole image to the square input of S pixels; "letterbox"
+    keeps its shape, centred between borders of the fill colour.
     """
 
     mean: Tensor
@@ -56,7 +56,7 @@ class Teacher(nn.Module):
 
     @property
     def background(self) -> Tensor:
-        """The fill colour (3, 1, 1) in the units of a prepared image: black ("zero") or the teacher's mean colour ("mean")."""
+        """The fill colour (3, 1, 1), normalised as a prepared image: black ("zero") or the teacher's mean ("mean")."""
         return torch.zeros_like(self.mean) if self.fill == "mean" else -self.mean / self.std
 
     def place(self, shape: Sequence[int], resize: Resize) -> tuple[int, int, int, int]:
@@ -78,10 +78,10 @@ class Teacher(nn.Module):
         return square
 
     def mask(self, prepared: Tensor, masks: Tensor, resize: Resize = "squeeze") -> Tensor:
-        """Keep only each segment: prepared image (3, S, S) and masks (O, H, W) bool -> inputs (O, 3, S, S).
+        """One input a segment, showing it alone: prepared image (3, S, S) and masks (O, H, W) bool -> (O, 3, S, S).
 
-        The rest becomes the fill colour, which is part of the teacher (D10). A segment's share of a pixel of the small input
-        blends it with the fill, so that thin segments do not vanish.
+        The rest has the fill colour, which is part of the teacher (D10). A pixel of the small input is blended with the
+        fill by the segment's share of it, so that thin segments do not vanish.
         """
         top, left, height, width = self.place(masks.shape[-2:], resize)
         share = F.interpolate(masks[:, None].float(), size=(height, width), mode="bilinear", antialias=True)
@@ -97,7 +97,8 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def encode_by_instance(self, images: Tensor, own: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Embed prepared images (B, 3, S, S), and their instances by the patches they own, in one pass -> (B, 1 + O, D).
+        """Embed prepared images (B, 3, S, S), and their instances by the patches they own, in one pass -> (B, 1 + O,
+        D).
 
         `own` (B, O, P) bool, P patches as in `patches`; see models/masked_attention.py.
         """
@@ -105,12 +106,12 @@ class Teacher(nn.Module):
 
     @property
     def patches(self) -> tuple[int, int]:
-        """Rows and columns of the image tower's patches. Raises ModelError for a tower that cannot attend by instance."""
+        """Rows and columns of the image tower's patches. Raises ModelError as `masked_attention.patch_grid`."""
         return patch_grid(self.clip.visual)
 
     @torch.no_grad()
     def encode_texts(self, sentences: list[str]) -> Tensor:
-        """Embed sentences -> (n, D)."""
+        """Embed n sentences -> (n, D)."""
         device = next(self.clip.parameters()).device
         return F.normalize(self.clip.encode_text(self.tokenizer(sentences).to(device)).float(), dim=-1)
 
@@ -119,7 +120,8 @@ class Teacher(nn.Module):
         if dtype == torch.float32:
             return self.clip
         if dtype not in self._in_half:
-            clip = copy.copy(self.clip)  # shares all modules; the image tower alone is replaced
+            # shares all modules; the image tower alone is replaced
+            clip = copy.copy(self.clip)
             clip._modules = {**self.clip._modules, "visual": copy.deepcopy(self.clip.visual).to(dtype)}
             self._in_half[dtype] = clip
         return self._in_half[dtype]
@@ -130,23 +132,26 @@ def load_teacher(
 ) -> Teacher:
     """Load a frozen CLIP through open_clip.
 
-    `name` is an open_clip model name, or "small" for the shipped one. `pretrained` is an open_clip tag (from the hub, or its cache on
-    this machine), a local weights file, a folder with the files of the model's repository on the hub, "shipped" (the small one's own
-    weights), or "random" for weights drawn from `seed`, which only makes sense in trials.
+    `name` is an open_clip model name, or "small" for the shipped one. `pretrained` is an open_clip tag (from the hub,
+    or its cache on this machine), a local weights file, a folder with the files of the model's repository on the hub,
+    "shipped" (the small one's own weights), or "random" for weights drawn from `seed`, which only makes sense in
+    trials.
 
-    Raises ModelError where the model, its weights or its tokenizer cannot be had, naming what to fetch and where to put it.
+    Raises ModelError where the model, its weights or its tokenizer cannot be had, naming what to fetch and where to put
+    it.
     """
     identifier = f"local-dir:{SMALL_CLIP}" if name == "small" else name
     if (name == "small") != (pretrained == "shipped") and pretrained != "random":
         raise ModelError(f"teacher {name!r} with weights {pretrained!r}: 'small' goes with 'shipped', and only with it")
     if _uses_transformers(name) and find_spec("transformers") is None:
         raise ModelError(
-            f"teacher {name!r} takes its tokenizer from the package transformers, which is not installed; the extra `hf` brings it: "
-            "`make install-dev`, or `pip install --editable '.[hf]'` in the folder of zs-seg"
+            f"teacher {name!r} takes its tokenizer from the package transformers, which is not installed; the extra "
+            "`hf` brings it: `make install-dev`, or `pip install --editable '.[hf]'` in the folder of zs-seg"
         )
     folder = Path(pretrained) if is_teacher_folder(pretrained) else None
     preprocessing = None if name == "small" or pretrained == "random" else _preprocessing(name, pretrained, folder)
-    with torch.random.fork_rng():  # random weights must not move anybody else's random state
+    # random weights are drawn without a change to the caller's random state
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
             clip = open_clip.create_model(
@@ -156,7 +161,8 @@ def load_teacher(
                 else str(folder / WEIGHTS if folder else pretrained),
                 load_weights=pretrained != "random",
                 require_pretrained=pretrained != "random",
-                pretrained_text=pretrained != "random",  # else a text tower of the hub would bring its own weights
+                # else a text tower of the hub would load its own weights
+                pretrained_text=pretrained != "random",
                 force_preprocess_cfg=preprocessing,
                 device=torch.device(device),
             )
@@ -170,7 +176,8 @@ def load_teacher(
 
 
 def _preprocessing(name: str, pretrained: str, folder: Path | None) -> dict[str, Any] | None:
-    """How the weights want their images normalised, as far as open_clip does not find that out; a bare file does not say it."""
+    """Mean and standard deviation of the weights' preprocessing, where open_clip does not determine them itself, as for
+    a bare file; else None. Raises ModelError where they are ambiguous."""
     if folder:
         return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("preprocess_cfg")
     tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
@@ -179,23 +186,25 @@ def _preprocessing(name: str, pretrained: str, folder: Path | None) -> dict[str,
         return None
     if any(one != known[0] for one in known):
         raise ModelError(
-            f"weights of {name} differ in how images are normalised, and file {pretrained} does not say it; put it with its "
-            f"repository's {CONFIG} into a folder, as {WEIGHTS}, and pass --teacher.pretrained FOLDER"
+            f"weights of {name} differ in how images are normalised, and file {pretrained} does not contain it; put it "
+            f"with its repository's {CONFIG} into a folder, as {WEIGHTS}, and pass --teacher.pretrained FOLDER"
         )
     return known[0]
 
 
 def _advice(name: str, pretrained: str, error: Exception) -> str:
-    """One line that says which weights are missing and how to bring them."""
+    """One line that names the missing weights and how to get them."""
     reason = _reason(error)
     if name == "small":
         return f"the shipped teacher in {SMALL_CLIP} cannot be read ({reason}); install the package again"
     if name not in open_clip.list_models():
-        return f"open_clip knows no model {name!r}; `python -c 'import open_clip; print(open_clip.list_models())'` lists them"
+        listing = "python -c 'import open_clip; print(open_clip.list_models())'"
+        return f"open_clip has no model {name!r}; `{listing}` lists them"
+    cure = "download it again, or correct --teacher.name"
     if Path(pretrained).is_file():
-        return f"weights file {pretrained} cannot be read as {name} ({reason}); download it again, or correct --teacher.name"
+        return f"weights file {pretrained} cannot be read as {name} ({reason}); {cure}"
     if is_teacher_folder(pretrained):
-        return f"{Path(pretrained) / WEIGHTS} cannot be read as {name} ({reason}); download it again, or correct --teacher.name"
+        return f"{Path(pretrained) / WEIGHTS} cannot be read as {name} ({reason}); {cure}"
     known = open_clip.get_pretrained_cfg(name, pretrained)
     if not known:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
@@ -203,8 +212,8 @@ def _advice(name: str, pretrained: str, error: Exception) -> str:
     repository, _, file = known["hf_hub"].rpartition("/")
     source = f"https://huggingface.co/{repository}/resolve/main/{file or WEIGHTS}" if repository else known["url"]
     return (
-        f"cannot load weights {pretrained!r} of {name} ({reason}); fetch {source} on a machine with a network and pass the file with "
-        f"--teacher.pretrained FILE"
+        f"cannot load weights {pretrained!r} of {name} ({reason}); fetch {source} on a machine with a network and pass "
+        f"the file with --teacher.pretrained FILE"
         + f", or bring it into the cache {_cache()} with `hf download {repository}`"
         * bool(repository)
     )
@@ -220,12 +229,13 @@ def _uses_transformers(name: str) -> bool:
 
 
 def _tokenizer_advice(name: str, error: Exception) -> str:
-    """One line that says which tokenizer files are missing and how to bring them."""
+    """One line that names the missing tokenizer files and how to get them."""
     text = _text_config(name)
     repository = text.get("hf_tokenizer_name") or text.get("hf_model_name") or f"timm/{name}"
     return (
-        f"the tokenizer of {name} cannot be had ({_reason(error)}); fetch {TOKENIZER}, tokenizer_config.json, {CONFIG} and {WEIGHTS} of "
-        f"https://huggingface.co/{repository} into one folder and pass --teacher.pretrained FOLDER, or load it once with a network, which fills the cache {_cache()}"
+        f"the tokenizer of {name} cannot be had ({_reason(error)}); fetch {TOKENIZER}, tokenizer_config.json, {CONFIG} "
+        f"and {WEIGHTS} of https://huggingface.co/{repository} into one folder and pass --teacher.pretrained FOLDER, "
+        f"or load it once with a network, which fills the cache {_cache()}"
     )
 
 

@@ -1,5 +1,7 @@
-"""Where networks lie as files: the two that ship with the package, and a teacher in the layout of its repository on the hub.
-Imports nothing heavy."""
+"""Paths of networks: the two that ship with the package, and a teacher in the layout of its repository on the hub.
+
+Imports no torch, so that every config may import it.
+"""
 
 from __future__ import annotations
 
@@ -14,5 +16,5 @@ TOKENIZER = "tokenizer.json"  # only of models whose text tower is not CLIP's ow
 
 
 def is_teacher_folder(path: str | Path) -> bool:
-    """Does the folder hold an open_clip model as its repository does?"""
+    """Whether `path` is a folder with an open_clip model in the layout of its repository."""
     return (Path(path) / CONFIG).is_file()

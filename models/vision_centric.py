@@ -1,8 +1,8 @@
-"""The comparison that needs no language in its features: a trained linear classifier, and a generator made of primitives.
+"""The comparison without language in its features: a trained linear classifier, and a generator of learned primitives.
 
-The idea is that of PADing (He et al., CVPR 2023), the method that the paper compares with: a plain segmenter, features of unseen
-classes put together from learned primitives, and a classifier trained on both. Only the idea: its disentanglement and its
-alignment of relations are left out.
+The idea is that of PADing (He et al., CVPR 2023), with which the paper compares: a plain segmenter, features of unseen
+classes generated from learned primitives, and a classifier trained on both. PADing's disentanglement and its alignment
+of relations are left out.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-PRIOR = 0.01  # a class's probability before anything is learned (Lin et al. 2017)
+PRIOR = 0.01  # initial probability of a class (Lin et al. 2017)
 HEADS = 4
 
 
 class LinearClassifier(nn.Module):
-    """One weight row and one bias a class, in place of the projector: it knows nothing of names.
+    """One weight row and one bias a class, in place of the projector; text embeddings are not used.
 
-    It begins with all rows zero and every class at probability `PRIOR`, so a class that it was never shown stays there.
+    All rows start at zero and every class at probability `PRIOR`, where a class that is not in the training data stays.
 
     Args:
         dim: C, size of a query feature. classes: K.
@@ -33,23 +33,24 @@ class LinearClassifier(nn.Module):
         nn.init.constant_(self.linear.bias, math.log(PRIOR / (1 - PRIOR)))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Query features (..., C) as they are: what the projector makes of them has no counterpart here."""
+        """Query features (..., C), unchanged: there is no projection."""
         return features
 
     def logits(self, v: Tensor, text: Tensor) -> Tensor:
-        """Class logits: v (..., C), text (n, K) rows of the identity, which choose n of the K classes -> (..., n)."""
+        """Class logits: v (..., C), text (n, K), rows of the identity that select n of the K classes -> (..., n)."""
         return self.linear(v) @ text.T
 
 
 class PrimitiveGenerator(nn.Module):
-    """Query features out of learned primitives: a class's text embedding and noise ask, by cross-attention, for a mixture.
+    """Query features as mixtures of learned primitives, by cross-attention from a class's text embedding and noise.
 
     It is trained as a moment-matching network, by L_mmd alone (paper Eq. 6), and has `Generator`'s interface.
 
     Args:
-        dim: C, size of a query feature. text_dim: D, size of a text embedding and of the noise. hidden: width, a multiple of
-            `HEADS`. text_scale: as `Generator`'s, for its noise is as long. primitives: how many are learned. layers: attention
-            blocks.
+        dim: C, size of a query feature. text_dim: D, size of a text embedding and of the noise. hidden: width, a
+            multiple of `HEADS`. text_scale: as of `Generator`, whose noise has the same length. primitives: their
+            number. layers:
+            attention blocks.
     """
 
     def __init__(
@@ -71,8 +72,8 @@ class PrimitiveGenerator(nn.Module):
         """Features of the classes `text` (N, D), unit norm, from the noise `eps` (N, D).
 
         Returns:
-            generated features (N, C), and zeros (N, D) twice: it has no latent, so `kl_loss` of these is 0. `features` (N, C)
-            are not looked at; the loss compares with them.
+            generated features (N, C), and zeros (N, D) twice: it has no latent, so `kl_loss` of these is 0. `features`
+            (N, C) are not used; the loss compares with them.
         """
         hidden = self.ask(torch.cat((self.scale * text, eps), dim=-1))
         primitives = self.primitives[None]
@@ -84,6 +85,6 @@ class PrimitiveGenerator(nn.Module):
 
     @torch.no_grad()
     def generate(self, text: Tensor, *, noise_into: Literal["encoder", "latent"], rng: torch.Generator) -> Tensor:
-        """Features of classes known by text alone: (U, D) -> (U, C), no gradient; noise has one way in, whatever `noise_into`."""
+        """Features of classes from their text alone: (U, D) -> (U, C), no gradient; `noise_into` has no effect."""
         noise = torch.randn(len(text), self.text_dim, generator=rng, device=rng.device).to(text)
         return self(text.new_zeros(len(text), self.dim), text, noise)[0]

@@ -1,7 +1,8 @@
-"""A 3 x 3 convolution with a quarter of the multiplications (Lavin and Gray 2016, F(4 x 4, 3 x 3)), for inference on a CPU.
+"""A 3 x 3 convolution with a quarter of the multiplications (Lavin and Gray 2016, F(4 x 4, 3 x 3)), for CPU inference.
 
-Four by four outputs come from a tile of six by six inputs: both the tile and the kernel are transformed, multiplied number by
-number, and transformed back. So the convolution is 36 matrix products of a ninth of its 144 multiplications per output each.
+Four by four outputs are computed from a tile of six by six inputs: tile and kernel are transformed, multiplied
+elementwise, and transformed back. Over all channels and tiles that is 36 matrix products: 36 multiplications a tile in
+place of 144.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)  # and infinity; half of the rounding error of the usual 0, 1, -1, 2, -2
-CHUNK = 16384  # numbers of a tile's 36 places that are worked on at once: they stay in the processor's cache
+# and infinity; half of the rounding error of the usual 0, 1, -1, 2, -2
+POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
+# numbers at each of a tile's 36 places in one block of work, which so stays in the processor's cache
+CHUNK = 16384
 
 
 def transforms() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of outputs (4, 6), kernels (6, 3) and inputs (6, 6), along one axis: Toom and Cook's product of polynomials, known
-    by its values at `POINTS`."""
+    """The matrices that transform outputs (4, 6), kernels (6, 3) and inputs (6, 6) along one axis.
+
+    Toom and Cook: a product of polynomials is determined by its values at `POINTS`.
+    """
     points = np.array(POINTS)
     others = [np.delete(points, i) for i in range(5)]
     outputs = np.zeros((4, 6))
@@ -35,7 +40,7 @@ def transforms() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 class WinogradConv(nn.Module):
-    """The same as `conv`, with its weights at the time, but for rounding. It cannot be trained."""
+    """Equal to `conv` with its present weights, but for rounding. It cannot be trained."""
 
     weight: Tensor
     inputs: Tensor
@@ -56,7 +61,7 @@ class WinogradConv(nn.Module):
 
     @staticmethod
     def fits(conv: nn.Conv2d) -> bool:
-        """Whether it can stand for `conv`, and has enough channels to be the faster."""
+        """Whether it can replace `conv`, and `conv` has enough channels for it to be faster."""
         shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
         return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and min(conv.in_channels, conv.out_channels) >= 128
 

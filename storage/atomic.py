@@ -14,7 +14,7 @@ _SUFFIX = ".writing"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a free path beside `path` to write a file or folder to; on success that takes `path`'s place, else it goes.
+    """Yields a free path beside `path` to write a file or folder to; on success it replaces `path`, else it is deleted.
 
     A file is replaced in one rename. A folder that is already there is removed first.
     """
@@ -45,7 +45,7 @@ def clean(folder: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """Remove a file or a whole folder; nothing happens when there is none, or when somebody else deletes it just now."""
+    """Remove a file or a whole folder; nothing happens when there is none, or another process deletes it meanwhile."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, onerror=_unless_gone)
     else:
@@ -58,7 +58,7 @@ def _unless_gone(_function: Any, _path: Any, caught: Any) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Have the system put a file's or folder's content on the disk."""
+    """Flush a file's or folder's content to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -87,7 +87,8 @@ def _save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, s
         try:
             save_file(dict(tensors), temporary, metadata=metadata)
         except SafetensorError as error:
-            if number := re.search(r"os error (\d+)", str(error)):  # a full disk and its like, for whoever knows these
+            # a full disk and similar faults as the OSError that callers handle
+            if number := re.search(r"os error (\d+)", str(error)):
                 code = int(number[1])
                 raise OSError(code, os.strerror(code), str(path)) from error
             raise

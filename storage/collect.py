@@ -1,4 +1,4 @@
-"""What in a store nobody needs any more, and how to remove it while others read and build."""
+"""Finds artefacts of a store that no run needs, and removes them while other processes read and build."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from storage.store import MANIFEST, REMOVED, Store
 
 @dataclass(frozen=True, kw_only=True)
 class Waste:
-    """A folder to remove: `name` for people, its size in `bytes`, and the reason. `ref`: whose it is, None for what an earlier
-    removal left."""
+    """A folder to remove: `name` to print, its size in `bytes`, and the reason. `ref`: its artefact, None for what an
+    earlier removal left."""
 
     path: Path
     ref: Ref | None
@@ -32,7 +32,7 @@ class Waste:
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """`waste`; `kept`: the artefacts that stay; `kept_bytes`: their size; `locked`: what is being built, and left alone."""
+    """`waste`; `kept`: the artefacts that stay; `kept_bytes`: their size; `locked`: those being built, left alone."""
 
     waste: list[Waste]
     kept: list[Ref]
@@ -46,10 +46,11 @@ class Survey:
 
 
 def survey(store: Store, *, keep: int = 1, forget: Collection[str] = (), partial_age: float = 7 * 86400) -> Survey:
-    """What no named run reaches. Changes nothing.
+    """The folders that no named run reaches. Changes nothing.
 
-    Of every name the last `keep` lines count, names in `forget` do not; runs under way and builds under way always do. What a
-    killed build left goes when nothing in it was written for `partial_age` seconds; if a named run needs it, never.
+    Of every name the last `keep` lines count, names in `forget` do not; runs under way and builds under way always do.
+    What a killed build left goes when nothing in it was written for `partial_age` seconds; if a named run needs it,
+    never.
 
     Raises UserError when no run is recorded, when a name to forget is not, or when a record is damaged.
     """
@@ -89,19 +90,19 @@ def survey(store: Store, *, keep: int = 1, forget: Collection[str] = (), partial
         )
     kept = [ref for ref in complete if ref in reached]
     kept_bytes = sum(node.bytes for ref in kept if (node := lineage.node(ref)))
-    return Survey(waste=waste, kept=kept, kept_bytes=kept_bytes, locked=sorted(locked, key=str))  # fmt: skip
+    return Survey(waste=waste, kept=kept, kept_bytes=kept_bytes, locked=sorted(locked, key=str))
 
 
 def collect(store: Store, *, keep: int = 1, forget: Collection[str] = (), partial_age: float = 7 * 86400) -> Survey:
     """Remove what `survey` finds; returns what went.
 
-    No run begins between the look and the removal. Each folder is renamed out of sight under its artefact's lock before it is
-    deleted, so that a reader finds all of it or nothing; what somebody has begun to build since stays.
+    No run begins between survey and removal. Each folder is renamed under its artefact's lock before it is deleted, so
+    that a reader finds all of it or nothing; an artefact whose build has begun since stays.
 
     Raises UserError as `survey`, and when the store cannot be written.
     """
     runs, gone, aside = Runs(store), [], []
-    with runs.still():
+    with runs.exclusive():
         found = survey(store, keep=keep, forget=forget, partial_age=partial_age)
         for name in forget:
             runs.forget(name)
@@ -110,7 +111,7 @@ def collect(store: Store, *, keep: int = 1, forget: Collection[str] = (), partia
             try:
                 aside += store.set_aside(one.ref, one.path) if one.ref else [one.path]
                 gone.append(one)
-            except BlockingIOError:  # somebody builds it since
+            except BlockingIOError:  # its build has begun since
                 continue
     with store.mistakes_as_user_errors("gc"):
         for path in aside:
@@ -119,7 +120,7 @@ def collect(store: Store, *, keep: int = 1, forget: Collection[str] = (), partia
 
 
 def _earlier(lineage: Lineage, lines: Iterable[RunRecord]) -> dict[Ref, str]:
-    """What earlier lines of a name reached, or lines of a forgotten one -> which, in words."""
+    """Artefacts that recorded lines reach -> which line, as text; the latest where there are several."""
     found: dict[Ref, str] = {}
     for line in sorted(lines, key=lambda line: line.date, reverse=True):
         for ref in lineage.reach(line.refs.values()):
@@ -156,7 +157,7 @@ def _size(folder: Path) -> int:
 
 
 def _stats(folder: Path) -> Iterator[os.stat_result]:
-    """Of the folder and all in it; what goes meanwhile is left out."""
+    """Of the folder and all in it; what is deleted meanwhile is left out."""
     for path, _, names in os.walk(folder):
         for one in (path, *(os.path.join(path, name) for name in names)):
             with suppress(FileNotFoundError):

@@ -68,15 +68,17 @@ def _own(before: Node, after: Node) -> list[Difference]:
         return []
     old, new = ({"version": node.version, **_fields(node)} for node in (before, after))
     return [
-        Difference(stage=after.stage, field=f"{after.stage}.{name}", before=old.get(name, ABSENT), after=new.get(name, ABSENT))
+        Difference(
+            stage=after.stage, field=f"{after.stage}.{name}", before=old.get(name, ABSENT), after=new.get(name, ABSENT)
+        )
         for name in dict.fromkeys((*new, *old))
         if old.get(name, ABSENT) != new.get(name, ABSENT)
-    ]  # fmt: skip
+    ]
 
 
 def _fields(node: Node) -> dict[str, Any]:
-    """The config's fields by their dotted names. A stage that keeps more than its own settings has these under its own name, or its
-    artefact's, which is left out: cache-clip's tokens.crop is "crop"."""
+    """The config's fields by their dotted names. A stage that keeps more than its own settings has these under its own
+    name, or its artefact's, which is left out: cache-clip's tokens.crop is "crop"."""
     found: dict[str, Any] = {}
 
     def walk(value: Any, path: tuple[str, ...]) -> None:
@@ -91,7 +93,7 @@ def _fields(node: Node) -> dict[str, Any]:
 
 
 class Explainer:
-    """Says why the artefacts that a run needs are not there: what distinguishes each from the most similar one that is.
+    """Explains why a run's artefacts are missing: how each differs from the most similar one in the store.
 
     `recipes` are those of the run's stages.
     """
@@ -115,7 +117,7 @@ class Explainer:
             return f"no {node.stage} in this store yet"
         if not closest[1]:
             return f"{closest[0].ref} is alike in all that is known"
-        return self._told(node, closest[1])
+        return self._message(node, closest[1])
 
     def _remembered(self, before: Node, after: Node) -> list[Difference]:
         pair = (before.ref, after.ref)
@@ -123,7 +125,7 @@ class Explainer:
             self._own[pair] = _own(before, after)
         return self._own[pair]
 
-    def _told(self, node: Node, found: list[Difference]) -> str:
+    def _message(self, node: Node, found: list[Difference]) -> str:
         own = [difference for difference in found if difference.stage == node.stage]
         first = (own or found)[0]
         message = str(first)

@@ -1,4 +1,4 @@
-"""What the user can mend is a type of its own; any other exception is a fault of ours and keeps its traceback."""
+"""The error that the user can mend; any other exception is a fault of ours and keeps its traceback."""
 
 from __future__ import annotations
 

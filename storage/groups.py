@@ -1,7 +1,7 @@
 """A zarr 3 group of arrays, each written whole, as one chunk, by one writer.
 
-Whole groups only: on zarr 3.1, writers that share a chunk lose data silently. Equal arrays give equal bytes. Behind each array
-stands its CRC-32C, which `read_group` checks; groups of an older version lack it.
+Whole groups only: on zarr 3.1, writers that share a chunk lose data silently. Equal arrays give equal bytes. Behind
+each array stands its CRC-32C, which `read_group` checks; groups of an older version lack it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _fill(group: zarr.Group, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def check_group(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Is every file what writing `arrays`, as read from there, would make it? Raises UserError when one is not."""
+    """Compare every file with what writing `arrays`, as read from there, makes. Raises UserError where one differs."""
     expected: dict[str, Any] = {}
     _fill(zarr.open_group(MemoryStore(expected), mode="w", zarr_format=3), arrays)
     found = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
@@ -88,7 +88,7 @@ def _open(path: Path, name: str, dtype: np.dtype | type) -> tuple[zarr.Array, Pa
 def _damage_named(path: Path, name: str, stage: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # zarr and its codecs raise of everything
+    except Exception as error:  # zarr and its codecs raise many unrelated types
         what = f"{path}: array {name} is missing or damaged" if path.is_dir() else f"{path} is missing"
         cure = f"find the damage with `zs-seg verify` and rebuild it with `zs-seg run --force {stage}`"
         raise UserError(f"{what} ({' '.join(str(error).split())}); {cure}") from error

@@ -1,4 +1,7 @@
-"""Segment ids as colours, COCO's panoptic PNGs: id = R + 256 G + 65536 B. Needs no torch, so that every command may import it."""
+"""Segment ids as colours, COCO's panoptic PNGs: id = R + 256 G + 65536 B.
+
+Imports no torch, so that every command may import it.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from storage.store import MANIFEST, Store
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """An artefact, there or only planned: its recipe and, if it is there, what its manifest says besides.
+    """An artefact, complete or planned: its recipe and, if complete, the rest of its manifest.
 
     `config` is plain JSON. `bytes` and `files` are the size and number of its files.
     """
@@ -40,8 +40,11 @@ Lookup = Callable[[Ref], Node | None]
 
 
 class Lineage:
-    """The artefacts of a store as a graph, as it was when it was first asked. A manifest is read when it is needed, quickly and
-    without the checks of `Store.open`: good enough to show and to compare, not to read the artefact."""
+    """The artefacts of a store as a graph.
+
+    Each manifest is read once, when it is first needed, and without the checks of `Store.open`: enough to show and
+    compare artefacts, not to read them.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -91,7 +94,8 @@ class Lineage:
 
 
 def ancestry(ref: Ref, lookup: Lookup) -> dict[str, Node]:
-    """The artefact and everything that it was made from, by stage, itself first; what `lookup` does not know is left out.
+    """The artefact and everything that it was made from, by stage, itself first; where `lookup` gives None it is left
+    out.
 
     A line has one artefact a stage; should there be two, the one nearest to `ref` counts.
     """

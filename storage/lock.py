@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 class Lock:
     """An exclusive lock on the file `path`, as a context manager; `what` names it in the log.
 
-    The file holds its owner as JSON, for people to read: host, pid, since when, and `note`. What counts is the system's
-    lock on it (flock). With `wait` false, entering raises BlockingIOError while somebody else holds it.
+    The file holds its owner as JSON, for people to read: host, pid, since when, and `note`. The lock itself is the
+    system's (flock). With `wait` false, entering raises BlockingIOError while another process holds it.
     """
 
     def __init__(self, path: Path, *, what: str, note: Mapping[str, Any] | None = None, wait: bool = True) -> None:
@@ -27,7 +27,7 @@ class Lock:
         self._descriptor = -1
 
     def held(self) -> bool:
-        """Does somebody hold it now?"""
+        """Whether a process holds it now."""
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError):
@@ -41,20 +41,20 @@ class Lock:
         return False
 
     def owner(self) -> dict[str, Any]:
-        """What the file says of the one who holds it, or who died holding it; {} when it says nothing."""
+        """The file's JSON about the process that holds it, or died while it did; {} when the file is empty or missing."""
         try:
             return json.loads(self.path.read_bytes())
         except (OSError, ValueError):  # its owner has just begun, or just finished
             return {}
 
     def holder(self) -> str:
-        """ "process 12 on host since ..." of the one who holds it."""
+        """ "process 12 on host since ...", the process that holds it."""
         owner = self.owner()
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else "another process"
 
     def __enter__(self) -> Self:
-        """Take the lock, waiting for it if needed, which the log tells."""
-        message = False
+        """Take the lock; waiting for it is logged."""
+        logged = False
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask
             try:
@@ -63,9 +63,9 @@ class Lock:
                 except BlockingIOError:
                     if not self.wait:
                         raise
-                    if not message:
+                    if not logged:
                         log.info("waiting for %s, held by %s", self.what, self.holder())
-                        message = True
+                        logged = True
                     fcntl.flock(descriptor, fcntl.LOCK_EX)
                 if self._is_current(descriptor):
                     owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%FT%T%z")}

@@ -1,4 +1,4 @@
-"""Queries: what the frozen segmenter says about the training images; all that stages 2 and 3 ever read."""
+"""Queries: the frozen segmenter's query features of the training images, the only data of stages 2 and 3."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _DTYPES = {"feature": np.float16, "segment": np.int32, "category": np.int32, "im
 
 
 class MappedRows:
-    """Rows of several arrays, one after the other, read from the disk when they are asked for: 6 GB for COCO, of which the system keeps
-    in memory what fits."""
+    """Rows of several arrays, one after the other, mapped and read when indexed: 6 GB for COCO, of which the system
+    caches what fits in memory."""
 
     def __init__(self, parts: Sequence[np.ndarray]) -> None:
         self.parts = [part for part in parts if len(part)] or list(parts[:1])
@@ -34,9 +34,9 @@ class MappedRows:
 class QueryBank:
     """Query features of n views of images, Q queries each.
 
-    `feature` (n, Q, C) float16, see `MappedRows`; `segment` (n, Q) int32, index of the query's segment among the image's, -1 = none;
-    `category` (n, Q) int32, class index in the text bank, -1 = none; `image_id` (n,) int64; `view` (n,) int8, 0 = the
-    plain image, others augmented (D9).
+    `feature` (n, Q, C) float16, see `MappedRows`; `segment` (n, Q) int32, index of the query's segment among the
+    image's, -1 = none; `category` (n, Q) int32, class index in the text bank, -1 = none; `image_id` (n,) int64; `view`
+    (n,) int8, 0 = the plain image, others augmented (D9).
     """
 
     feature: np.ndarray | MappedRows

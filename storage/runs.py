@@ -1,7 +1,7 @@
 """Named runs: which artefacts a line of stages consists of, noted in the store before any of them is built.
 
-`<root>/runs/NAME.json` lists the lines that ran under a name, the last one last. While a run is under way a locked file of
-its own beside it says so; the lock dies with the run.
+`<root>/runs/NAME.json` lists the lines that ran under a name, the last one last. A run under way is marked by a locked
+file of its own beside it; the lock ends with the run's process.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 class RunRecord:
     """One line of stages that ran, or runs, under a name.
 
-    `refs` gives each stage's artefact; `command` is the command line that builds them; `user` and `date` (ISO 8601) say who ran it
-    last, and when.
+    `refs` gives each stage's artefact; `command` is the command line that builds them; `user` and `date` (ISO 8601) say
+    who ran it last, and when.
     """
 
     name: str
@@ -83,12 +83,12 @@ class Runs:
             raise UserError(f"{path} is damaged and no list of runs; delete it, and run {name} again") from error
 
     def under_way(self) -> list[RunRecord]:
-        """The lines whose process lives. Exact only inside `still`."""
+        """The lines whose process lives. Exact only inside `exclusive`."""
         alive = [lock for path in self._marks() if (lock := Lock(path, what=path.name)).held()]
         return [RunRecord.parse(owner["line"]) for lock in alive if "line" in (owner := lock.owner())]
 
     @contextmanager
-    def still(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Inside, no run begins and no other process changes the list of runs."""
         with self.store.mistakes_as_user_errors("runs"):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -97,10 +97,10 @@ class Runs:
 
     @contextmanager
     def running(self, line: RunRecord) -> Iterator[None]:
-        """Note the line; inside, it is under way. A store that this user may only read is left as it is, with a warning."""
+        """Record the line; inside, it is under way. A store that this user may only read is left unchanged, with a warning."""
         with ExitStack() as stack:
             try:
-                with self.still():
+                with self.exclusive():
                     mark = self.folder / f".{line.name}.{secrets.token_hex(4)}.running"
                     stack.enter_context(Lock(mark, what=line.name, note={"line": line.plain()}))
                     earlier = [old for old in self.lines(line.name) if old.refs != line.refs]
@@ -113,12 +113,12 @@ class Runs:
             yield
 
     def forget(self, name: str) -> None:
-        """Remove a name and its lines; no artefact goes. Call it inside `still`."""
+        """Remove a name and its lines; no artefact is removed. Call it inside `exclusive`."""
         with self.store.mistakes_as_user_errors("runs"):
             self._path(name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Remove the marks of runs that died. Call it inside `still`."""
+        """Remove the marks of runs that died. Call it inside `exclusive`."""
         for path in self._marks():
             if not Lock(path, what=path.name).held():
                 path.unlink(missing_ok=True)

@@ -43,8 +43,8 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One image, undecoded: its JPEG and PNG files (the PNG as it was, or made of a label map), size in pixels, segments in the
-    annotations' order."""
+    """One image, undecoded: its JPEG and PNG files (the PNG as it was, or made of a label map), size in pixels,
+    segments in the annotations' order."""
 
     image_id: int
     jpeg: bytes
@@ -171,7 +171,7 @@ def open_image(data: bytes, kind: str) -> Image.Image:
 
 
 def refuse_bomb(image: Image.Image) -> None:
-    """Raises Image.DecompressionBombError for more pixels than PIL's limit, of which PIL itself only warns up to twice of it."""
+    """Raises Image.DecompressionBombError above PIL's limit of pixels; PIL itself only warns, up to twice the limit."""
     if image.width * image.height > (limit := Image.MAX_IMAGE_PIXELS or 0):
         raise Image.DecompressionBombError(f"it has {image.width} x {image.height} pixels, more than {limit}")
 

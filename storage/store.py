@@ -36,7 +36,7 @@ LARGE = 10**9  # bytes that take seconds to hash
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a complete artefact says about itself.
+    """The record of a complete artefact, its manifest.json.
 
     `config` and `inputs` (name -> "kind/key") are those of its recipe; `counts` is what the stage counted (samples,
     segments, skipped ones with reasons); `files` gives each file's path below the artefact -> {"bytes", "sha256"};
@@ -87,7 +87,8 @@ class Build:
         return self.store.open(self.recipe.inputs[name])
 
     def holds(self, piece: Path, read: Callable[[Path], object]) -> bool:
-        """Did a killed build leave this file or folder, and whole? `read` raises UserError for a damaged one, which then goes."""
+        """Whether a killed build left this file or folder whole. A damaged one, for which `read` raises UserError, is
+        deleted."""
         if not piece.exists():
             return False
         try:
@@ -210,7 +211,8 @@ class Store:
         log.info("%s: %s complete, %d files, %.1f MB", recipe.stage, ref, len(files), manifest.bytes / 1e6)
 
     def _check_inputs(self, recipe: Recipe) -> list[dict[str, Any]]:
-        """Hash all that the build reads, before it and after it: nothing becomes complete that was made from a changed byte.
+        """Hash all inputs of a build, before it and after it: nothing becomes complete that was made from a changed
+        byte.
 
         Returns each input's files. Raises UserError as `require_intact`; what was made of a damaged input goes with it.
         """
@@ -244,10 +246,10 @@ class Store:
                 return self._open(ref)
             except UserError:
                 if self._folder(ref) == seen:
-                    raise  # else somebody removed it, or built it again, while we looked
+                    raise  # else it was removed, or built again, meanwhile
 
     def _folder(self, ref: Ref) -> tuple[int, int] | None:
-        """Tells a folder from another in its place."""
+        """Inode and time of change, which distinguish the folder from another in its place; None when there is none."""
         try:
             stat = self.path(ref).stat()
         except FileNotFoundError:
@@ -289,14 +291,15 @@ class Store:
         return found[0]
 
     def file_names(self, ref: Ref) -> list[str]:
-        """The files of a complete artefact; [] when its manifest cannot be used, of which `verify` tells."""
+        """The files of a complete artefact; [] when its manifest cannot be used, which `verify` reports."""
         try:
             return list(self._manifest(ref).files)
         except UserError:
             return []
 
     def verify(self, ref: Ref, *, files: Collection[str] | None = None) -> list[str]:
-        """Compare with the manifest: which files there are, their sizes, and every byte of those in `files` (None = of all).
+        """Compare with the manifest: which files there are, their sizes, and every byte of those in `files` (None = of
+        all).
 
         One line a problem, [] = intact.
         """
@@ -333,8 +336,8 @@ class Store:
                 ) from None
 
     def set_aside(self, ref: Ref, *paths: Path) -> list[Path]:
-        """Rename folders of the artefact that are there, each in one step: from then on nobody finds them, and the returned ones
-        can be deleted at leisure.
+        """Rename folders of the artefact that are there, each in one step: from then on nobody finds them, and the
+        returned ones can be deleted at leisure.
 
         Raises BlockingIOError while it is being built, UserError when the store cannot be written.
         """
@@ -399,7 +402,7 @@ def _damaged(manifest: Manifest, problems: list[str]) -> UserError:
 
 
 def _closed(path: Path) -> str:
-    """Which folder keeps this user out, and whose it is, in words."""
+    """The folder that this user may not write, and its owner, as text."""
     there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
     shut = there.parent if os.access(there, os.W_OK) else there
     return (
@@ -408,7 +411,7 @@ def _closed(path: Path) -> str:
 
 
 def user_name(number: int) -> str:
-    """The name of a user, or "user 1234" for one whom this machine does not know, as in a container."""
+    """The name of a user, or "user 1234" for an id without a name on this machine, as in a container."""
     try:
         return pwd.getpwuid(number).pw_name
     except KeyError:

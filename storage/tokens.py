@@ -1,4 +1,4 @@
-"""Tokens: what the frozen teacher says about every image and every masked instance, one zarr group a tar.
+"""Tokens: the frozen teacher's embeddings of every image and every masked instance, one zarr group a tar.
 
 Row i of a group is sample i of the tar of the same name, so a reader walks both in step without a join.
 """
@@ -19,11 +19,11 @@ class TokenGroup:
     """The tokens of one tar with n samples and m kept segments; rows are unit-norm embeddings of size D.
 
     `global_` (n, D) float16, one row a sample; `instance` (m, D) float16 and `segment_id` (m,) int32, one row a
-    segment; sample i has the instance rows `offsets[i]:offsets[i + 1]`, offsets (n+1,) int64: all its segments, or under
-    pixel-ignore those of seen classes. `kept` (n,) bool is False for a sample that the protocol keeps from training: its
-    global row is zero and it has no instance rows. The instance row of a segment that is too small to be encoded is zero.
-    `mirrored_global` (v, n, D) and `mirrored_instance` (v, m, D) float16 are the same of the mirrored images, v = 1 or,
-    where only one view was encoded, 0.
+    segment; sample i has the instance rows `offsets[i]:offsets[i + 1]`, offsets (n+1,) int64: all its segments, or
+    under pixel-ignore those of seen classes. `kept` (n,) bool is False for a sample that the protocol keeps from
+    training: its global row is zero and it has no instance rows. The instance row of a segment that is too small to be
+    encoded is zero. `mirrored_global` (v, n, D) and `mirrored_instance` (v, m, D) float16 are the same of the mirrored
+    images, v = 1 or, where only one view was encoded, 0.
     """
 
     global_: np.ndarray
@@ -99,7 +99,8 @@ def write_tokens(
     mirrored_global: np.ndarray | None = None,
     mirrored_instance: np.ndarray | None = None,
 ) -> None:
-    """Write a tar's tokens, shapes as in `TokenGroup`; the group appears whole or not at all. No mirrored ones: one view.
+    """Write a tar's tokens, shapes as in `TokenGroup`; the group appears whole or not at all. No mirrored ones: one
+    view.
 
     Raises UserError when the arrays do not fit together.
     """

@@ -219,7 +219,7 @@ def test_no_run_begins_while_waste_is_picked(tmp_path: Path, caplog: pytest.LogC
             begun.set()
 
     thread = threading.Thread(target=run)
-    with Runs(store).still():
+    with Runs(store).exclusive():
         thread.start()
         wait_for(lambda: "waiting for the list of runs" in caplog.text)
         assert not begun.is_set()
