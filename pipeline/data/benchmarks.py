@@ -94,7 +94,8 @@ class Benchmark:
         for field, patterns in (("images", files.images), ("labels", files.labels)):
             if not patterns or any(pattern.count("*") != 1 for pattern in patterns):
                 raise UserError(
-                    f"benchmark {self.name}: {field} {list(patterns)} must be paths with one * each, for an image's name"
+                    f"benchmark {self.name}: {field} {list(patterns)} must be paths with one * each, "
+                    "for an image's name"
                 )
         if (least := min([*ids, *files.ignored])) < 0:
             raise UserError(f"benchmark {self.name}: value {least} is negative; use the values in the label PNGs")

@@ -76,8 +76,8 @@ def training_splits(root: Path, benchmark: Benchmark) -> dict[str, tuple[Labelle
     assert benchmark.files
     if "train" not in benchmark.files.splits:
         raise UserError(
-            f"benchmark {benchmark.name} names no files to train on and is for `zs-seg evaluate`; train on another one, "
-            f"such as coco-stuff-zss, or add 'train' to its splits"
+            f"benchmark {benchmark.name} names no files to train on and is for `zs-seg evaluate`; "
+            f"train on another one, such as coco-stuff-zss, or add 'train' to its splits"
         )
     return {split: find_split(benchmark.files, root, split, complete=False).images for split in ("train", "val")}
 
