@@ -1,1 +1,1 @@
-"""What is read: benchmarks, COCO folders, label maps, samples and their views."""
+"""The input data: benchmarks, COCO folders, label maps, samples and their views."""

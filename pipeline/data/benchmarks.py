@@ -1,7 +1,7 @@
-"""Which classes there are, which of them are unseen in training, how training leaves the unseen ones out, and where
-the files of a semantic benchmark lie.
+"""Benchmarks: classes, the unseen ones among them, the protocol that hides those from training, and, of a semantic
+benchmark, where its files lie.
 
-The published splits are JSON files in `pipeline/data/splits`; a file of one's own in the same format does as well.
+The published splits are JSON files in `pipeline/data/splits`; any other JSON file in that format can be used, too.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SPLITS = Path(__file__).parent / "splits"
 
 @dataclass(frozen=True, kw_only=True)
 class Category:
-    """A class as the annotations know it: `id` as in their JSON, or its value in the label PNGs of a semantic benchmark;
-    `isthing` for countable objects, without meaning in a semantic benchmark."""
+    """A class of the annotations. `id`: category id in their JSON, or pixel value in a semantic benchmark's label PNGs.
+    `isthing`: True for countable objects; without meaning in a semantic benchmark."""
 
     id: int
     name: str
@@ -33,12 +33,12 @@ class Category:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelFiles:
-    """Where the images and label PNGs of a semantic benchmark lie below its data folder; of several, the first there is.
+    """Where a semantic benchmark's images and label PNGs lie below its data folder; of several paths, the first found.
 
-    `roots` are folders below the data folder, and all else is below one of them. In `images` and `labels`, `*` stands for
-    an image's name, subfolders included. `lists` are text files with one name a line; without `lists` every image that
-    matches belongs to the split. `{split}` stands for what `splits` calls the split. `ignored` are the values of label
-    pixels that count nowhere.
+    `roots` are folders below the data folder; all other paths are relative to one of them. In `images` and `labels`,
+    `*` stands for an image's name, subfolders included. `lists` are text files with one name per line; without `lists`
+    every image that matches belongs to the split. `{split}` stands for the split's value in `splits`. `ignored` are the
+    values of label pixels that are left out of training and evaluation.
     """
 
     images: tuple[str, ...]
@@ -54,15 +54,17 @@ class Benchmark:
     """Classes in a fixed order, the unseen ones among them, and the protocol that hides those from training.
 
     `image-filter` drops every training image that holds a segment of an unseen class. `pixel-ignore` keeps every image
-    and makes the pixels of unseen classes unlabelled: no segment, no token of one, whatever class they are of. `none`
-    keeps every image; segments of unseen classes have teacher's tokens, but are still never targets. `files`: of a semantic
-    benchmark, whose ground truth is label PNGs; without them it is a panoptic one, with files in COCO's layout.
+    and makes the pixels of unseen classes unlabelled: they form no segment and have no token, whatever their class.
+    `none` keeps every image; segments of unseen classes have teacher tokens, but are never targets. `files` is set for
+    a semantic benchmark, whose ground truth is label PNGs; without it the benchmark is panoptic, in COCO's layout.
 
-    What pixel-ignore means in the losses: unlabelled pixels belong to no segment, so in the mask losses of a matched query they
-    are background like every pixel of another segment. This is what the published mask classifiers do (MaskFormer's and
-    Mask2Former's semantic data, and the zero-shot methods built on them), not the leaving out of points. An unmatched query
-    has no mask loss, so it may lie over an unseen object, and is only taught that this is none of the seen classes. The
-    image's pixels stay: the segmenter and the teacher's token of the whole image see all of them, as in the paper.
+    pixel-ignore in the losses: unlabelled pixels belong to no segment, so in the mask losses of a matched query they
+    are background, like every pixel of another segment. The published mask classifiers do the same (MaskFormer's and
+    Mask2Former's semantic data, and the zero-shot methods built on them); sampled points are not left out. An unmatched
+    query has no mask loss, so its mask may cover an unseen object; its target is zero for every seen class. The image's
+    pixels stay: the segmenter's input and the teacher's token of the whole image include them, as in the paper.
+
+    Raises UserError where categories are empty or double, `unseen_ids` or `protocol` unknown, or `files` malformed.
     """
 
     name: str
@@ -92,7 +94,8 @@ class Benchmark:
         for field, patterns in (("images", files.images), ("labels", files.labels)):
             if not patterns or any(pattern.count("*") != 1 for pattern in patterns):
                 raise UserError(
-                    f"benchmark {self.name}: {field} {list(patterns)} must be paths with one * each, for an image's name"
+                    f"benchmark {self.name}: {field} {list(patterns)} must be paths with one * each, "
+                    "for an image's name"
                 )
         if (least := min([*ids, *files.ignored])) < 0:
             raise UserError(f"benchmark {self.name}: value {least} is negative; use the values in the label PNGs")
@@ -109,7 +112,7 @@ class Benchmark:
 
     @property
     def content(self) -> dict[str, Any]:
-        """What decides the artefacts made with this benchmark; where its files lie does not."""
+        """The fields that enter the keys of artefacts; the location of the files does not."""
         return {
             "name": self.name,
             "categories": self.categories,
@@ -124,7 +127,7 @@ class Benchmark:
 
     @cached_property
     def seen(self) -> list[bool]:
-        """In category order: may training see this class?"""
+        """(K,) in category order: True for classes that training uses, False for unseen ones."""
         unseen = set(self.unseen_ids)
         return [category.id not in unseen for category in self.categories]
 
@@ -135,14 +138,14 @@ class Benchmark:
 
 
 def load_benchmark(name: str) -> Benchmark:
-    """The benchmark of that name in `pipeline/data/splits` ("coco-panoptic-zps"), or of a JSON file in that format.
+    """Load a benchmark of `pipeline/data/splits` by name ("coco-panoptic-zps"), or a JSON file in that format.
 
     A file holds `categories` (each with `id`, `name`, `isthing`), `unseen_ids` and `protocol`; text after a colon in
-    `protocol` explains it. Where it lists `unseen_names` too, they must be the names of the unseen ids, in order. With
-    `task` "semantic" it also holds the fields of `LabelFiles`, of which only `images` and `labels` must be there, and
+    `protocol` explains it. If it also lists `unseen_names`, they must be the names of the unseen ids, in order. With
+    `task` "semantic" it also holds the fields of `LabelFiles`, of which only `images` and `labels` are required, and
     its categories need no `isthing`.
 
-    Raises UserError for an unknown name and for a file that is missing, broken, incomplete or at odds with itself.
+    Raises UserError for an unknown name and for a file that is missing, broken, incomplete or inconsistent.
     """
     path = Path(name) if name.endswith(".json") else SPLITS / f"{name.replace('-', '_')}.json"
     if not path.is_file():
@@ -167,8 +170,8 @@ def _benchmark(name: str, facts: dict[str, Any]) -> Benchmark:
     task = facts.get("task", "panoptic")
     if task not in get_args(Task):
         raise UserError(f"benchmark {name}: task {task!r} is unknown; use one of {', '.join(get_args(Task))}")
-    unnamed = {"isthing": False} if task == "semantic" else {}
-    categories = [{**unnamed, **category} for category in facts["categories"]]
+    defaults = {"isthing": False} if task == "semantic" else {}
+    categories = [{**defaults, **category} for category in facts["categories"]]
     return Benchmark(
         name=name,
         categories=tuple(

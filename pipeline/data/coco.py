@@ -1,4 +1,4 @@
-"""A folder in COCO's panoptic layout: what identifies it, and what its annotation JSON says about each image.
+"""A folder in COCO's panoptic layout: its fingerprint, and each image's entry in the annotation JSON.
 
 annotations/panoptic_{train,val}2017.json   annotations/panoptic_{train,val}2017/*.png   {train,val}2017/*.jpg
 """
@@ -20,9 +20,10 @@ MAX_IMAGE_ID = 10**12 - 1  # twelve digits name a sample in a shard
 
 @dataclass(frozen=True, kw_only=True)
 class CocoSource:
-    """Where COCO files are. `root` may differ from machine to machine; `fingerprint` (see `fingerprint_coco`) may not.
+    """A COCO folder: `root`, its path on this machine, and `fingerprint`, the same everywhere (see `fingerprint_coco`).
 
-    `train` and `val` are the image folders below `root`, and name the annotations: `annotations/panoptic_<train>.json`.
+    `train` and `val` are the image folders below `root`; the annotations are `annotations/panoptic_<train>.json`, and
+    the like for `val`.
     """
 
     root: str
@@ -32,15 +33,15 @@ class CocoSource:
 
 
 def coco_source(root: str | Path) -> CocoSource:
-    """The COCO 2017 folder `root` with its fingerprint taken. Raises UserError as `fingerprint_coco`."""
+    """The COCO 2017 folder `root` with its fingerprint. Raises UserError as `fingerprint_coco` does."""
     return CocoSource(root=str(root), fingerprint=fingerprint_coco(Path(root)))
 
 
 def fingerprint_coco(root: Path, *, train: str = "train2017", val: str = "val2017") -> str:
     """A sha256 (64 hexadecimal digits) that identifies the folder's content without reading the images.
 
-    It covers the two annotation files byte by byte, but of images and PNGs only names and sizes: an image replaced by
-    another of exactly the same size goes unnoticed.
+    It covers every byte of the two annotation files, but only names and sizes of images and PNGs: an image replaced by
+    another of exactly the same size in bytes is not detected.
 
     Raises UserError when the folder, an annotation file or an image folder is missing or cannot be read.
     """
@@ -70,9 +71,9 @@ def _fingerprint(root: Path, *splits: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What the JSON says about one image: file names, size in pixels, `segments` as in `segments_info`.
+    """One image's entry in the JSON: file names, size in pixels, `segments` as in `segments_info`.
 
-    `problem` says why the image cannot be used, as far as the JSON shows; "" when it can.
+    `problem`: the reason, found in the JSON, why the image cannot be used; "" if there is none.
     """
 
     image_id: int
@@ -85,10 +86,10 @@ class Entry:
 
 
 def read_split(root: Path, split: str, benchmark: Benchmark) -> list[Entry]:
-    """Every image that the split's JSON names, in image-id order; `split` is a folder name such as "train2017".
+    """Every image that the split's JSON lists, in image-id order; `split` is a folder name such as "train2017".
 
     Raises UserError, naming the file and the place in it, when the JSON is missing, broken, without images, lacks a
-    field, names an image twice, has a file name with a path in it, or calls a category otherwise than the benchmark.
+    field, lists an image twice, has a file name with a path in it, or names a category differently from the benchmark.
     """
     path = root / "annotations" / f"panoptic_{split}.json"
     try:
@@ -154,10 +155,10 @@ def _check_categories(path: Path, data: dict[str, Any], benchmark: Benchmark) ->
             continue
         known = benchmark.categories[position]
         name = known.name.partition(",")[0].strip()  # synonyms may follow
-        message = (category.get("name", name), bool(category.get("isthing", known.isthing)))
-        if message != (name, known.isthing):
+        found = (category.get("name", name), bool(category.get("isthing", known.isthing)))
+        if found != (name, known.isthing):
             raise UserError(
-                f"{path}: category {known.id} is {message[0]!r} (isthing {message[1]:d}), but {name!r} "
+                f"{path}: category {known.id} is {found[0]!r} (isthing {found[1]:d}), but {name!r} "
                 f"(isthing {known.isthing:d}) in benchmark {benchmark.name}; choose the benchmark that fits the data"
             )
 
@@ -208,7 +209,8 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(
-            f"{path} not found; unpack COCO's panoptic annotations there, or pass another folder with --coco (of evaluate: --data)"
+            f"{path} not found; unpack COCO's panoptic annotations there, "
+            "or pass another folder with --coco (of evaluate: --data)"
         ) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); mend its permissions") from error

@@ -1,4 +1,4 @@
-"""The files of a semantic benchmark: finding them in the layouts in which people have them, reading and writing label PNGs."""
+"""The files of a semantic benchmark: finding them in their usual layouts, reading and writing label PNGs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UNKNOWN = -2
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledImage:
-    """An image file and its label PNG; `name` is what both have in common, with subfolders."""
+    """An image file and its label PNG; `name` is the part that both paths share, with subfolders."""
 
     name: str
     image: Path
@@ -33,7 +33,7 @@ class LabelledImage:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledSplit:
-    """The images of a split, in order, and the `layout` they were found in: root, images, labels, and list ("": none)."""
+    """The images of a split, in order, and the `layout` that was found: root, images, labels, and list ("": none)."""
 
     images: tuple[LabelledImage, ...]
     layout: dict[str, str]
@@ -41,24 +41,25 @@ class LabelledSplit:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelSource:
-    """Where images with label maps are. `root` may differ from machine to machine; `fingerprint` (see `fingerprint_labels`)
-    may not."""
+    """A folder of images with label maps: `root`, its path on this machine, and `fingerprint`, the same everywhere
+    (see `fingerprint_labels`)."""
 
     root: str
     fingerprint: str
 
 
 def label_source(root: str | Path, benchmark: Benchmark) -> LabelSource:
-    """The folder `root` with its fingerprint taken. Raises UserError as `fingerprint_labels`."""
+    """The folder `root` with its fingerprint. Raises UserError as `fingerprint_labels` does."""
     return LabelSource(root=str(root), fingerprint=fingerprint_labels(Path(root), benchmark))
 
 
 def fingerprint_labels(root: Path, benchmark: Benchmark) -> str:
     """A sha256 (64 hexadecimal digits) that identifies the training and validation files without reading them.
 
-    It covers names and sizes of images and label PNGs: a file replaced by another of exactly the same size goes unnoticed.
+    It covers names and sizes of images and label PNGs: a file replaced by another of exactly the same size in bytes is
+    not detected.
 
-    Raises UserError as `training_splits`.
+    Raises UserError as `training_splits` does.
     """
     digest = hashlib.sha256()
     for split, images in training_splits(root, benchmark).items():
@@ -68,22 +69,22 @@ def fingerprint_labels(root: Path, benchmark: Benchmark) -> str:
 
 
 def training_splits(root: Path, benchmark: Benchmark) -> dict[str, tuple[LabelledImage, ...]]:
-    """The images of "train" and "val", also those of which one file is missing.
+    """The images of "train" and "val", including those of which one file is missing.
 
-    Raises UserError when the benchmark does not say where training images lie, and as `find_split`.
+    Raises UserError when the benchmark has no location for training images, and as `find_split` does.
     """
     assert benchmark.files
     if "train" not in benchmark.files.splits:
         raise UserError(
-            f"benchmark {benchmark.name} names no files to train on and is for `zs-seg evaluate`; train on another one, "
-            f"such as coco-stuff-zss, or add 'train' to its splits"
+            f"benchmark {benchmark.name} names no files to train on and is for `zs-seg evaluate`; "
+            f"train on another one, such as coco-stuff-zss, or add 'train' to its splits"
         )
     return {split: find_split(benchmark.files, root, split, complete=False).images for split in ("train", "val")}
 
 
 def image_ids(images: Sequence[LabelledImage]) -> list[int]:
-    """An id for each image of a split: its name's number where all names are numbers of at most 12 digits, none of them
-    twice, as in COCO; else its place, from 1 on."""
+    """One id per image of a split: its name as a number if all names are distinct numbers of at most 12 digits, as in
+    COCO; else its position, counted from 1."""
     names = [item.name for item in images]
     if all(name.isascii() and name.isdecimal() and len(name) <= 12 for name in names):
         numbers = [int(name) for name in names]
@@ -100,11 +101,13 @@ def _size(path: Path) -> int | None:
 
 
 def find_split(files: LabelFiles, data: Path, split: str, *, complete: bool = True) -> LabelledSplit:
-    """The split's images and label PNGs below the folder `data`; see `LabelFiles` for where they are looked for.
+    """The split's images and label PNGs below the folder `data`; `LabelFiles` describes where they are searched.
 
-    Raises UserError that names every path looked for where images, label PNGs or the list are missing; and, if they must be
-    `complete`, the first file and how many where some images lack their label PNG, or the reverse without a list. Else such
-    an image is there with the path that its missing file should have.
+    With `complete`, every image needs its label PNG and, without a list, every label PNG its image. Otherwise a missing
+    file is returned as the path where it is expected.
+
+    Raises UserError, naming every path searched, if images, label PNGs or the list are missing; and, with `complete`,
+    naming the first missing file and their number.
     """
     if split not in files.splits:
         raise UserError(f"split {split!r} is unknown; --split is one of {', '.join(files.splits)}")
@@ -144,7 +147,7 @@ def find_split(files: LabelFiles, data: Path, split: str, *, complete: bool = Tr
 
 
 def _listed(root: Path, lists: Sequence[str]) -> tuple[str, list[str]]:
-    """The first list file that is there, and the names in it."""
+    """The first list file that exists, and the names in it."""
     path = next((path for path in lists if (root / path).is_file()), None)
     if path is None:
         raise UserError(f"no list of the split's images found as {_either([root / p for p in lists])}; add it")
@@ -169,8 +172,8 @@ def _listed(root: Path, lists: Sequence[str]) -> tuple[str, list[str]]:
 def _take(
     root: Path, patterns: Sequence[str], names: Sequence[str] | None, what: str, *, complete: bool
 ) -> tuple[str, dict[str, str]]:
-    """The first pattern that has a file for each of `names` (None: for anything), and its files by name; if they need not be
-    `complete`, else the pattern that has most files."""
+    """The first pattern with a file for each of `names` (None: with any file), and its files by name. If there is none
+    and the files need not be `complete`: the pattern with most files."""
     at, most = "", dict[str, str]()
     for pattern in patterns:
         found = dict(_matching(root, pattern))
@@ -190,8 +193,8 @@ def _take(
 
 
 def _matching(root: Path, pattern: str) -> Iterator[tuple[str, str]]:
-    """Files below `root` that match, each with what `*` stands for; hidden ones, such as macOS leaves them, left out. Strings,
-    for COCO has 120,000 of them."""
+    """(what `*` stands for, path) of each file below `root` that matches, without hidden files such as those of macOS.
+    Paths are strings, not Path objects, for speed: COCO has 120,000 of them."""
     head, tail = pattern.split("*")
     folder, _, prefix = head.rpartition("/")
     top = str(root / folder)
@@ -212,7 +215,8 @@ def _either(paths: Sequence[Path]) -> str:
 
 
 def read_labels(path: Path, benchmark: Benchmark) -> np.ndarray:
-    """The file at `path` as `decode_labels` reads it. Raises UserError that names the file when it is missing, or as there."""
+    """The label PNG at `path`, decoded by `decode_labels`. Raises UserError, naming the file, if it is missing or
+    bad."""
     try:
         return decode_labels(path.read_bytes(), benchmark)
     except OSError as error:
@@ -225,10 +229,10 @@ def read_labels(path: Path, benchmark: Benchmark) -> np.ndarray:
 
 
 def decode_labels(png: bytes, benchmark: Benchmark) -> np.ndarray:
-    """A label PNG as class indices (H, W) int32, -1 where ignored. Of a paletted PNG the palette's index is the value.
+    """A label PNG as class indices (H, W) int32, -1 where ignored. The value of a paletted pixel is its palette index.
 
-    Raises UserError, to be read after the file's name, when it is damaged, in colours, of less than 8 bits, or holds a value
-    that is neither a category id nor ignored.
+    Raises UserError, with a message that continues the file's name, if the PNG is damaged, in colours, grey with fewer
+    than 8 bits, or holds a value that is neither a category id nor ignored.
     """
     import numpy as np
 
@@ -239,8 +243,8 @@ def decode_labels(png: bytes, benchmark: Benchmark) -> np.ndarray:
     if (classes == _UNKNOWN).any():
         strange = np.unique(values[classes == _UNKNOWN])
         raise UserError(
-            f"has pixels of value {strange[0]} ({int((values == strange[0]).sum())} of them), which is neither a class of "
-            f"benchmark {benchmark.name} nor ignored"
+            f"has pixels of value {strange[0]} ({int((values == strange[0]).sum())} of them), "
+            f"which is neither a class of benchmark {benchmark.name} nor ignored"
         )
     return classes
 
@@ -280,7 +284,7 @@ def _values(png: bytes) -> np.ndarray:
 
 
 def write_labels(path: Path, classes: np.ndarray, benchmark: Benchmark) -> None:
-    """Class indices (H, W) as a grey PNG of the benchmark's own values, 16 bits deep where 8 do not do."""
+    """Write class indices (H, W) as a grey PNG of category ids: 8 bits deep, or 16 if an id exceeds 255."""
     import numpy as np
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""One image and what is annotated in it, checked and ready for a shard: from a panoptic PNG with its JSON, or from a label map."""
+"""One image with its annotation, checked and ready for a shard: from a panoptic PNG and its JSON, or a label map."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from storage.shards import Sample, Shards
 
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # of PIL's others some start programs
+# Some of PIL's other formats start external programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 
 
 def panoptic_sample(root: Path, folder: str, entry: Entry) -> Sample | str:
-    """The image's sample, checked; or what is wrong with it, to be read after "image 42 "."""
+    """The image's sample, checked; or the problem, as text that continues "image 42 "."""
     from storage.shards import Sample, Segment, decode_ids
 
     if entry.problem:
@@ -55,10 +56,10 @@ def panoptic_sample(root: Path, folder: str, entry: Entry) -> Sample | str:
 
 
 def labelled_sample(root: Path, item: LabelledImage, image_id: int, benchmark: Benchmark) -> Sample | str:
-    """The image with its label map as a sample, checked; or what is wrong with it, to be read after "image 42 ".
+    """The image with its label map as a sample, checked; or the problem, as text that continues "image 42 ".
 
-    Every class that the map shows is one segment, whatever it is of: its id is the map's value + 1, in the order of values,
-    and 0 is what the benchmark ignores. There are no crowds.
+    Every class in the map is one segment, thing or stuff: its id is the map's value + 1, in the order of values; id 0
+    marks ignored pixels. There are no crowds.
     """
     import numpy as np
 
@@ -94,7 +95,7 @@ def labelled_sample(root: Path, item: LabelledImage, image_id: int, benchmark: B
 
 
 def _read(root: Path, *names: str) -> list[bytes] | str:
-    """The files' content, or which of them cannot be had and why."""
+    """The files' contents; or the first that cannot be read, and why."""
     files = []
     for name in names:
         try:
@@ -107,7 +108,7 @@ def _read(root: Path, *names: str) -> list[bytes] | str:
 
 
 def _decoding_problem(data: bytes, kind: str, expected: tuple[int, int] | None = None) -> str:
-    """`expected`: (width, height) as the JSON says."""
+    """What is wrong with the file's bytes, "" for nothing. `expected`: (width, height) in the JSON."""
     from PIL import Image, UnidentifiedImageError
 
     from storage.shards import open_image
@@ -127,7 +128,7 @@ def _decoding_problem(data: bytes, kind: str, expected: tuple[int, int] | None =
 
 
 def _segments_problem(ids: np.ndarray, sample: Sample) -> str:
-    """Does the id map show exactly the segments of the JSON, each with its area?"""
+    """How the id map (H, W) differs from the JSON's segments or their areas, "" for not at all."""
     import numpy as np
 
     drawn = dict(zip(*(part.tolist() for part in np.unique(ids, return_counts=True)), strict=True))
@@ -147,7 +148,7 @@ def _some(ids: list[int]) -> str:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8. Raises UserError, naming the file, for one that is no image or is damaged."""
+    """An image file as (H, W, 3) uint8 RGB. Raises UserError, naming the file, if it is no image or damaged."""
     import numpy as np
     from PIL import Image
 
@@ -163,7 +164,10 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def samples_with_tokens(shards: Shards, tokens: Path) -> Iterator[tuple[tuple[Sample, Tensor], Tensor]]:
-    """((validation sample, its instance tokens (O, D)), image (3, H, W) uint8), tars and the folder's token groups in step."""
+    """((validation sample, its instance tokens (O, D) float32), image (3, H, W) uint8) for every validation sample.
+
+    Reads each tar together with its token group in the folder `tokens`.
+    """
     import torch
 
     from pipeline.data.transforms import channels_first

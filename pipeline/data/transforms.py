@@ -1,4 +1,4 @@
-"""Image and segment ids, moved together: large-scale jitter, crop, flip and pad for training, one fixed resize for testing."""
+"""Transforms of an image and its segment ids: large-scale jitter, flip, crop and pad to train, a resize to test."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ from torch import Tensor
 
 from pipeline.data.config import STRIDE, AugmentConfig, ResizeConfig
 
-PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53]).view(
-    3, 1, 1
-)  # ImageNet's, in 0..255, as the published networks use
+# ImageNet's statistics in 0..255, as in the published networks.
+PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
 PIXEL_STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
 
 
 def channels_first(image: np.ndarray) -> Tensor:
-    """A decoded image (H, W, 3) uint8 as a tensor (3, H, W) of the same memory."""
+    """A decoded image (H, W, 3) uint8 as a tensor (3, H, W) that shares its memory."""
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
 def normalise(image: Tensor) -> Tensor:
-    """(3, H, W) in 0..255 -> zero mean, unit deviation by ImageNet's statistics."""
+    """An image (3, H, W) in 0..255, minus ImageNet's mean, over ImageNet's standard deviation; float32."""
     return (image.float() - PIXEL_MEAN) / PIXEL_STD
 
 
 def augment(image: Tensor, ids: Tensor, config: AugmentConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor, bool]:
     """One training view of an image (3, H, W) uint8 and its segment ids (H, W).
 
-    Returns the normalised image (3, S, S) and ids (S, S) int32; padding is 0 in both, which is the mean colour and no segment.
-    And whether the view is mirrored.
+    Returns the normalised image (3, S, S), ids (S, S) int32, and whether the view is mirrored. Padding is 0 in both:
+    the mean colour, and no segment.
     """
     height, width = ids.shape
     factor = rng.uniform(*config.jitter) * config.size / max(height, width)
@@ -46,9 +45,9 @@ def augment(image: Tensor, ids: Tensor, config: AugmentConfig, rng: np.random.Ge
 
 
 def resize_for_test(image: Tensor, config: ResizeConfig) -> tuple[Tensor, tuple[int, int]]:
-    """The test view of an image (3, H, W) uint8: normalised, resized, padded at the right and the bottom to a multiple of 32.
+    """The test view of an image (3, H, W) uint8: normalised, resized, padded right and below to a multiple of 32.
 
-    Returns the input (3, H', W') and the size of the image inside it.
+    Returns the input (3, H', W') and the (height, width) of the image inside it.
     """
     height, width = image.shape[-2:]
     factor = min(config.short / min(height, width), config.longest / max(height, width))
@@ -58,7 +57,7 @@ def resize_for_test(image: Tensor, config: ResizeConfig) -> tuple[Tensor, tuple[
 
 
 def place_ids(ids: Tensor, size: tuple[int, int], padded: Sequence[int]) -> Tensor:
-    """Segment ids (H, W) moved as `resize_for_test` moves their image: to `size`, then padded with 0."""
+    """Segment ids (H, W) in the geometry of `resize_for_test`: resized to `size`, then padded with 0."""
     return _pad(_resize_ids(ids, size), *padded)
 
 
@@ -69,7 +68,7 @@ def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _resize_ids(ids: Tensor, size: tuple[int, int]) -> Tensor:
-    """Nearest, through indices: exact for ids of any size, where a float image would round them."""
+    """Nearest neighbour by indexing: exact for large ids, which a float image would round."""
     if ids.shape == size:
         return ids
     rows, columns = (((torch.arange(new) + 0.5) * old / new).long() for new, old in zip(size, ids.shape, strict=True))

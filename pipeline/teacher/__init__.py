@@ -1,1 +1,1 @@
-"""The frozen CLIP: class names, images and masked instances to embeddings."""
+"""The frozen CLIP teacher: embeddings of class names, images and masked instances."""

@@ -1,4 +1,4 @@
-"""Looking at cached tokens: what is in them (without torch, at once), and whether the teacher still says the same of a sample."""
+"""Checks of cached tokens: statistics of the rows (without torch), and a comparison with a sample encoded again."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ PLAIN = {"crop": "full", "method": "pixels"}  # the options under which a row is
 
 
 def summary(folder: Path) -> dict[str, dict[str, Any]]:
-    """By split and kind of row, "train images" for one: `rows`, least, mean and largest `norm`, `zero` rows, `duplicates` (rows that
-    an earlier one of that split and kind equals in every bit), and of images those that the protocol has `left_out`."""
+    """Statistics by split and kind of row, such as "train images".
+
+    Each has `rows`, `norm` (least, mean, largest), the number of `zero` rows and of `duplicates` (rows that equal an
+    earlier one of that split and kind in every bit); images also have `left_out`, those that the protocol drops.
+    """
     result: dict[str, dict[str, Any]] = {}
     for split in ("train", "val"):
         groups = sorted(folder.glob(f"{split}-*.zarr"))
@@ -50,10 +53,10 @@ def summary(folder: Path) -> dict[str, dict[str, Any]]:
 def encode_again(
     store: Store, ref: Ref, *, rows: int, seed: int, teacher_weights: str, runtime: Runtime
 ) -> tuple[list[str], str]:
-    """Encode `rows` of a tokens artefact again, one image or masked instance at a time; drawn from `seed`.
+    """Encode `rows` rows of a tokens artefact again, drawn from `seed`, one image or masked instance at a time.
 
-    Returns one line for every row that is more than rounding away, and one about the sample as a whole.
-    Raises UserError when the teacher's weights, or the shards, are not at hand.
+    Returns one line per row whose cosine to the stored row is below `AGREE`, and one line on the whole sample.
+    Raises UserError when the teacher's weights or the shards are missing.
     """
     import torch
 
@@ -97,7 +100,8 @@ def encode_again(
 
 
 def _draw(groups: list[TokenGroup], rows: int, seed: int) -> list[tuple[int, int, int | None]]:
-    """(tar, sample, instance row or None for the image's own) of so many different rows, or of all."""
+    """(tar, sample, instance row or None for the image's own row) of `rows` distinct rows, or of all if there are
+    fewer."""
     of_images = [(tar, int(sample), None) for tar, group in enumerate(groups) for sample in np.flatnonzero(group.kept)]
     of_instances = [
         (tar, sample, row)

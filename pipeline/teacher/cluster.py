@@ -1,6 +1,6 @@
-"""Independent jobs, one Dask task each: in processes of this machine, on a cluster that is there, or without Dask in a loop.
+"""Independent jobs, one Dask task each: in processes of this machine, on a running cluster, or in a loop without Dask.
 
-A job must be safe to run twice, also at the same time: a worker that is lost may only be out of reach, and what it had is run
+A job must be safe to run twice, even at the same time: a lost worker may only be out of reach, and its jobs are run
 again elsewhere. Nothing here may change what a job writes.
 """
 
@@ -28,24 +28,25 @@ Progress = Callable[[int, int], None]  # images and instances that were encoded 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 TOPIC = "zs-seg-progress"
-DEATHS = 5  # a job that ends more worker processes of this machine than that is given up
+DEATHS = 5  # the most worker processes of this machine that may die over one job
 CORES_A_WORKER = 4
-POLL, PATIENCE = 0.05, 30.0  # seconds: between two looks at the jobs; without any worker
+POLL, PATIENCE = 0.05, 30.0  # seconds between two polls of the jobs, and without any worker
 log = logging.getLogger(__name__)
 
 
 def run_tasks(
     function: Callable[[Job, Runtime, Progress], Result], jobs: Sequence[Job], runtime: Runtime, *, progress: Progress
 ) -> tuple[list[Result], int]:
-    """`function(job, runtime, progress)` of every job, where `runtime.dask` says; results in the jobs' order, and how many
-    workers there were.
+    """Call `function(job, runtime, progress)` for every job on the workers that `runtime.dask` selects.
 
-    `function` gets the runtime of its worker: its device, its number of threads. `progress` is called as jobs go on, from one
-    thread at a time; work that is done a second time is not reported again. Functions and jobs are pickled: the workers of
-    another machine need this package.
+    `function` gets the runtime of its worker: its device and number of threads. `progress` is called while jobs run,
+    from one thread at a time; repeated work is not counted again. Functions and jobs are pickled, so workers on another
+    machine need this package.
 
-    Raises what a job raises, at once and without waiting for the other jobs, and UserError when there is no such cluster, it
-    has no worker, is lost, or a job (named by its str) keeps ending its workers.
+    Returns the results in the jobs' order, and the number of workers.
+
+    Raises what a job raises, at once and without waiting for the other jobs; and UserError when the cluster does not
+    exist, has no worker or is lost, or when a job (named by its str) keeps killing its workers.
     """
     if not jobs:
         return [], 0
@@ -53,7 +54,8 @@ def run_tasks(
         return [function(job, runtime, progress) for job in jobs], 1
     import distributed  # noqa: F401  sets the levels of its loggers
 
-    for name in ("distributed", "distributed.client"):  # what matters of it is told here
+    # Errors that matter are raised or logged here instead.
+    for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     results: dict[int, Any] = {}
     tally, workers = _Tally(len(jobs), progress), 0
@@ -71,8 +73,8 @@ def run_tasks(
 def split_cores(runtime: Runtime, jobs: int) -> tuple[int, int, int]:
     """Worker processes on this machine, CPU threads of each, and GPUs they take turns on (0 = all on `runtime.device`).
 
-    With `device` "auto" and GPUs: one worker a GPU. Else one worker for every four cores, at least one. "local:N" says N.
-    Never more workers than jobs. The threads are shared out evenly.
+    With `device` "auto" and GPUs: one worker per GPU. Else one worker per four cores, at least one. "local:N" sets N.
+    There are never more workers than jobs. Workers get equal numbers of threads.
     """
     gpus = 0
     if runtime.torch_device().type == "cuda" and runtime.device == "auto":
@@ -88,9 +90,9 @@ def split_cores(runtime: Runtime, jobs: int) -> tuple[int, int, int]:
 def _local(runtime: Runtime, jobs: int) -> Iterator[tuple[Client, int, Runtime]]:
     """Worker processes that end with this process, however it ends.
 
-    One Dask thread each, for torch brings its own. No memory limit: Dask would let a worker pause at 80 % of it, for ever.
-    The C library keeps freed memory as it does by default: Dask has it given back at once, and fetching it anew for every
-    batch cost a ViT-B/16 a third more CPU time.
+    One Dask thread each, since torch has its own. No memory limit: Dask would pause a worker at 80 % of it for ever.
+    MALLOC_TRIM_THRESHOLD_ keeps the C library's default: Dask's value returns freed memory to the system at once, and
+    allocating it again for every batch took a third more CPU time with a ViT-B/16.
     """
     workers, threads, gpus = split_cores(runtime, jobs)
     import dask.config
@@ -107,7 +109,8 @@ def _local(runtime: Runtime, jobs: int) -> Iterator[tuple[Client, int, Runtime]]
             n_workers=workers,
             threads_per_worker=1,
             memory_limit=None,
-            preload=["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"],  # Ctrl-C is for this process
+            # Ctrl-C is handled by this process alone.
+            preload=["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"],
             dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,
         ) as cluster,
@@ -118,8 +121,8 @@ def _local(runtime: Runtime, jobs: int) -> Iterator[tuple[Client, int, Runtime]]
 
 @contextmanager
 def _existing(runtime: Runtime) -> Iterator[tuple[Client, int, Runtime]]:
-    """The cluster at an address, or the one whose scheduler wrote a file. Its workers keep their own threads unless
-    `runtime.threads` is set, which then counts for each of them."""
+    """The cluster at an address, or the one whose scheduler wrote the given file. Its workers keep their own number of
+    threads unless `runtime.threads` is set, which then applies to each of them."""
     from distributed import Client
 
     address = runtime.dask if "://" in runtime.dask else _address(Path(runtime.dask))
@@ -127,8 +130,8 @@ def _existing(runtime: Runtime) -> Iterator[tuple[Client, int, Runtime]]:
         client = Client(address, timeout=5, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"no Dask scheduler answers at {address} ({' '.join(str(error).split())}); start one with `dask scheduler`, "
-            "correct --dask, or leave it out to use this machine"
+            f"no Dask scheduler answers at {address} ({' '.join(str(error).split())}); "
+            "start one with `dask scheduler`, correct --dask, or leave it out to use this machine"
         ) from error
     with client:
         try:
@@ -152,8 +155,8 @@ def _address(file: Path) -> str:
 def _run(
     client: Client, task: Callable[..., Any], jobs: dict[int, Any], results: dict[int, Any], tally: _Tally
 ) -> None:
-    """Run the jobs, by number; what they give goes into `results` as they end. Returns early when workers do not come back:
-    now and then Dask fails to start a worker process again that was killed while it started."""
+    """Run the jobs, by number, and store their results in `results` as they end. Returns early when there has been no
+    worker for `PATIENCE` seconds: Dask sometimes fails to restart a worker process that was killed while it started."""
     from distributed import CancelledError, KilledWorker
 
     run = uuid.uuid4().hex
@@ -168,15 +171,16 @@ def _run(
                     results[number], done = futures[number].result()
                 except KilledWorker as error:
                     raise UserError(
-                        f"{jobs[number]}: {error.allowed_failures + 1} worker processes died over it, most likely for want "
-                        "of memory; use fewer workers, or smaller batches"
+                        f"{jobs[number]}: {error.allowed_failures + 1} worker processes died over it, "
+                        "most likely for want of memory; use fewer workers, or smaller batches"
                     ) from error
                 except CancelledError as error:
                     raise UserError(
                         "the Dask scheduler is gone; start it again, and the same command goes on where this one was"
                     ) from error
                 tally.add(number, *done)
-                del futures[number]  # else it is run again when the worker that has its result is lost
+                # A future that is kept would be run again if the worker that holds its result is lost.
+                del futures[number]
             time.sleep(POLL)
             if (now := time.monotonic()) - looked > PATIENCE / 10:
                 looked = now
@@ -189,12 +193,13 @@ def _run(
 
 
 class _Tally:
-    """What the jobs have reported so far, job by job, passed on as what is new: a job that starts again repeats itself."""
+    """Progress so far by job; only increments are passed on, since a job that starts again reports its work twice."""
 
     def __init__(self, jobs: int, progress: Progress) -> None:
         self._known = [(0, 0)] * jobs
         self._progress = progress
-        self._lock = threading.Lock()  # results come in the main thread, reports in the client's
+        # Results arrive in the main thread, reports in the client's.
+        self._lock = threading.Lock()
 
     def hear(self, run: str, report: Sequence[Any]) -> None:
         if report[0] == run:
@@ -211,7 +216,7 @@ class _Tally:
 def _task(
     function: Callable[[Any, Runtime, Progress], Any], runtime: Runtime, gpus: int, run: str, number: int, job: Any
 ) -> tuple[Any, tuple[int, int]]:
-    """One job on a worker; its progress goes out at most twice a second."""
+    """Run one job on a worker; its progress is sent at most twice a second."""
     from distributed import get_worker
 
     worker, images, instances, message = get_worker(), 0, 0, time.monotonic()

@@ -1,8 +1,8 @@
 """One tar of samples -> one group of the teacher's tokens: the work of stage "cache-clip".
 
-Images are decoded ahead in threads, in order; each is resized once, on the device, where its masks are applied; what the teacher
-gets is packed across images into full batches, so only a tar's last one is short. No tensor grows with what an image or a tar
-holds, but for the rows themselves. The rows are a function of the tar and the config alone.
+Threads decode images ahead, in order. Each image is resized once, on the device, where its masks are applied; the
+teacher's inputs are packed across images into full batches, so only a tar's last batch may be short. Except for the
+rows themselves, no tensor grows with the number of segments or images. The rows depend on the tar and the config alone.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from storage.shards import Sample, decode_ids, decode_image, read_shard
 from storage.tokens import write_tokens
 
 MASK_PIXELS = 2**24  # of full-size masks at a time: 64 MB of float32
-INSTANCES_A_PASS = 64  # of an image by attention; one with more of them takes several places in a batch
+# Method "attention": an image with more instances takes several places in a batch.
+INSTANCES_A_PASS = 64
 
 
 def kept_for_training(sample: Sample, benchmark: Benchmark) -> bool:
-    """The image-filter protocol: an image with any segment of an unseen class takes no part in training."""
+    """False for an image that the image-filter protocol drops: one with any segment of an unseen class."""
     if benchmark.protocol != "image-filter":
         return True
     return not any(s.category_id in set(benchmark.unseen_ids) for s in sample.segments)
 
 
 def shown_in_training(sample: Sample, benchmark: Benchmark) -> Sample:
-    """The pixel-ignore protocol: the sample without its segments of unseen classes, so that no token of them is made."""
+    """The sample without segments of unseen classes under the pixel-ignore protocol, so that they get no token."""
     if benchmark.protocol != "pixel-ignore":
         return sample
     return replace(sample, segments=tuple(s for s in sample.segments if benchmark.seen[benchmark.index[s.category_id]]))
@@ -54,17 +55,17 @@ def encode_tar(
     hide: bool,
     progress: Callable[[int, int], object],
 ) -> None:
-    """Encode one tar into one group.
+    """Encode one tar into one token group.
 
-    `hide`: leave out what the benchmark's protocol keeps from training. `progress(images, instances)` is called as samples are
-    done with, left out or handed to the device. Decoding takes as many threads as torch has in this process.
+    `hide`: leave out what the benchmark's protocol excludes from training. `progress(images, instances)` is called
+    after each sample is left out or passed to the device. Decoding uses as many threads as torch has in this process.
 
-    Raises UserError when the teacher cannot do what `config.method` asks for.
+    Raises UserError when the teacher does not support `config.method`.
     """
     device = next(teacher.parameters()).device
     encoder = _ByAttention(teacher, config) if config.method == "attention" else _ByPixels(teacher, config)
     segment_id, encoded, kept, counts = [], [], [], []
-    # Of each of the encoder's rows: an image, or an instance of the image before it?
+    # For each of the encoder's rows: True for an image, False for an instance of the last image before it.
     is_image: list[bool] = []
 
     def decode(sample: Sample) -> _Decoded | None:
@@ -106,7 +107,7 @@ def encode_tar(
 def _ahead(
     samples: Iterator[Sample], decode: Callable[[Sample], _Decoded | None], *, threads: int
 ) -> Iterator[tuple[Sample, _Decoded | None]]:
-    """Each sample with what `decode` makes of it, in order; at most 2 * `threads` of them are decoded and wait."""
+    """Each sample with its `decode(sample)`, in order; at most 2 * `threads` decoded samples are held."""
     pending: deque[tuple[Sample, Future[_Decoded | None]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for sample in samples:
@@ -119,8 +120,9 @@ def _ahead(
 
 
 class _Decoded(NamedTuple):
-    """A sample off the disk: `image` (3, H, W) uint8, `ids` (H, W) int32, and of the k segments to encode their ids `wanted` (k,)
-    int32 and, where the config needs them, the `boxes` of their crops and their `own` patches (k, P) bool."""
+    """A decoded sample: `image` (3, H, W) uint8, `ids` (H, W) int32, and for the k segments to encode their ids
+    `wanted` (k,) int32 and, where the config needs them, the `boxes` of their crops and their `own` patches (k, P)
+    bool."""
 
     image: Tensor
     ids: Tensor
@@ -132,15 +134,16 @@ class _Decoded(NamedTuple):
         return self._replace(image=self.image.pin_memory(), ids=self.ids.pin_memory(), wanted=self.wanted.pin_memory())
 
     def to(self, device: torch.device) -> _Decoded:
-        """What the device needs of it."""
+        """The sample with `image`, `ids` and `wanted` on the device."""
         image, ids, wanted = (x.to(device, non_blocking=True) for x in (self.image, self.ids, self.wanted))
         return self._replace(image=image, ids=ids, wanted=wanted)
 
 
 class _ByPixels:
-    """One input an image, and one an instance, whose other pixels are filled.
+    """One input per image and one per instance; in the latter all other pixels are filled.
 
-    `rows`, a list a view, stay on the device in half precision until the end: those of an image, its own first, then the next's.
+    `rows`, one list per view, stay on the device in float16 until the end: for each image its own row, then those of
+    its instances.
     """
 
     def __init__(self, teacher: Teacher, config: TokensConfig) -> None:
@@ -166,7 +169,7 @@ class _ByPixels:
         return torch.zeros(len(wanted), 0, dtype=torch.bool)
 
     def add(self, sample: _Decoded) -> None:
-        """Take in an image, and encode as often as a batch is full."""
+        """Add the inputs of one image, and encode each batch that becomes full."""
         prepared = self.teacher.prepare(sample.image, self.config.resize)
         self.put(prepared[None])
         done, count = 0, len(sample.wanted)
@@ -181,7 +184,7 @@ class _ByPixels:
             done = some.stop
 
     def crop(self, sample: _Decoded, instance: int) -> Tensor:
-        """An instance (1, 3, S, S) from the box around it."""
+        """The input (1, 3, S, S) of an instance, cropped to the box around it."""
         top, left, bottom, right = sample.boxes[instance]
         prepared = self.teacher.prepare(sample.image[:, top:bottom, left:right], self.config.resize)
         mask = sample.ids[top:bottom, left:right] == sample.wanted[instance]
@@ -199,7 +202,7 @@ class _ByPixels:
             rows.append(self.teacher.encode_images(inputs.flip(-1) if view else inputs, self.dtype).half())
 
     def finish(self) -> Tensor:
-        """Encode what waits for its batch to fill; all rows (views, rows, D) float16."""
+        """Encode the last, partial batch and return all rows (views, rows, D) float16."""
         if self.filled:
             self.flush()
         if not self.rows[0]:
@@ -208,13 +211,14 @@ class _ByPixels:
 
 
 class _ByAttention(_ByPixels):
-    """One input an image; its instances are further CLS tokens, which see their own patches only."""
+    """One input per image; its instances are further CLS tokens, each of which attends to its own patches only."""
 
     def __init__(self, teacher: Teacher, config: TokensConfig) -> None:
         self.grid = teacher.patches
         super().__init__(teacher, config)
-        self.own: list[Tensor] = []  # of the inputs that wait, (k, P) each
-        self.shown: list[bool] = []  # whether its image's own row is this input's to give
+        self.own: list[Tensor] = []  # (k, P) for each input of the partial batch
+        # For each of these inputs: whether it yields its image's own row.
+        self.shown: list[bool] = []
 
     def patches(self, ids: np.ndarray, wanted: np.ndarray) -> Tensor:
         place = self.teacher.place(ids.shape, self.config.resize)

@@ -1,4 +1,4 @@
-"""Where an instance is: the box to cut out around it, and the patches of the teacher's input that are its own."""
+"""The location of an instance: the box to crop around it, and its own patches in the teacher's input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 def instance_box(mask: np.ndarray, margin: float) -> tuple[int, int, int, int]:
     """Top, left, bottom, right of a square around a mask (H, W), `margin` of its longer side wider at each side.
 
-    The square is moved into the image, and loses what is more than the image's own height or width.
+    The square is shifted into the image, and cut to the image's height and width.
     """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     ends = (int(rows[0]), int(rows[-1]) + 1), (int(columns[0]), int(columns[-1]) + 1)
@@ -26,12 +26,12 @@ def instance_box(mask: np.ndarray, margin: float) -> tuple[int, int, int, int]:
 def own_patches(
     ids: np.ndarray, wanted: np.ndarray, *, grid: tuple[int, int], patch: int, place: tuple[int, int, int, int]
 ) -> np.ndarray:
-    """Which patches are each segment's own, (k, P) bool, row by row: those whose centre it covers, else the one it covers most.
+    """Each segment's own patches, (k, P) bool, row-major: those whose centre it covers, else the one it covers most.
 
     Args:
         ids: (H, W), the segment of each pixel. wanted: (k,), ids of segments that have pixels.
-        grid: rows and columns of patches. patch: the side of one, in pixels of the teacher's input.
-        place: where the image lies in that input: top, left, height, width.
+        grid: rows and columns of patches. patch: side of a patch, in pixels of the teacher's input.
+        place: the image's box in that input: top, left, height, width.
     """
     (height, width), (top, left, placed_height, placed_width) = ids.shape, place
     y = ((np.arange(grid[0]) + 0.5) * patch - top) * height / placed_height

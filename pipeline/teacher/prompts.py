@@ -1,4 +1,4 @@
-"""What the text encoder reads for a class: its name with its synonyms, cleaned on request, and the sentences around it."""
+"""The text encoder's input for a class: its name and synonyms, cleaned on request, in template sentences."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _FILLER = re.compile(r"-(merged|other|stuff)\b")
 
 
 def template_sets() -> dict[str, tuple[str, ...]]:
-    """The named sets of sentences: "plain", "short", and "published", the eight of the method's predecessors."""
+    """The named template sets: "plain", "short", and "published", the eight templates of earlier zero-shot methods."""
     return {name: tuple(lines) for name, lines in json.loads(TEMPLATES.read_text(encoding="utf-8")).items()}
 
 
 def clean(name: str) -> str:
-    """COCO's file-like names as words: "-merged", "-other" and "-stuff" go, remaining hyphens and underscores become spaces.
+    """A COCO class name as words: "-merged", "-other", "-stuff" removed, other hyphens and underscores made spaces.
 
     "sky-other-merged" -> "sky", "door-stuff" -> "door", "wall-brick" -> "wall brick".
     """
@@ -27,9 +27,9 @@ def clean(name: str) -> str:
 
 
 def synonyms(names: Sequence[str], *, clean_names: bool = False) -> list[tuple[str, ...]]:
-    """For each class the names it is known by, its own first: "person, human" -> ("person", "human").
+    """The synonyms of each class, in the order listed: "person, human" -> ("person", "human").
 
-    Raises UserError when nothing is left of a name, and when two classes would be called the same.
+    Raises UserError when a part of a name is empty, and when two classes share a name.
     """
     owner: dict[str, str] = {}
     result = []

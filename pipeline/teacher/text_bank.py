@@ -1,4 +1,4 @@
-"""The class names' embeddings, the bank that takes the place of a classifier's weights."""
+"""The text bank: embeddings of the class names, used in place of a classifier's weights."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassList:
-    """The classes that a network chooses from, in their fixed order, as checkpoints record them.
+    """A network's classes in their fixed order, as checkpoints record them.
 
-    `text` is the key of the text artefact; `ids`, `names`, `isthing` and `seen` have an entry a class; `teacher` is the identity of the
-    CLIP that embedded the names, `clean_names` whether it was given cleaned ones.
+    `text` is the key of the text artefact; `ids`, `names`, `isthing` and `seen` have one entry per class; `teacher` is
+    the identity of the CLIP that embedded the names, `clean_names` whether the names were cleaned first.
     """
 
     text: str
@@ -35,10 +35,10 @@ class ClassList:
 
 @dataclass(frozen=True, kw_only=True)
 class TextBank:
-    """The classes in their fixed order: `embedding` unit rows, and per class its id, name, kind, and whether it is seen.
+    """The classes in their fixed order: `embedding` of unit rows, and per class its id, name, kind, and whether seen.
 
-    `embedding` is (K, D), or (K, S, D) where classes have synonyms, up to S names a class; a class with fewer repeats its first, which
-    moves no maximum. `templates` is empty for rows that were imported.
+    `embedding` is (K, D), or (K, S, D) where classes have up to S synonyms; a class with fewer repeats its first row,
+    which leaves the maximum over synonyms unchanged. `templates` is empty for imported rows.
     """
 
     key: str
@@ -53,7 +53,7 @@ class TextBank:
 
     @property
     def first(self) -> Tensor:
-        """(K, D): of each class the row of its first name, where one row must stand for the class."""
+        """(K, D): the row of each class's first name, for uses that need one row per class."""
         return self.embedding if self.embedding.ndim == 2 else self.embedding[:, 0]
 
     def classes(self) -> ClassList:
@@ -85,15 +85,16 @@ def embed_names(
 ) -> Tensor:
     """Class names -> unit rows (K, D), or (K, S, D) where a name lists synonyms (see `TextBank`).
 
-    A row is the mean over templates of unit sentence embeddings, made unit length again.
+    A row is the mean over templates of unit sentence embeddings, normalised to unit length. Raises UserError as
+    `synonyms` does.
     """
     import torch
     from torch.nn.functional import normalize
 
-    known_as = synonyms(names, clean_names=clean_names)
+    parts_of_class = synonyms(names, clean_names=clean_names)
     rows = [
         torch.stack([teacher.encode_texts([t.replace("{}", part) for t in templates]).mean(0) for part in parts])
-        for parts in known_as
+        for parts in parts_of_class
     ]
     width = max(map(len, rows))
     padded = torch.stack([torch.cat([row, row[:1].expand(width - len(row), -1)]) for row in rows])
@@ -101,7 +102,7 @@ def embed_names(
 
 
 def join(first: Tensor, second: Tensor) -> Tensor:
-    """Rows of classes (K, D) or (K, S, D), one set behind the other."""
+    """Two sets of class rows, each (K, D) or (K, S, D), concatenated; shorter synonym lists repeat their first row."""
     import torch
 
     if first.ndim == second.ndim == 2:

@@ -1,6 +1,6 @@
-"""The criteria of the three training stages, one class a stage, one method a loss.
+"""The criteria of the three training stages, one class per stage, one method per loss.
 
-Each takes a batch and the step's number and yields its losses by name, already weighted, once for every part of the batch; an
+Each takes a batch and the step's number and yields the weighted losses by name, once for every part of the batch; an
 alignment loss of weight 0 is not computed. Equations are the paper's; models/README.md explains the decisions Dn.
 """
 
@@ -31,14 +31,15 @@ Frozen = TypeVar("Frozen", bound=nn.Module)
 
 
 def seen_rows(bank: TextBank, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The seen classes' embeddings A_s (K_s, D) or (K_s, S, D), see `TextBank`, and class index -> row of A_s or -1 (K,)."""
+    """The seen classes' embeddings A_s (K_s, D) or (K_s, S, D), see `TextBank`; and (K,): class index -> row of A_s or
+    -1."""
     seen = torch.tensor(bank.seen)
     row = torch.where(seen, seen.cumsum(0) - 1, -1)
     return bank.embedding[seen].to(device), row.to(device)
 
 
 def one_hot(rows: Tensor, classes: int) -> Tensor:
-    """Class rows (...) with -1 for none -> targets (..., classes); none is all zero (D2)."""
+    """Class rows (...), -1 for no class -> one-hot targets (..., classes), all zero for no class (D2)."""
     targets = torch.zeros(*rows.shape, classes + 1, device=rows.device)
     targets.scatter_(-1, rows.where(rows >= 0, classes)[..., None], 1.0)
     return targets[..., :classes]
@@ -48,10 +49,10 @@ def one_hot(rows: Tensor, classes: int) -> Tensor:
 class Matching:
     """The outputs of one part of a batch, L decoder outputs of B images, and which query was assigned to which segment.
 
-    `totals` (3,): images, segments and instances of the global batch, each at least 1. `labels`: row of A_s of each segment, one tensor
-    an image. `v` (L, B, Q, D), `logits` (L, B, Q, K_s), `masks` (L, B, Q, h, w). `assigned` (L, B, Q): the segment of the
-    image, or -1. Of the N matches, an image's side by side: `image`, `layer`, `query` (N,), and `row` (N,), the segment among
-    all segments of the part, one image after the other.
+    `totals` (3,): images, segments and instances of the global batch, each at least 1. `labels`: each segment's row of
+    A_s, one tensor per image. `v` (L, B, Q, D), `logits` (L, B, Q, K_s), `masks` (L, B, Q, h, w). `assigned` (L, B, Q):
+    index of the segment in its image, or -1. The N matches, ordered by image: `image`, `layer`, `query` (N,), and `row`
+    (N,), the index of the segment among all segments of the part, image after image.
     """
 
     batch: Batch
@@ -82,8 +83,9 @@ class Matching:
 class V2CCriterion:
     """L_v2c = L_match + w_g L_g + w_l L_l (paper Eq. 5): L_match on every decoder output, L_g and L_l on the last (D4).
 
-    A global batch may be spread over processes, and over `accumulate` parts one after the other: every sum is divided by a number of
-    the global batch and every draw belongs to an image, so that the gradients add up to those of the batch in one piece.
+    A global batch may be split over processes, and over `accumulate` parts in sequence. Every sum is divided by a count
+    of the global batch and every random draw belongs to an image, so the gradients add up to those of the undivided
+    batch.
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class V2CCriterion:
         self.images = len(global_tokens) // token_views
 
     def __call__(self, batch: Batch, step: int) -> Iterator[dict[str, Tensor]]:
-        """The terms of each part of this process's share of the batch."""
+        """The weighted losses of each part of this process's share of the batch."""
         config = self.config
         parts = [part.to(self.device) for part in batch.split(config.accumulate)]
         first = self.ranks.rank * len(batch.image_ids)
@@ -120,7 +122,8 @@ class V2CCriterion:
             yield terms
 
     def totals(self, batch: Batch) -> Tensor:
-        """Images, segments, and instances that have a negative in L_l: (3,). Of an image's segments at most Q are found."""
+        """(3,): images, segments, and instances that have a negative in L_l. At most Q segments of an image are
+        matched."""
         found = [min(len(_encoded(tokens)), self.config.segmenter.queries) for tokens in batch.instance_tokens]
         if self.config.instance_negatives == "image":
             found = [count for count in found if count > 1]
@@ -134,8 +137,8 @@ class V2CCriterion:
         totals: Tensor,
         elsewhere: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """This part's share of every term. `generators`: one an image. `totals` (3,): of the global batch, see `totals`.
-        `elsewhere` (M, D): the instance tokens of its other parts, for batch negatives."""
+        """This part's share of every loss. `generators`: one per image. `totals` (3,): counts of the global batch, see
+        `totals`. `elsewhere` (M, D): instance tokens of the other parts of the batch, for batch negatives."""
         matching = self.matching(batch, generators, totals)
         mask_losses = self.mask_losses(matching, generators)
         terms = {"class": self.class_loss(matching), **mask_losses}
@@ -146,7 +149,7 @@ class V2CCriterion:
         return terms
 
     def matching(self, batch: Batch, generators: Sequence[torch.Generator], totals: Tensor) -> Matching:
-        """The network's outputs of this part, and sigma^ of every decoder output."""
+        """The network's outputs for this part, and the matching sigma^ of every decoder output (Eq. 1)."""
         config = self.config
         labels = [self.seen_row[label] for label in batch.labels]
         output = self.segmenter(batch.images, dense=False)
@@ -164,7 +167,8 @@ class V2CCriterion:
             generators=generators,
             mask_loss=config.mask_loss,
         )  # (L, B, Q): segment of the image, or -1
-        image, layer, query = (assigned >= 0).transpose(0, 1).nonzero(as_tuple=True)  # an image's rows side by side
+        # Transposed, so that the matches are ordered by image.
+        image, layer, query = (assigned >= 0).transpose(0, 1).nonzero(as_tuple=True)
         first = torch.tensor([0, *[len(label) for label in labels]], device=self.device).cumsum(0)
         return Matching(
             batch=batch,
@@ -188,7 +192,7 @@ class V2CCriterion:
         return self.config.class_weight * losses.focal_loss(m.logits, targets, normaliser=m.segments)
 
     def mask_losses(self, m: Matching, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        """BCE (or focal, "mask") and dice of Eq. 1 on every decoder output, at drawn points or over all pixels."""
+        """BCE (or focal, "mask") and dice of Eq. 1 on every decoder output, at sampled points or over all pixels."""
         config = self.config
         predicted, masks = m.masks[m.layer, m.image, m.query], torch.cat(m.batch.masks)
         if config.mask_loss == "full":
@@ -207,7 +211,8 @@ class V2CCriterion:
         return {"bce": config.bce_weight * bce, "dice": config.dice_weight * dice}
 
     def global_loss(self, m: Matching, generators: Sequence[torch.Generator]) -> Tensor:
-        """L_g (Eq. 3) of the last decoder output: V_a of Eq. 2 against its image's C_g, the bank's C_g as negatives (D3)."""
+        """L_g (Eq. 3) of the last decoder output: V_a (Eq. 2) against its image's C_g; negatives are the bank's C_g
+        (D3)."""
         config = self.config
         own = self.global_tokens[m.batch.global_rows]
         v_a = losses.target_attention(
@@ -217,7 +222,7 @@ class V2CCriterion:
         return config.global_weight * losses.global_loss(v_a, own, bank, tau=config.tau, normaliser=m.images)
 
     def instance_loss(self, m: Matching, elsewhere: Tensor | None) -> Tensor:
-        """L_l (Eq. 4) of the last decoder output. Segments that are too small for the teacher have no token and take no part."""
+        """L_l (Eq. 4) of the last decoder output. Segments too small for the teacher have no token and are left out."""
         config, last = self.config, m.layer == len(m.assigned) - 1
         own = torch.cat(m.batch.instance_tokens)[m.row[last]]
         encoded = own.any(1)
@@ -232,7 +237,8 @@ class V2CCriterion:
         )
 
     def _negatives(self, own: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Rows (B, T) drawn uniformly from the cached global tokens of the same view, an image's own row excluded (D3)."""
+        """Row indices (B, T), uniform over the cached global tokens of the same view without the image's own row
+        (D3)."""
         others, image, size = self.images - 1, own % self.images, (self.config.bank,)
         drawn = [torch.randint(max(others, 1), size, generator=rng, device=rng.device) for rng in generators]
         drawn = torch.stack(drawn).to(self.device)
@@ -240,7 +246,7 @@ class V2CCriterion:
 
 
 class G2SCriterion:
-    """L_g2s = L_mmd + lambda_s L_div + lambda_v L_gv2s + beta KL (paper Eq. 8, read as D6), from cached queries alone."""
+    """L_g2s = L_mmd + lambda_s L_div + lambda_v L_gv2s + beta KL (paper Eq. 8 with D6), from cached queries alone."""
 
     def __init__(
         self, generator: Generator | PrimitiveGenerator, projector: Projector, bank: TextBank, config: G2SConfig
@@ -284,9 +290,10 @@ class G2SCriterion:
 
 
 class CPACriterion:
-    """L_f = focal(P(F) over A_s) + focal(P(F'_u) over A) (paper Eq. 9): real seen and made-up unseen features, projector alone.
+    """L_f = focal(P(F) over A_s) + focal(P(F'_u) over A) (paper Eq. 9): real seen and synthetic unseen features.
 
-    `text`: the classifier's rows, `Model.text`: A, or of a linear classifier the identity.
+    Only the projector is trained. `text`: the classifier's rows, `Model.text`: A, or the identity for a linear
+    classifier.
     """
 
     def __init__(
@@ -312,7 +319,8 @@ class CPACriterion:
         return {"real": self.real_loss(batch), "synthetic": self.synthetic_loss(generator)}
 
     def real_loss(self, batch: QueryBatch) -> Tensor:
-        """focal(P(F)) of all queries of seen images, over A_s alone: a query over an unseen object is no negative of its class."""
+        """focal(P(F)) of all cached queries over A_s only, so a query on an unseen object is no negative of its
+        class."""
         feature, category = batch.feature.to(self.device), batch.category.to(self.device)
         target = one_hot(torch.where(category >= 0, self.seen_row[category], -1), len(self.text))
         logits = self.projector.logits(self.projector(feature), self.text)
@@ -331,10 +339,10 @@ class CPACriterion:
 
 
 def _encoded(tokens: Tensor) -> Tensor:
-    """Without the zero rows of segments that were too small for the teacher."""
+    """Tokens (N, D) without the zero rows of segments that were too small for the teacher."""
     return tokens[tokens.any(1)]
 
 
 def freeze(module: Frozen) -> Frozen:
-    """Evaluation mode, no gradients: what a later stage takes from an earlier one."""
+    """Put a module of an earlier stage into evaluation mode without gradients, in place, and return it."""
     return module.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What a training stage tells while it runs: a progress bar, curves as JSON lines, and the same for TensorBoard."""
+"""The output of a training stage while it runs: a progress bar, curves as JSON lines, and the same for TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from storage.atomic import write_text
 from storage.errors import UserError
 
 CURVES, TENSORBOARD = "curves.jsonl", "tensorboard"
-EVERY = 10  # steps between two rows, each the mean over them
+EVERY = 10  # steps per row; a row is the mean over them
 log = logging.getLogger(__name__)
-MEASURED = ("seconds", "waiting")  # of a row's values these differ between two runs
+MEASURED = ("seconds", "waiting")  # the values of a row that differ between two equal runs
 
 
 class Record:
-    """Rows of "step", the mean of each loss over the steps since the last row, their "total", the gradient's "norm" before clipping,
-    "lr", "seconds" a step, and "waiting", the share of them that went into waiting for data.
+    """Writes rows: "step", the mean of each loss over the steps since the last row, their "total", the gradient's
+    "norm" before clipping, "lr", "seconds" per step, and "waiting", the share (0..1) of that time spent waiting for
+    data.
 
-    `state()`, with a checksum over the rows, belongs to the training state; a run that goes on from it forgets the rows written after it.
+    `state()`, with a checksum over the rows, is part of the training state; a resumed run drops rows written after it.
     """
 
     def __init__(
@@ -60,11 +61,12 @@ class Record:
 
     def state(self) -> dict[str, Any]:
         if self.writes:
-            os.fsync(self.file.fileno())  # the rows must not be younger than the state that counts them
+            # The rows must be on disk before the state that counts them.
+            os.fsync(self.file.fileno())
         return {"recent": self.recent, "rows": self.rows, "crc": self.crc}
 
     def add(self, losses: dict[str, float], *, norm: float, waited: float, seconds: float) -> None:
-        """One step is done."""
+        """Record one finished step; every `EVERY` steps, write a row. `waited`, `seconds`: of the step."""
         lr = self.schedule.lr * self.schedule.factor(self.step)
         self.recent.append(
             {**losses, "total": sum(losses.values()), "norm": norm, "lr": lr, "seconds": seconds, "waiting": waited}

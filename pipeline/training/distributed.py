@@ -1,7 +1,7 @@
-"""The processes that train together, one a device: started by torchrun's own launcher, or by torchrun itself.
+"""Distributed training, one process per device: started by torchrun's launcher from here, or by torchrun itself.
 
-Gradients are summed after the backward pass, in one buffer: 44 million weights are 176 MB, some milliseconds between the GPUs of one
-machine, and no wrapper stands between the network and its losses.
+Gradients are summed after the backward pass in one buffer: 44 million weights are 176 MB, some milliseconds between the
+GPUs of one machine, and no wrapper around the network is needed.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ PATIENCE = timedelta(minutes=30)  # for the slowest rank, before a run counts as
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among `world` processes; `rank` 0 writes files and shows progress. Alone, every sum is the value itself."""
+    """This process, `rank`, among `world` processes; rank 0 writes files and shows progress. With `world` 1, sums are
+    the values themselves."""
 
     rank: int = 0
     world: int = 1
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of every process's `value`, of one shape; no gradient."""
+        """The sum of `value` over all processes, which must have one shape; without gradient."""
         if self.world > 1:
             value = value.clone()
             dist.all_reduce(value)
         return value
 
     def others(self, rows: Tensor) -> list[Tensor]:
-        """The rows (n, ...) of every other process, by rank; n may differ."""
+        """The rows (n, ...) of every other process, in order of rank; n may differ between processes."""
         if self.world == 1:
             return []
         counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(self.world)]
@@ -61,7 +62,7 @@ class Ranks:
         return [part[:size] for rank, (part, size) in enumerate(pairs) if rank != self.rank]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Every process's gradients become the sum over all; a parameter without one counts as 0."""
+        """Replace the gradients by their sum over all processes; a missing gradient counts as 0."""
         if self.world == 1:
             return
         grads = []
@@ -79,10 +80,11 @@ ALONE = Ranks()
 
 
 def launch(function: Callable[..., None], *arguments: Any, runtime: Runtime) -> None:
-    """Call `function(ranks, runtime, *arguments)` once a device, and come back when all have ended.
+    """Call `function(ranks, runtime, *arguments)` in one process per device, and return when all have ended.
 
-    With `runtime.devices` 1 that is a plain call. Under torchrun (several machines) it is this process's own part. A mistake of the user's in one
-    process (`UserError`, `ModelError`, OSError) ends the others, and is raised here.
+    With `runtime.devices` 1 this is a plain call. Under torchrun (several machines) it runs this process's part. A
+    UserError, ModelError or OSError in one process ends the others: the OSError is raised here as it is, else
+    UserError.
     """
     if under_torchrun():
         return _member(function, runtime, *arguments)
@@ -98,27 +100,28 @@ def launch(function: Callable[..., None], *arguments: Any, runtime: Runtime) -> 
         min_nodes=1, max_nodes=1, nproc_per_node=runtime.devices, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
         run_id=f"zs-seg-{os.getpid()}", max_restarts=0, monitor_interval=0.5,
     )  # fmt: skip
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what ended them is told below
+    # The error that ended the processes is raised below.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     with TemporaryDirectory() as folder:
         try:
-            elastic_launch(config, _teller)(Path(folder), function, runtime, *arguments)
+            elastic_launch(config, _reporting_member)(Path(folder), function, runtime, *arguments)
         except SignalException as stopped:  # the processes have saved their state and ended
             raise KeyboardInterrupt from stopped
         except ChildFailedError as error:
-            # any will do: a process that fails only because another has gone leaves none
+            # Any file will do: a process that fails only because another one has ended leaves none.
             for message in sorted(Path(folder).iterdir()):
                 kind, what = json.loads(message.read_text())
                 raise (OSError if kind == "OSError" else UserError)(*what) from error
             raise
-        finally:  # the launcher leaves its own behind
+        finally:  # the launcher does not restore the handlers
             if threading.current_thread() is threading.main_thread():
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
 
 
-def _teller(folder: Path, function: Callable[..., None], runtime: Runtime, *arguments: Any) -> None:
-    """A process of ours: what its user can mend goes to the parent before the process ends."""
+def _reporting_member(folder: Path, function: Callable[..., None], runtime: Runtime, *arguments: Any) -> None:
+    """`_member` in a launched process, which writes a user's error to a file in `folder` for the parent."""
     try:
         _member(function, runtime, *arguments)
     except (UserError, ModelError, OSError) as error:
@@ -132,7 +135,7 @@ def _teller(folder: Path, function: Callable[..., None], runtime: Runtime, *argu
 
 
 def _member(function: Callable[..., None], runtime: Runtime, *arguments: Any) -> None:
-    """One process of several: joins the group, takes its own device and its share of the threads."""
+    """Join the process group and call `function` on this process's device with its share of the threads."""
     rank, world, local, local_world = (
         int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
@@ -152,7 +155,7 @@ def _member(function: Callable[..., None], runtime: Runtime, *arguments: Any) ->
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes; every one of them uses it, so its gradient is the sum of theirs."""
+    """The sum over all processes; every process uses it, so the gradient is the sum of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -166,7 +169,7 @@ class _Sum(torch.autograd.Function):
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d whose batch is that of all processes. torch's SyncBatchNorm knows GPUs only."""
+    """BatchNorm2d with the batch statistics of all processes; torch's SyncBatchNorm supports GPUs only."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -189,9 +192,9 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
 
 def share_batch_statistics(network: nn.Module, ranks: Ranks) -> None:
-    """Have every BatchNorm that learns, in place, count the batch of all processes.
+    """Replace every BatchNorm in training mode, in place, by one with the batch statistics of all processes.
 
-    Raises UserError for a kind of BatchNorm other than nn.BatchNorm2d.
+    Raises UserError for BatchNorm types other than nn.BatchNorm2d.
     """
     if ranks.world == 1:
         return

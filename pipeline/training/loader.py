@@ -1,8 +1,8 @@
-"""Training batches from tars and their token groups, walked in step, in an order that is a function of seed and epoch alone.
+"""Training batches from tars and their token groups, in an order that depends on seed and epoch alone.
 
-An epoch visits the tars in a drawn order, a window of them at a time, and the window's samples in a drawn order; each sample comes
-exactly once. Batches are cut from the endless stream of epochs, so batch s starts at sample s * batch whoever asks: resuming skips to
-it without decoding anything. Decoding runs in threads, ahead of the training, and its results keep their order.
+An epoch permutes the tars, takes them in windows, and permutes the samples of each window; each sample occurs exactly
+once. Batches are cut from the endless stream of epochs, so batch s always starts at sample s * batch, and resuming
+skips to it without decoding. Threads decode ahead of the training and keep the order.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ WINDOW = 4  # tars whose undecoded samples are shuffled together, and held in me
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One view: image (3, H, W), and for each of its O targets a class index, its place among the image's segments, a mask
-    (O, H, W) and a token (O, D)."""
+    """One view: image (3, H, W), and of its O targets class indices and indices among the image's segments (O,), masks
+    (O, H, W) bool and tokens (O, D) float32."""
 
     image_id: int
     image: Tensor
@@ -44,7 +44,7 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """B items: images (B, 3, S, S), global rows (B,), and B tensors each of labels, masks and instance tokens."""
+    """B items: images (B, 3, S, S), global rows (B,), and lists of B tensors of labels, masks and instance tokens."""
 
     image_ids: list[int]
     images: Tensor
@@ -54,7 +54,7 @@ class Batch:
     instance_tokens: list[Tensor]
 
     def split(self, parts: int) -> list[Batch]:
-        """`parts` equal parts, in order."""
+        """The batch in `parts` equal parts, in order."""
         size = len(self.image_ids) // parts
         cuts = [slice(i, i + size) for i in range(0, len(self.image_ids), size)]
         return [Batch(**{field.name: getattr(self, field.name)[cut] for field in fields(self)}) for cut in cuts]
@@ -76,7 +76,7 @@ class Batch:
 class TrainingData:
     """The training images that the protocol leaves, with their teacher tokens.
 
-    Segments of unseen classes and crowds are no targets; a segment that a crop removes loses its token row with its mask.
+    Segments of unseen classes and crowds are no targets; a segment outside the crop loses its mask and token row.
     """
 
     def __init__(
@@ -89,14 +89,18 @@ class TrainingData:
         self.class_index = {i: k for k, i in enumerate(bank.ids)}
         self.seen = bank.seen
         self.augment, self.seed, self.workers = augment_config, seed, workers
-        self.token_views = min(group.views for group in self.groups)  # one config made them all
+        # All groups were made with one config, so their views agree.
+        self.token_views = min(group.views for group in self.groups)
 
     def __len__(self) -> int:
         return int(self.first_row[-1])
 
     def global_tokens(self) -> Tensor:
-        """(views * N, D) of all kept images, then of the mirrored ones where the teacher saw these too, float32: where an item's
-        `global_row` points, and the bank of negatives (D3)."""
+        """(views * N, D) float32: global tokens of all kept images, then of their mirrored versions where these were
+        encoded.
+
+        An item's `global_row` is an index into them; they also serve as the bank of negatives (D3).
+        """
         pairs = list(zip(self.groups, self.kept, strict=True))
         rows = [group.view(mirrored=bool(v))[0][kept] for v in range(self.token_views) for group, kept in pairs]
         return torch.from_numpy(np.concatenate(rows)).float()
@@ -109,7 +113,8 @@ class TrainingData:
                     yield sample, _image(sample)
 
     def batches(self, size: int, *, start: int, ranks: Ranks = ALONE) -> Iterator[Batch]:
-        """Endless global batches of `size` samples, from batch number `start` on; each rank gets, and decodes, its own part of each.
+        """Endless global batches of `size` samples, from batch `start` on; each rank decodes and gets its own part of
+        each.
 
         Raises UserError when `size` is no multiple of the number of ranks.
         """
@@ -129,7 +134,8 @@ class TrainingData:
                     ready = []
 
     def _stream(self, skip: int) -> Iterator[tuple[int, int, int, Sample]]:
-        """(epoch, tar, row, sample) without end, the first `skip` left out; windows that lie before them are not even read."""
+        """Endless (epoch, tar, row, sample) without the first `skip`; windows that are skipped as a whole are not
+        read."""
         epoch, skip = divmod(skip, len(self))
         while True:
             rng = np.random.default_rng([self.seed, epoch])
@@ -162,21 +168,22 @@ class TrainingData:
 
         samples = [(row, s) for row, s in enumerate(read_shard(self.tars[tar])) if self.groups[tar].kept[row]]
         with self._pool() as pool:
-            for start in range(0, len(samples), 4 * self.workers):  # a few at a time, so that memory stays bounded
+            # A few at a time, so that memory stays bounded.
+            for start in range(0, len(samples), 4 * self.workers):
                 yield from pool.map(lambda pair: item(*pair), samples[start : start + 4 * self.workers])
 
     def _pool(self) -> ThreadPoolExecutor:
-        """Decoding threads. One torch thread each: a view is small, and threads inside of threads only wait for one another."""
+        """Decoding threads with one torch thread each: a view is small, and nested threads would only contend."""
         return ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def _item(self, epoch: int, tar: int, row: int, sample: Sample) -> Item:
-        """The training view of a sample in an epoch, a function of seed, epoch and image id."""
+        """The training view of a sample in an epoch; random draws depend on seed, epoch and image id alone."""
         rng = np.random.default_rng([self.seed, epoch, sample.image_id])
         return self._targets(tar, row, sample, *augment(_image(sample), _ids(sample), self.augment, rng))
 
     def _targets(self, tar: int, row: int, sample: Sample, image: Tensor, ids: Tensor, mirrored: bool = False) -> Item:
-        """The view with what it shows of the sample's seen segments that are no crowds, and the tokens that fit a mirrored view. Under
-        pixel-ignore only those segments have tokens."""
+        """The view with its visible targets: segments of seen classes that are no crowds, with tokens of the mirrored
+        image if the view is mirrored. Under pixel-ignore only segments of seen classes have tokens."""
         group = self.groups[tar]
         first_row = self.first_row[tar] + (len(self) if mirrored and self.token_views == 2 else 0)
         tokens = group.view(mirrored=mirrored)[1]

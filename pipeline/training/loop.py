@@ -1,8 +1,8 @@
-"""The one training loop. A stage is a value: what learns, what a step's losses are, and a schedule.
+"""The training loop of all stages, which differ in modules, losses and schedule.
 
-Every random draw of step s comes from a generator seeded by (seed, s), or by (seed, s, the image's place in the batch), and every batch
-is a function of s. So the state to resume from is weights, optimiser and step number, and a killed run ends with the weights of an
-undisturbed one, byte for byte on a CPU.
+Every random draw of step s comes from a generator seeded by (seed, s), or by (seed, s, the image's place in the batch),
+and every batch is a function of s. So the state to resume from is weights, optimiser and step number, and a resumed run
+ends with the weights of an uninterrupted one, byte for byte on a CPU.
 """
 
 from __future__ import annotations
@@ -34,31 +34,32 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def batch_rng(seed: int, step: int) -> np.random.Generator:
-    """The source of what step `step` draws with numpy: which images, which classes."""
+    """The numpy generator of step `step`, which draws images and classes."""
     return np.random.default_rng([seed, step, 1])
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """The source of what step `step` draws with torch; on the CPU, so that every device gets the same numbers."""
+    """The torch generator of step `step`; on the CPU, so that every device gets the same numbers."""
     return torch.Generator().manual_seed(int(np.random.default_rng([seed, step]).integers(2**62)))
 
 
 def image_generator(seed: int, step: int, place: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The source of what step `step` draws on `device` for the image at `place` of the global batch, whichever process holds it."""
+    """The torch generator on `device` of step `step` for the image at `place` of the global batch, in any process."""
     return torch.Generator(device).manual_seed(int(np.random.default_rng([seed, step, 2, place]).integers(2**62)))
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """Mixed precision for the network; the losses keep themselves out of it."""
+    """Mixed precision for the network; the losses switch it off for themselves."""
     return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
 
 
 def parameter_groups(
     modules: Mapping[str, nn.Module], schedule: Schedule, *, own_lr: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """AdamW's groups by Mask2Former's recipe: no decay on norms and embeddings, nor on scalars such as the logit scale (D1).
+    """AdamW's groups by Mask2Former's recipe: no decay on norms and embeddings, nor on scalars such as the logit scale
+    (D1).
 
-    `own_lr`: factors on the learning rate of all parameters whose name holds the given text, the first that fits.
+    `own_lr`: substring of a parameter's name -> factor on its learning rate; the first that matches applies.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for prefix, module in modules.items():
@@ -91,12 +92,12 @@ def train(
 ) -> None:
     """Minimise the sum of `losses` (already weighted, by name) over `schedule.steps` steps.
 
-    `modules` are what is saved: everything that learns, buffers included; at the end they hold the averaged weights where
-    `schedule.ema` asks for them. `batches(start)` yields this process's batches from number `start` on, each with the `image_ids` it
-    holds; `losses(batch, step)` the terms of each part of the batch, sums over this process's share that add up over all of `ranks`.
-    `folder` is where the resumable state lies while the stage is under way, and where its curves go (see `Record`).
-    `precision` "float16" scales the losses, and leaves out, and counts, the steps that overflow. SIGTERM saves the state before it
-    takes its course.
+    `modules` are saved: everything that learns, buffers included; at the end they hold the averaged weights if
+    `schedule.ema` is set. `batches(start)` yields this process's batches from number `start` on, each with its
+    `image_ids`; `losses(batch, step)` yields the losses of each part of the batch, sums over this process's share that
+    add up over all of `ranks`. `folder` holds the resumable state during the stage, and its curves (see `Record`).
+    `precision` "float16" scales the losses; steps that overflow count, but change no weights. SIGTERM saves the state
+    before it takes effect.
 
     Raises UserError when a loss or the gradient is not finite; the last saved state stays.
     """
@@ -110,10 +111,8 @@ def train(
         for key, module in modules.items():
             module.load_state_dict(state["modules"][key])
         optimiser.load_state_dict(state["optimiser"])
-        for (
-            parameter,
-            moments,
-        ) in optimiser.state.items():  # the fused kernel takes them in the parameter's memory format
+        # The fused kernel needs the moments in the parameter's memory format.
+        for parameter, moments in optimiser.state.items():
             for key in ("exp_avg", "exp_avg_sq"):
                 moments[key] = torch.empty_like(parameter).copy_(moments[key])
         scaler.load_state_dict(state["scaler"])
@@ -150,8 +149,8 @@ def train(
             ranks.sum_gradients(parameters)
             scaler.unscale_(optimiser)
             norm = nn.utils.clip_grad_norm_(parameters, schedule.clip or math.inf)
-            # The one wait for the device in a step of this loop, after all its work is under way. The flag that asks every
-            # process to stop rides along.
+            # The only synchronisation with the device in a step, after all its work is queued. The flag that asks every
+            # process to stop is part of the same reduction.
             numbers = torch.cat((mine, ranks.sum(torch.cat((mine, stop))), norm.view(1))).tolist()
             terms, (*sums, stopped, length) = numbers[: len(own)], numbers[len(own) :]
             _require_finite(name, step, batch.image_ids, list(own), terms, sums, length, scaled=scaler.is_enabled())
@@ -181,7 +180,10 @@ def _require_finite(
     *,
     scaled: bool,
 ) -> None:
-    """`mine`: this process's losses by `names`; `sums`: those of all processes; `norm`: the gradient's."""
+    """Raise UserError for a loss or gradient that is not finite, except a gradient that was `scaled` (float16).
+
+    `mine`: this process's losses, in the order of `names`; `sums`: over all processes; `norm`: the gradient's.
+    """
     for term, value in zip(names, mine, strict=True):
         if not math.isfinite(value):
             raise UserError(
@@ -199,11 +201,13 @@ def _require_finite(
 
 
 class Terminated:
-    """Notes a SIGTERM instead of dying of it at once; `proceed` lets it take the course it would have taken."""
+    """Records a SIGTERM in `asked` instead of ending the process at once; `proceed` sends it again, with full
+    effect."""
 
     def __init__(self) -> None:
         self.asked = False
-        self.main = threading.current_thread() is threading.main_thread()  # no other thread may set a handler
+        # Only the main thread may set a handler.
+        self.main = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> Terminated:
         if self.main:
@@ -220,4 +224,5 @@ class Terminated:
     def proceed(self) -> None:
         self.__exit__()
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)  # until it arrives: a process of a group may be told by another's signal alone
+        # Wait for the signal: in a process group only another process may have received it.
+        time.sleep(60)

@@ -1,4 +1,4 @@
-"""Batches for stages 2 and 3 out of the cached queries; no image is touched."""
+"""Batches for stages 2 and 3 from the cached queries, without reading an image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Sampling = Literal["natural", "balanced"]
 
 @dataclass(frozen=True, kw_only=True)
 class QueryBatch:
-    """B images' queries: `feature` (B, Q, C) float32, `category` (B, Q) class index or -1."""
+    """The queries of B views: `feature` (B, Q, C) float32, `category` (B, Q) int64 class index, or -1 if unmatched."""
 
     image_ids: list[int]
     feature: Tensor
@@ -30,11 +30,11 @@ class QueryBatch:
 def query_batches(
     bank: QueryBank, schedule: Schedule, start: int, *, sampling: Sampling, matched: bool = False
 ) -> Iterator[QueryBatch]:
-    """Endless batches of `schedule.batch` views drawn with replacement; batch s is a function of the seed and s alone.
+    """Endless batches of `schedule.batch` views drawn with replacement; batch s depends on the seed and s alone.
 
-    `matched` draws only views in which a query found a segment. `sampling` "natural" draws all alike; "balanced" draws a class first,
-    each of those that were found alike, and then one of its matched queries, whose view comes as a whole. Raises UserError when there
-    is nothing to draw from.
+    `sampling` "natural" samples views uniformly, with `matched` only views with a matched query. "balanced" samples a
+    class uniformly among those with a matched query, then one of its matched queries, and yields that query's whole
+    view. Raises UserError when there is nothing to draw from.
     """
     found = bank.category >= 0
     if sampling == "balanced":

@@ -1,1 +1,1 @@
-"""The generated world, and how the two shipped networks were made."""
+"""The generated world, and the training of the two networks that ship with the package."""

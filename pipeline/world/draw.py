@@ -1,7 +1,8 @@
 """The generated world: shapes with a colour or a pattern on textured ground, drawn with numpy and Pillow from a seed.
 
-Things are "<appearance> <shape>" ("striped star"), stuff is "<tint> <texture>" ("grey dots"). Every combination is a class, so a
-class can be held out while each of its two words is seen elsewhere: that is what makes zero-shot transfer possible and measurable.
+Things are "<appearance> <shape>" ("striped star"), stuff is "<tint> <texture>" ("grey dots"). Every combination is a
+class, so a class can be held out of training while each of its two words occurs in seen classes: this makes zero-shot
+transfer possible and measurable.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ PLAIN = LayoutConfig()
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """One drawn image: `image` (S, S, 3) uint8, `ids` (S, S) int32 with 0 nowhere, `names` by segment id."""
+    """One drawn image: `image` (S, S, 3) uint8, `ids` (S, S) int32 from 1, `names`: class name by segment id."""
 
     image: np.ndarray
     ids: np.ndarray
@@ -32,9 +33,10 @@ class Scene:
 def draw_scene(
     rng: np.random.Generator, *, size: int, things: list[str], stuff: list[str], layout: LayoutConfig = PLAIN
 ) -> Scene:
-    """Draw `layout.things` things over 1 or 2 stuff regions; `things` and `stuff` are the class names to draw from.
+    """Draw a scene of `layout.things` things over 1 or 2 stuff regions, of classes named in `things` and `stuff`.
 
-    Placements in which a segment is almost hidden are drawn again, so each thing shows at least `layout.visible` of itself.
+    Placements are redrawn until each segment has `MIN_AREA` visible pixels, and each thing the share `layout.visible`
+    of its own.
     """
     while True:
         ids, names, visible = _placement(rng, size, things, stuff, layout)
@@ -45,7 +47,10 @@ def draw_scene(
 def _placement(
     rng: np.random.Generator, size: int, things: list[str], stuff: list[str], layout: LayoutConfig
 ) -> tuple[np.ndarray, dict[int, str], bool]:
-    """Which class shows at each pixel: one stuff region or two, then things from back to front; and whether all can be seen."""
+    """Segment ids (size, size), class names by id, and whether every segment is visible enough.
+
+    One or two stuff regions come first, then things from back to front.
+    """
     ids, names = _ground(rng, size, stuff)
     whole = {}
     for _ in range(int(rng.integers(layout.things[0], layout.things[1] + 1))):
@@ -60,7 +65,7 @@ def _placement(
 
 
 def _paint(rng: np.random.Generator, ids: np.ndarray, names: dict[int, str], clutter: int) -> np.ndarray:
-    """Colour every segment, then the clutter, one light and some sensor noise over the whole image."""
+    """An image (S, S, 3) uint8: every segment coloured, then clutter, a brightness factor and noise over all of it."""
     size = len(ids)
     image = np.empty((size, size, 3), dtype=np.float32)
     for segment, name in names.items():
@@ -84,13 +89,13 @@ def _strokes(rng: np.random.Generator, image: np.ndarray, count: int) -> np.ndar
 
 
 def photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """One light and some sensor noise over a painted image (S, S, 3) -> uint8."""
+    """A painted image (S, S, 3) times a random brightness in 0.85..1.12, with Gaussian noise of deviation 6; uint8."""
     lit = image.astype(np.float32) * rng.uniform(0.85, 1.12)
     return np.clip(lit + 6.0 * rng.standard_normal(image.shape, dtype=np.float32), 0, 255).astype(np.uint8)
 
 
 def _ground(rng: np.random.Generator, size: int, stuff: list[str]) -> tuple[np.ndarray, dict[int, str]]:
-    """One stuff region over the whole image, or two different ones on both sides of a wavy line."""
+    """One stuff region over the whole image, or two different ones on the two sides of a wavy line."""
     chosen = rng.choice(len(stuff), size=int(rng.integers(1, 3)), replace=False)
     ids = np.ones((size, size), dtype=np.int32)
     if len(chosen) == 2:
@@ -103,13 +108,13 @@ def _ground(rng: np.random.Generator, size: int, stuff: list[str]) -> tuple[np.n
 
 
 def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel coordinates (y, x) with the origin in the middle of the image."""
+    """Pixel coordinates y, x, each (size, size), with the origin at the image's centre."""
     y, x = np.mgrid[0:size, 0:size].astype(np.float32)
     return y - size / 2, x - size / 2
 
 
 def _turned(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The grid in a coordinate system turned and shifted at random."""
+    """Pixel coordinates in a randomly rotated and shifted frame, each (size, size)."""
     y, x = _grid(size)
     angle, shift = rng.uniform(0, np.pi), rng.uniform(-20, 20, size=2)
     return y * np.cos(angle) + x * np.sin(angle) + shift[0], x * np.cos(angle) - y * np.sin(angle) + shift[1]
@@ -149,7 +154,8 @@ def _surface(rng: np.random.Generator, appearance: str, size: int) -> np.ndarray
 def shape_mask(
     rng: np.random.Generator, shape: str, size: int, *, radius: tuple[float, float] = PLAIN.radius
 ) -> np.ndarray:
-    """The shape's pixels (size, size) bool: `radius` as shares of the image's side, turned and placed at random inside it."""
+    """The mask (size, size) bool of a shape, rotated and placed at random, its radius drawn from `radius`, two shares
+    of the image's side."""
     reach = rng.uniform(*radius) * size
     cy, cx = rng.uniform(0.8 * reach, size - 0.8 * reach, size=2)
     turn = rng.uniform(0, 2 * np.pi)

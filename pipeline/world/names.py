@@ -1,4 +1,5 @@
-"""The words of the generated world: a thing is "<appearance> <shape>", stuff is "<tint> <texture>"; every combination is a class."""
+"""The class names of the generated world: every "<appearance> <shape>" for things, every "<tint> <texture>" for
+stuff."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ TEXTURES = ("stripes", "dots", "checks", "fog")
 
 
 def thing_names(shapes: tuple[str, ...]) -> list[str]:
-    """Every "<appearance> <shape>", shape by shape."""
+    """Every "<appearance> <shape>" for `shapes`, shape by shape."""
     return [f"{appearance} {shape}" for shape in shapes for appearance in APPEARANCES]
 
 

@@ -1,8 +1,8 @@
-"""Trains the demo's backbone, as ImageNet trains the published ones: `python -m pipeline.world.train_backbone`.
+"""Trains the demo's backbone, in place of ImageNet pretraining: `python -m pipeline.world.train_backbone`.
 
-Single plain objects on textured ground, in colours and tints that no class of the generated world has: it learns what shapes and
-textures look like whatever their colour, and never sees a class of the world, seen or unseen. Targets: the shape, the texture, and both
-mean colours. Nothing else in the product imports this file.
+Images are single plain objects on textured ground, in colours and tints that no class of the generated world has. So
+the features of shape and texture do not depend on colour, and no image contains a class of the world, seen or unseen.
+Targets are the shape, the texture, and both mean colours. Nothing else in the product imports this file.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ APART = 60.0  # least RGB distance of a drawn colour from every colour that a cl
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneTraining:
-    """How the shipped weights were made; the defaults are the ones used."""
+    """Settings of the training; the shipped weights were made with the defaults."""
 
     out: Path = BACKBONE
     name: str = "test_resnet"  # of timm
     seed: int = 0
     size: int = 96  # pixels
-    images: int = 16_000  # drawn once, shown several times, mirrored half of the time
+    images: int = 16_000  # drawn once, used several times, mirrored half of the time
     steps: int = 2_000
     batch: int = 64
     lr: float = 3e-3
@@ -47,7 +47,7 @@ class BackboneTraining:
 
 
 def strange_colour(rng: np.random.Generator, named: list[tuple[int, int, int]]) -> np.ndarray:
-    """An RGB colour that is far from every named one."""
+    """An RGB colour (3,) in 20..235 at a distance of more than `APART` from every named one."""
     while True:
         colour = rng.uniform(20, 235, 3)
         if min(float(np.linalg.norm(colour - np.array(other))) for other in named) > APART:
@@ -55,7 +55,7 @@ def strange_colour(rng: np.random.Generator, named: list[tuple[int, int, int]]) 
 
 
 def draw_object(rng: np.random.Generator, size: int) -> tuple[np.ndarray, int, int, np.ndarray]:
-    """An image (S, S, 3) uint8, its shape and texture as indices, and its object's and ground's colour (6,) in 0..1."""
+    """An image (S, S, 3) uint8, indices of its shape and texture, and the colours of object and ground (6,) in 0..1."""
     shape, texture = int(rng.integers(len(SHAPES))), int(rng.integers(len(TEXTURES)))
     colour = strange_colour(rng, [c for c in APPEARANCES.values() if c is not None])
     tint = strange_colour(rng, list(TINTS.values()))
@@ -65,7 +65,8 @@ def draw_object(rng: np.random.Generator, size: int) -> tuple[np.ndarray, int, i
 
 
 class Probe(nn.Module):
-    """The backbone with one linear layer on its pooled last features: shape, texture and colours."""
+    """The backbone with one linear layer on its pooled last features, for the logits of shape and texture and the
+    colours."""
 
     def __init__(self, name: str) -> None:
         super().__init__()

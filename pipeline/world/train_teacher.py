@@ -1,8 +1,8 @@
 """Trains the small CLIP that ships with the package: `python -m pipeline.world.train_teacher --out models/small_clip`.
 
-A teacher for the generated world, as OpenAI's CLIP is for photographs: contrastive, on captions of whole scenes and of single
-masked instances, over every class, the ones that segmentation will call unseen included. Equal captions in a batch count as
-positives of each other. Nothing else in the product imports this file.
+It is the teacher for the generated world, as OpenAI's CLIP is for photographs: trained contrastively on captions of
+whole scenes and of single masked instances, over every class, including those that are unseen in segmentation. Equal
+captions in a batch are positives of each other. Nothing else in the product imports this file.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of {}")
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherTraining:
-    """How the shipped weights were made; the defaults are the ones used."""
+    """Settings of the training; the shipped weights were made with the defaults."""
 
     out: Path = SMALL_CLIP
     seed: int = 0
     size: int = 96  # pixels of a drawn scene
-    scenes: int = 12_000  # drawn once, shown many times, mirrored half of the time
+    scenes: int = 12_000  # drawn once, used many times, mirrored half of the time
     steps: int = 750
-    cycle: int = 2_000  # steps of the learning rate's whole cycle; it stops at `steps`, where it was good enough
-    instances: int = 112  # masked instances a batch
-    wholes: int = 16  # whole scenes a batch
+    cycle: int = 2_000  # steps of the learning rate's whole cycle; training stops early, after `steps`
+    instances: int = 112  # masked instances per batch
+    wholes: int = 16  # whole scenes per batch
     lr: float = 2e-3
     weight_decay: float = 0.05
 
@@ -56,7 +56,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def contrastive_loss(image: Tensor, text: Tensor, group: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE over unit rows (N, D) in which every pair of equal `group` (N,) counts as positive."""
+    """Symmetric InfoNCE over unit rows `image` and `text` (N, D); pairs of equal `group` (N,) are positives."""
     logits = scale * image @ text.T
     target = (group[:, None] == group[None, :]).float()
     target = target / target.sum(1, keepdim=True)
@@ -86,7 +86,7 @@ def batch_of(
 
 
 def accuracy(teacher: Teacher, scenes: list[Scene], names: list[str]) -> tuple[float, int]:
-    """Share of masked instances whose nearest class name, over all names, is their own; and how many there were."""
+    """The share (0..1) of masked instances whose nearest name in `names` is their own, and the number of instances."""
     text = F.normalize(
         torch.stack([teacher.encode_texts([t.format(n) for t in TEMPLATES]).mean(0) for n in names]), dim=-1
     )
