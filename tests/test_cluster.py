@@ -290,6 +290,7 @@ def test_how_cores_are_shared_out(dask: str, threads: int, jobs: int, workers: i
 
 
 def test_one_tar_encoded_twice_at_the_same_time(shards: tuple[Store, Ref], calm: Artefact, tmp_path: Path) -> None:
+    assert isinstance(CONFIG.data, ScenesConfig)
     tar = Shards(shards[0].path(shards[1])).tars("val")[0]
     job = cache_clip.Job(
         tar=tar, group=tmp_path / "val-000000.zarr", images=8, hide=False, config=CONFIG.tokens, teacher=CONFIG.teacher,

@@ -39,13 +39,13 @@ def train_until_terminated(store: str) -> None:
 
     real = TrainingData.batches
 
-    def batches(data: TrainingData, *arguments: Any, **options: Any) -> Iterator[Any]:
-        for number, batch in enumerate(real(data, *arguments, **options)):
+    def batches(self: TrainingData, *arguments: Any, **options: Any) -> Iterator[Any]:
+        for number, batch in enumerate(real(self, *arguments, **options)):
             if number == 3:
                 signal.raise_signal(signal.SIGTERM)
             yield batch
 
-    TrainingData.batches = batches
+    TrainingData.batches = batches  # pyright: ignore[reportAttributeAccessIssue]
     runtime = Runtime(progress=False, threads=1, checkpoint_every=1000, dask="none")
     build(Store(Path(store)), tiny_config(), until="v2c", runtime=runtime)
 
