@@ -73,7 +73,7 @@ class Runs:
         return sorted(path.stem for path in self.folder.glob("[!.]*.json"))
 
     def lines(self, name: str) -> list[RunRecord]:
-        """The lines that ran under a name, the last one last; [] for no such run. Raises UserError for a damaged file."""
+        """The lines that ran under a name, the last one last; [] for no run. Raises UserError for a damaged file."""
         path = self._path(name)
         try:
             return [RunRecord.parse(line) for line in json.loads(path.read_bytes())]
