@@ -63,8 +63,8 @@ def survey(store: Store, *, keep: int = 1, forget: Collection[str] = (), partial
     under_way = runs.under_way()
     if not lines and not under_way:
         raise UserError(
-            f"no run is recorded in {store.root}, so everything would go; `zs-seg run` again what you want to keep (what is "
-            "complete is not built again), then try again"
+            f"no run is recorded in {store.root}, so everything would go; `zs-seg run` again what you want to keep ("
+            "what is complete is not built again), then try again"
         )
     last = [line for name, those in lines.items() if name not in forget for line in those[-keep:]]
     roots = [ref for line in (*last, *under_way) for ref in line.refs.values()]

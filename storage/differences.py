@@ -22,7 +22,7 @@ ABSENT = _Absent()
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A field of a stage, such as "v2c.segmenter.dim", with its value in the one line and in the other (or `ABSENT`)."""
+    """A field of a stage, such as "v2c.segmenter.dim", with its value in either line (or `ABSENT`)."""
 
     stage: str
     field: str
@@ -104,7 +104,7 @@ class Explainer:
         self._own: dict[tuple[Ref, Ref], list[Difference]] = {}
 
     def why(self, ref: Ref) -> str:
-        """Such as "v2c.lr 0.001 -> 0.0001", or "via tokens: cache-clip.crop full -> box" when the change is further up."""
+        """Such as "v2c.lr 0.001 -> 0.0001", or "via tokens: cache-clip.crop full -> box" for a change further up."""
         node, wanted = self.planned[ref], ancestry(ref, self.planned.get)
         closest, least = None, 0
         for other in self.lineage.nodes(ref.kind):

@@ -41,7 +41,7 @@ class Lock:
         return False
 
     def owner(self) -> dict[str, Any]:
-        """The file's JSON about the process that holds it, or died while it did; {} when the file is empty or missing."""
+        """The file's JSON on the process that holds it, or died holding it; {} when the file is empty or missing."""
         try:
             return json.loads(self.path.read_bytes())
         except (OSError, ValueError):  # its owner has just begun, or just finished

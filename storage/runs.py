@@ -73,7 +73,7 @@ class Runs:
         return sorted(path.stem for path in self.folder.glob("[!.]*.json"))
 
     def lines(self, name: str) -> list[RunRecord]:
-        """The lines that ran under a name, the last one last; [] when there is no such run. Raises UserError for a damaged file."""
+        """The lines that ran under a name, the last one last; [] for no run. Raises UserError for a damaged file."""
         path = self._path(name)
         try:
             return [RunRecord.parse(line) for line in json.loads(path.read_bytes())]
@@ -97,7 +97,7 @@ class Runs:
 
     @contextmanager
     def running(self, line: RunRecord) -> Iterator[None]:
-        """Record the line; inside, it is under way. A store that this user may only read is left unchanged, with a warning."""
+        """Record the line; inside, it is under way. A store that this user may only read stays as it is: a warning."""
         with ExitStack() as stack:
             try:
                 with self.exclusive():

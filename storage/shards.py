@@ -61,7 +61,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
 
 
 def check_shard(path: Path) -> None:
-    """Read a tar, every byte of it. Raises UserError as `read_shard`, and when it is not what writing its samples makes."""
+    """Read every byte of a tar. Raises UserError as `read_shard`, and when it is not what writing its samples makes."""
     file = io.BytesIO()
     _write(file, read_shard(path))
     if file.getvalue() != path.read_bytes():

@@ -263,7 +263,7 @@ class Store:
         return Artefact(ref=ref, path=self.path(ref), manifest=manifest)
 
     def require_intact(self, ref: Ref) -> Manifest:
-        """Read every byte of a complete artefact. Raises UserError as `open`, and when a byte is not what was written."""
+        """Read every byte of a complete artefact. Raises UserError as `open`, and when a byte has changed."""
         manifest = self.open(ref).manifest
         if problems := self.verify(ref):
             raise _damaged(manifest, problems)

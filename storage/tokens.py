@@ -78,7 +78,7 @@ class TokenGroup:
         return (self.instance != 0).any(1)
 
     def view(self, *, mirrored: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Global (n, D) and instance (m, D) tokens of the images, or, where these were encoded, of the mirrored images."""
+        """Global (n, D) and instance (m, D) tokens of the images, or of the mirrored ones where these were encoded."""
         if mirrored and self.views == 2:
             return self.mirrored_global[0], self.mirrored_instance[0]
         return self.global_, self.instance
