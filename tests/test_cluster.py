@@ -27,6 +27,7 @@ from pipeline.runtime import Runtime
 from pipeline.scenes import benchmark
 from pipeline.teacher import cluster
 from pipeline.teacher.cluster import run_tasks, split_cores
+from pipeline.world.config import ScenesConfig
 from storage.keys import Ref
 from storage.shards import Shards
 from storage.store import Artefact, Manifest, Store
