@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 class CheckpointMeta:
     """All that prediction and later stages must know about a network, as the checkpoint's meta.json holds it.
 
-    `architecture` has the arguments of the constructors of "segmenter" and "projector". `stage` is "v2c" or "cpa". `templates` are the
-    sentences around a class name, empty for imported embeddings. `resize` is the test view; `augment` are stage 1's training views and
-    `matching` its matcher's settings, for the stage "queries". `object_threshold` is None until it is chosen (D8).
+    `architecture` has the arguments of the constructors of "segmenter" and "projector". `stage` is "v2c" or "cpa".
+    `templates` are the sentences around a class name, empty for imported embeddings. `resize` is the test view;
+    `augment` are stage 1's training views and `matching` its matcher's settings, for the stage "queries".
+    `object_threshold` is None until it is chosen (D8).
     """
 
     architecture: dict[str, dict[str, Any]]
@@ -78,9 +79,11 @@ class CheckpointMeta:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A segmenter and its projector, the text embeddings `text` (K, D) or (K, S, D) of the classes, and the checkpoint's `meta`.
+    """A segmenter and its projector, the text embeddings `text` (K, D) or (K, S, D) of the classes, and the
+    checkpoint's `meta`.
 
-    With a linear classifier in the projector's place, `text` is the identity (K, K): a class is known by its place alone.
+    With a linear classifier in the projector's place, `text` is the identity (K, K): a class is known by its place
+    alone.
     """
 
     segmenter: Segmenter
@@ -100,8 +103,8 @@ class Model:
 
 
 def build_model(meta: CheckpointMeta, text: Tensor) -> Model:
-    """A network with fresh weights, or with those of `backbone_weights`, which `meta` then forgets: a checkpoint holds all weights, and
-    no path; draws from torch's global generator, so seed it first."""
+    """A network with fresh weights, or with those of `backbone_weights`, which `meta` then forgets: a checkpoint holds
+    all weights, and no path; draws from torch's global generator, so seed it first."""
     from models.projector import Projector
     from models.segmenter import build_segmenter
     from models.vision_centric import LinearClassifier
@@ -125,7 +128,9 @@ def save_model(folder: Path, model: Model) -> None:
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> Model:
-    """Read a checkpoint, in evaluation mode. Raises UserError when it is damaged, or its weights are not of the network that it describes."""
+    """Read a checkpoint, in evaluation mode. Raises UserError when it is damaged, or its weights are not of the network
+    that it describes.
+    """
     import torch
 
     from storage.checkpoints import load_checkpoint
@@ -148,7 +153,9 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Model:
 
 
 def require_same_classes(classes: ClassList, bank: TextBank) -> None:
-    """Refuse to use a checkpoint of these classes with another text bank than the one it was trained with; names the first difference."""
+    """Refuse to use a checkpoint of these classes with another text bank than the one it was trained with; names the
+    first difference.
+    """
     ours, theirs = asdict(classes), asdict(bank.classes())
     for field in ("names", "ids", "seen", "teacher", "text"):
         if ours[field] != theirs[field]:

@@ -1,4 +1,6 @@
-"""The class names a checkpoint is asked to choose from: its own, its own and further ones, or those of another benchmark."""
+"""The class names a checkpoint is asked to choose from: its own, its own and further ones, or those of another
+benchmark.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ def extend(model: Model, names: Sequence[str], teacher_weights: str, runtime: Ru
 
 
 def vocabulary_of(model: Model, benchmark: Benchmark, teacher_weights: str, runtime: Runtime) -> Vocabulary:
-    """The benchmark's classes for this checkpoint: its own rows where these are its classes, else encoded as it was trained.
+    """The benchmark's classes for this checkpoint: its own rows where these are its classes, else encoded as it was
+    trained.
 
     Raises UserError when the teacher's weights are not those of the checkpoint.
     """
