@@ -1,4 +1,4 @@
-"""Stage "cache-clip": what the frozen teacher sees in every image and every masked instance, computed once."""
+"""Stage "cache-clip": the frozen teacher's embeddings of every image and every masked instance, computed once."""
 
 from __future__ import annotations
 
@@ -31,14 +31,17 @@ log = logging.getLogger(__name__)
 
 def recipe(config: TokensConfig, *, teacher: TeacherConfig, benchmark: Benchmark, shards: Ref) -> Recipe:
     content = {
-        "tokens": config, "teacher": teacher.identity, "unseen_ids": benchmark.unseen_ids, "protocol": benchmark.protocol,
-    }  # fmt: skip
+        "tokens": config,
+        "teacher": teacher.identity,
+        "unseen_ids": benchmark.unseen_ids,
+        "protocol": benchmark.protocol,
+    }
     return Recipe(kind="tokens", stage=STAGE, version=VERSION, config=content, inputs={"shards": shards})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One tar of `images` samples, and the group that its tokens go to; `hide`: the image filter holds."""
+    """One tar of `images` samples, and the group for its tokens; `hide`: apply the benchmark's training protocol."""
 
     tar: Path
     group: Path
@@ -55,9 +58,9 @@ class Job:
 def build(
     build: Build, config: TokensConfig, runtime: Runtime, *, teacher: TeacherConfig, benchmark: Benchmark
 ) -> None:
-    """Encode every tar into one token group of the same name, each as a Dask task; a group that is there is not made again.
+    """Encode every tar into one token group of the same name, one Dask task per tar; existing groups are kept.
 
-    Raises UserError as `run_tasks`, and where a tar is damaged, a worker does not see the store, or no image is left.
+    Raises UserError as `run_tasks` does, and if a tar is damaged, a worker lacks the store, or no image is left.
     """
     from storage.atomic import clean
     from storage.shards import Shards
@@ -65,11 +68,18 @@ def build(
 
     opened = Shards(build.open("shards").path)
     jobs = [
-        Job(tar=tar, group=build.path / f"{tar.stem}.zarr", images=count, hide=split == "train", config=config,
-            teacher=teacher, benchmark=benchmark)
+        Job(
+            tar=tar,
+            group=build.path / f"{tar.stem}.zarr",
+            images=count,
+            hide=split == "train",
+            config=config,
+            teacher=teacher,
+            benchmark=benchmark,
+        )
         for split in SPLITS
         for tar, count in zip(opened.tars(split), opened.counts(split), strict=True)
-    ]  # fmt: skip
+    ]
     missing = [job for job in jobs if not build.holds(job.group, check_tokens)]
     images, left = (sum(job.images for job in some) for some in (jobs, missing))
     instances, started = 0, time.monotonic()
@@ -83,7 +93,7 @@ def build(
 
         devices, workers = run_tasks(_encode, missing, runtime, progress=progress)
     _load.cache_clear()
-    clean(build.path)  # what lost workers were writing
+    clean(build.path)  # unfinished files of lost workers
     for split in SPLITS:
         build.counts[split] = _counts(split, [job for job in jobs if job.hide == (split == "train")], benchmark)
     build.provenance |= {"device": ", ".join(sorted(set(devices))), "workers": workers}
@@ -107,8 +117,8 @@ def _counts(split: str, jobs: list[Job], benchmark: Benchmark) -> dict[str, int]
 
 
 def _encode(job: Job, runtime: Runtime, progress: Progress) -> str:
-    """Make the job's group unless it is there, and return the device. The same job may be running elsewhere as well, so each
-    writes to a name of its own, and the first to end has made the group."""
+    """Write the job's group unless it exists, and return the device's name. The same job may run elsewhere at the same
+    time, so each run writes under a name of its own, and the first to end renames it to the group."""
     for path in (job.tar, job.group.parent):
         if not path.exists():
             raise UserError(
@@ -126,7 +136,7 @@ def _encode(job: Job, runtime: Runtime, progress: Progress) -> str:
         teacher = _load(job.teacher, runtime)
     own = job.group.with_name(f".{job.group.name}.{uuid.uuid4().hex}.writing")
     encode_tar(teacher, job.tar, own, job.config, job.benchmark, hide=job.hide, progress=progress)
-    _give_memory_back()
+    _return_freed_memory()
     try:
         own.rename(job.group)
     except OSError:
@@ -136,9 +146,11 @@ def _encode(job: Job, runtime: Runtime, progress: Progress) -> str:
     return device
 
 
-def _give_memory_back() -> None:
-    """Have glibc return freed memory to the system, as other C libraries do by themselves: buffers of many sizes leave holes in
-    its heap, and a worker grew by 5 to 10 MB a tar. Once a tar it costs nothing; all the time, as Dask would have it, it does.
+def _return_freed_memory() -> None:
+    """Make glibc return freed memory to the system, as other C libraries do by themselves.
+
+    Buffers of many sizes fragment its heap, by which a worker grew 5 to 10 MB per tar. Once per tar the call costs next
+    to nothing; Dask's setting, which returns memory all the time, is expensive.
     """
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
@@ -149,5 +161,5 @@ _LOADING = threading.Lock()  # a cluster's workers may have several threads
 
 @functools.lru_cache(maxsize=1)
 def _load(teacher: TeacherConfig, runtime: Runtime) -> Teacher:
-    """The model, once a worker."""
+    """The teacher, loaded once per worker."""
     return teacher.load(runtime)

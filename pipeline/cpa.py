@@ -1,4 +1,7 @@
-"""Stage "cpa": class projector adaptation. Fine-tunes the projector on real seen and made-up unseen features; the transductive result."""
+"""Stage "cpa": class projector adaptation. Fine-tunes the projector on real seen and synthetic unseen features.
+
+Its checkpoint is the transductive result.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,19 @@ STAGE, VERSION = "cpa", 2
 
 def recipe(config: CPAConfig, *, queries: Ref, text: Ref, checkpoint: Ref, generator: Ref) -> Recipe:
     return Recipe(
-        kind="checkpoint", stage=STAGE, version=VERSION, config=config,
+        kind="checkpoint",
+        stage=STAGE,
+        version=VERSION,
+        config=config,
         inputs={"queries": queries, "text": text, "checkpoint": checkpoint, "generator": generator},
-    )  # fmt: skip
+    )
 
 
 def build(build: Build, config: CPAConfig, runtime: Runtime) -> None:
-    """Fine-tune stage 1's projector from cached queries alone. The object threshold stays stage 1's (D8)."""
+    """Fine-tune stage 1's projector from cached queries alone. The object threshold of stage 1 is kept (D8).
+
+    Raises UserError for a benchmark without unseen classes.
+    """
     from models.generator import build_generator
     from pipeline.inference.model import load_model, require_same_classes, save_model
     from pipeline.teacher.text_bank import open_text
@@ -71,7 +80,7 @@ def build(build: Build, config: CPAConfig, runtime: Runtime) -> None:
 
 
 def with_linear_classifier(model: Model) -> Model:
-    """The segmenter with a fresh classifier that has a weight row for each of its classes, in place of the projector."""
+    """The model with a new linear classifier, one weight row per class, in place of the projector."""
     import torch
 
     from models.vision_centric import LinearClassifier

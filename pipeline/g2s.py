@@ -1,4 +1,4 @@
-"""Stage "g2s": generation-to-semantic alignment. Trains the generator on cached queries; segmenter and projector stay frozen."""
+"""Stage "g2s": generation-to-semantic alignment. Trains the generator on cached queries, the projector frozen."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ STAGE, VERSION = "g2s", 3
 
 def recipe(config: G2SConfig, *, queries: Ref, text: Ref, checkpoint: Ref) -> Recipe:
     return Recipe(
-        kind="generator", stage=STAGE, version=VERSION, config=config,
+        kind="generator",
+        stage=STAGE,
+        version=VERSION,
+        config=config,
         inputs={"queries": queries, "text": text, "checkpoint": checkpoint},
-    )  # fmt: skip
+    )
 
 
 def build(build: Build, config: G2SConfig, runtime: Runtime) -> None:
@@ -43,9 +46,12 @@ def build(build: Build, config: G2SConfig, runtime: Runtime) -> None:
     freeze(model.projector)
     torch.manual_seed(config.seed)
     architecture = {
-        "generator": config.generator, "dim": model.query_shape[1], "text_dim": bank.embedding.shape[-1], "hidden": config.hidden,
+        "generator": config.generator,
+        "dim": model.query_shape[1],
+        "text_dim": bank.embedding.shape[-1],
+        "hidden": config.hidden,
         "text_scale": config.text_scale,
-    }  # fmt: skip
+    }
     generator = build_generator(**architecture)
     modules = {"generator": generator.to(device).train()}
     train(
@@ -54,14 +60,17 @@ def build(build: Build, config: G2SConfig, runtime: Runtime) -> None:
         schedule=config,
         modules=modules,
         groups=parameter_groups(modules, config),
-        # a view in which no query found a segment has nothing to generate from
+        # A view without a matched query has no class to generate features for.
         batches=lambda start: query_batches(cached, config, start, sampling=config.sampling, matched=True),
         losses=G2SCriterion(generator, model.projector, bank, config),
         runtime=runtime,
     )
     meta = {
-        "stage": STAGE, "architecture": architecture, "classes": asdict(bank.classes()), "config": asdict(config),
-    }  # fmt: skip
+        "stage": STAGE,
+        "architecture": architecture,
+        "classes": asdict(bank.classes()),
+        "config": asdict(config),
+    }
     save_checkpoint(build.path, generator.state_dict(), meta)
     remove_training_state(build.path)
     build.provenance["device"] = str(device)

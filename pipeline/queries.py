@@ -1,4 +1,4 @@
-"""Stage "queries": what the frozen segmenter makes of every training image, once, so that stages 2 and 3 never touch an image."""
+"""Stage "queries": the frozen segmenter's queries of every training image, cached; stages 2 and 3 read no image."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ STAGE, VERSION = "queries", 3
 
 def recipe(config: QueriesConfig, *, shards: Ref, tokens: Ref, text: Ref, checkpoint: Ref) -> Recipe:
     return Recipe(
-        kind="queries", stage=STAGE, version=VERSION, config=config,
+        kind="queries",
+        stage=STAGE,
+        version=VERSION,
+        config=config,
         inputs={"shards": shards, "tokens": tokens, "text": text, "checkpoint": checkpoint},
-    )  # fmt: skip
+    )
 
 
 def build(build: Build, config: QueriesConfig, runtime: Runtime) -> None:
-    """One group of queries a training tar, matched to the seen segments as in training; a group that is there is not made again."""
+    """Write one group of queries per training tar, matched as in training; existing groups are kept."""
     from pipeline.inference.model import load_model, require_same_classes
     from pipeline.teacher.text_bank import open_text
     from pipeline.training.loader import TrainingData
@@ -56,7 +59,7 @@ def build(build: Build, config: QueriesConfig, runtime: Runtime) -> None:
 
 
 def _write_group(path: Path, tar: int, data: TrainingData, model: Model, bank: TextBank, config: QueriesConfig) -> None:
-    """Every view of one tar's images through the frozen segmenter, and sigma^ of its last output."""
+    """Run the frozen segmenter on every view of one tar's images, and write queries and the matching sigma^ (Eq. 1)."""
     import numpy as np
     import torch
 
@@ -71,15 +74,19 @@ def _write_group(path: Path, tar: int, data: TrainingData, model: Model, bank: T
     columns: dict[str, list[np.ndarray]] = {"feature": [], "segment": [], "category": [], "image_id": [], "view": []}
     resize = model.meta.resize
     for view in range(config.views):
-        for items in _runs(data.items(tar, view=view, resize=resize), config.batch):
+        for items in group_by_size(data.items(tar, view=view, resize=resize), config.batch):
             batch = collate(items).to(device)
             with torch.no_grad():
                 output = model.segmenter(batch.images, dense=False)
                 logits = model.logits(output.features[-1:], text)
             assigned = match(
-                logits, output.masks[-1:], [seen_row[label] for label in batch.labels], batch.masks,
-                generators=[image_generator(config.seed, view, i) for i in batch.image_ids], **model.meta.matching,
-            )[0].cpu()  # fmt: skip
+                logits,
+                output.masks[-1:],
+                [seen_row[label] for label in batch.labels],
+                batch.masks,
+                generators=[image_generator(config.seed, view, i) for i in batch.image_ids],
+                **model.meta.matching,
+            )[0].cpu()
             for i, item in enumerate(items):
                 found = assigned[i] >= 0
                 segment, category = torch.full_like(assigned[i], -1), torch.full_like(assigned[i], -1)
@@ -90,7 +97,8 @@ def _write_group(path: Path, tar: int, data: TrainingData, model: Model, bank: T
                 columns["category"].append(category.numpy())
                 columns["image_id"].append(np.array(item.image_id))
                 columns["view"].append(np.array(view))
-    queries, dim = model.query_shape  # a tar may hold no image that the protocol leaves
+    queries, dim = model.query_shape
+    # The shapes for a tar without any image that the protocol leaves.
     empty = {
         "feature": (0, queries, dim),
         "segment": (0, queries),
@@ -101,13 +109,13 @@ def _write_group(path: Path, tar: int, data: TrainingData, model: Model, bank: T
     write_queries(path, **{name: np.stack(rows) if rows else np.zeros(empty[name]) for name, rows in columns.items()})
 
 
-def _runs(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
-    """Neighbours of one image size, at most `size` together."""
-    run: list[Item] = []
+def group_by_size(items: Iterator[Item], most: int) -> Iterator[list[Item]]:
+    """Groups of at most `most` consecutive items whose images have one shape."""
+    group: list[Item] = []
     for item in items:
-        if run and (len(run) == size or run[0].image.shape != item.image.shape):
-            yield run
-            run = []
-        run.append(item)
-    if run:
-        yield run
+        if group and (len(group) == most or group[0].image.shape != item.image.shape):
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group

@@ -1,4 +1,4 @@
-"""How a stage runs here: device, threads, progress, time. Nothing in this file is part of any key."""
+"""How a stage is run: device, threads, progress bar, time. Nothing in this file enters a key."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def duration(seconds: float) -> str:
 
 
 def under_torchrun() -> bool:
-    """Did torchrun start this process?"""
+    """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def torchrun_rank() -> int:
-    """This process's number among those that torchrun started; 0 when it did not."""
+    """This process's rank under torchrun; 0 without torchrun."""
     return int(os.environ["RANK"]) if under_torchrun() else 0
 
 
@@ -91,9 +91,9 @@ class Runtime:
         return max(self.workers // 2, 1)
 
     def torch_device(self) -> torch.device:
-        """The device to compute on; also tells torch how many CPU threads to use when `threads` is set.
+        """The device to compute on; also sets torch's number of CPU threads when `threads` is set.
 
-        Raises UserError when torch does not know the device or this machine does not have it.
+        Raises UserError when the device is unknown to torch or missing on this machine.
         """
         import torch
 

@@ -1,4 +1,4 @@
-"""Stage "scenes": the generated world on disk, in COCO's own panoptic layout, so that it takes every path COCO takes."""
+"""Stage "scenes": the generated world on disk in COCO's panoptic layout, so that it is processed exactly like COCO."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from storage.store import Build
 
 STAGE, VERSION = "scenes", 1
 
-# Held-out combinations; each of their words is seen in other classes. Two of one appearance, else the appearance alone would
-# name the unseen class.
+# Unseen combinations; each of their words occurs in seen classes, too. Two share an appearance, which alone therefore
+# does not determine the unseen class.
 UNSEEN = (
     "red circle", "red ring", "green star", "blue circle", "yellow ring", "striped star", "spotted ring",
     "grey dots", "brown stripes", "pink fog", "olive checks",
 )  # fmt: skip
-# Another choice of the same structure, disjoint from the reported one: settings are chosen on it, so that no reported class is
-# tuned on.
+# A disjoint choice of the same structure, on which settings are chosen, so that none is tuned on a reported class.
 VALIDATION_UNSEEN = (
     "cyan circle", "cyan ring", "purple star", "green circle", "blue ring", "spotted star", "striped ring",
     "grey checks", "brown dots", "pink stripes", "olive fog",
@@ -53,7 +52,7 @@ def recipe(config: ScenesConfig) -> Recipe:
 
 
 def build(build: Build, config: ScenesConfig, runtime: Runtime) -> None:
-    """Draw both splits. The artefact's folder has COCO's layout; every image depends on the seed and its own number only."""
+    """Draw both splits into COCO's layout; an image depends only on the config, its split and its number."""
     classes = benchmark(config)
     with runtime.bar(config.train_images + config.val_images, "drawing scenes", "image") as bar:
         for split, count in (("train2017", config.train_images), ("val2017", config.val_images)):

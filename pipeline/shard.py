@@ -1,8 +1,8 @@
 """Stage `shard`: every image of both splits, with its annotation, checked and copied into webdataset tars.
 
-Samples are in image-id order, `samples_per_tar` listed images a tar (training shuffles tars, and samples within them,
-later). The files are copied as they are, but a label map becomes a map of segments, one for each class in it, so that all
-later stages know one kind of sample. Unseen classes stay in: shards serve every protocol.
+Samples are in image-id order, `samples_per_tar` listed images per tar (training shuffles tars, and samples within them,
+later). Files are copied unchanged, except that a label map becomes a map of segments, one per class in it, so that
+later stages read one kind of sample. Unseen classes are kept: shards serve every protocol.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ VERSION = 2
 CURE = "re-download it or pass --skip-bad"
 
 Source = CocoSource | LabelSource | Ref
-"""A folder of real COCO files, of images with label maps (for a semantic benchmark), or generated scenes (an artefact of kind
-"scenes" with COCO's panoptic layout)."""
+"""A folder of COCO files, a folder of images with label maps (for a semantic benchmark), or generated scenes (an
+artefact of kind "scenes" in COCO's panoptic layout)."""
 
 
 def recipe(config: ShardConfig, *, source: Source, benchmark: Benchmark) -> Recipe:
-    """What decides the shards: config, categories and source, but neither the folder's path nor the unseen split."""
+    """The key of the shards covers config, categories and source, but not the folder's path or the unseen classes."""
     inputs = {"scenes": source} if isinstance(source, Ref) else {}
     fingerprint = None if isinstance(source, Ref) else source.fingerprint
     ignored = {"ignored": benchmark.files.ignored} if benchmark.files else {}
@@ -67,7 +67,7 @@ def build(build: Build, config: ShardConfig, runtime: Runtime, *, source: Source
     The manifest counts images, segments, crowd regions, things and stuff of each split, images beyond `limit`, and
     lists `skipped` images with the reason.
 
-    Raises UserError, in one line, for data that is missing, broken or at odds with itself or with the benchmark.
+    Raises UserError for data that is missing, broken, inconsistent, or does not fit the benchmark.
     """
     root = build.open("scenes").path if isinstance(source, Ref) else Path(source.root)
     _shard(config, root, _listed(root, source, benchmark), benchmark, build, runtime)
@@ -75,7 +75,7 @@ def build(build: Build, config: ShardConfig, runtime: Runtime, *, source: Source
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One listed image: its id, and what reads and checks it; see `pipeline.data.samples`."""
+    """One listed image: its id, and `load`, which reads and checks it; see `pipeline.data.samples`."""
 
     image_id: int
     load: Callable[[], Sample | str]
@@ -84,7 +84,7 @@ class Item:
 def _listed(root: Path, source: Source, benchmark: Benchmark) -> dict[str, list[Item]]:
     """The images of "train" and "val" in image-id order.
 
-    Raises UserError when the files are not those of the source's fingerprint any more, or cannot be listed.
+    Raises UserError when the files no longer have the source's fingerprint, or cannot be listed.
     """
     changed = UserError(f"data folder {root} is not, or no longer, the one that was planned with; run again")
     if isinstance(source, LabelSource):
@@ -135,7 +135,8 @@ def _shard(
         ThreadPoolExecutor(runtime.workers) as pool,
         runtime.bar(sum(map(len, items.values())), STAGE, "img") as bar,
     ):
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # PIL only warns of the smaller image bombs
+        # PIL only warns of images up to twice its limit.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         for split, chosen in items.items():
             counts = Counter[str]()
             for i, chunk in enumerate(_chunks(chosen, config.samples_per_tar)):
@@ -153,7 +154,8 @@ def _shard(
                         raise UserError(f"{root}: {split} image {item.image_id} {loaded}; {CURE}")
                 if not samples:
                     continue
-                if [sample.image_id for sample in samples] != list(done):  # else a killed build left this very tar
+                # Equal ids: a killed build has already written this tar.
+                if [sample.image_id for sample in samples] != list(done):
                     write_shard(path, samples)
                 held = [segment for sample in samples for segment in sample.segments]
                 index[split].append({"tar": path.name, "samples": len(samples), "segments": len(held)})

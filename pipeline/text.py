@@ -1,4 +1,4 @@
-"""Stage "text": the class names as the teacher's text embeddings, the bank that takes the place of a classifier's weights."""
+"""Stage "text": the teacher's text embeddings of the class names, used in place of a classifier's weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STAGE, VERSION = "text", 2
 
 
 def recipe(config: TextConfig, *, teacher: TeacherConfig, benchmark: Benchmark) -> Recipe:
-    """Raises UserError for class names that cannot be told apart, and for files that are missing or list other classes."""
+    """Raises UserError for class names that are not distinct, and for files that are missing or list other classes."""
     if config.embeddings:
         _require_names(config, benchmark)
         text: Any = {"embeddings": sha256_file(_file(config.embeddings, "embeddings"))}
@@ -30,8 +30,11 @@ def recipe(config: TextConfig, *, teacher: TeacherConfig, benchmark: Benchmark) 
         synonyms(benchmark.names, clean_names=config.clean_names)
         text = {"templates": config.templates, "clean_names": config.clean_names}
     content = {
-        "text": text, "teacher": teacher.identity, "categories": benchmark.categories, "unseen_ids": benchmark.unseen_ids,
-    }  # fmt: skip
+        "text": text,
+        "teacher": teacher.identity,
+        "categories": benchmark.categories,
+        "unseen_ids": benchmark.unseen_ids,
+    }
     return Recipe(kind="text", stage=STAGE, version=VERSION, config=content, inputs={})
 
 
@@ -59,9 +62,10 @@ def build(build: Build, config: TextConfig, runtime: Runtime, *, teacher: Teache
 
 
 def import_rows(config: TextConfig, benchmark: Benchmark, *, dim: int) -> Tensor:
-    """The rows of `config.embeddings`, made unit length: (K, D) float32.
+    """The rows of the file `config.embeddings`, normalised to unit length: (K, D) float32.
 
-    Raises UserError for a file that is no array of floats, not (classes, dim), or holds a row that is zero or not finite.
+    Raises UserError for a file that is no float array, is not of shape (K, dim), or has a row that is zero or not
+    finite.
     """
     import numpy as np
     import torch
@@ -87,7 +91,7 @@ def import_rows(config: TextConfig, benchmark: Benchmark, *, dim: int) -> Tensor
 
 
 def _require_names(config: TextConfig, benchmark: Benchmark) -> None:
-    """Is row i of the embeddings that of class i?"""
+    """Raise UserError unless the file `config.names` lists the benchmark's class names in order."""
     import json
 
     path = _file(config.names, "names")
@@ -102,7 +106,8 @@ def _require_names(config: TextConfig, benchmark: Benchmark) -> None:
         found = names[place] if place < len(names) else None
         if found != wanted:
             raise UserError(
-                f"{path}: name {place + 1} is {found!r}, but class {place + 1} of benchmark {benchmark.name} is {wanted!r}; "
+                f"{path}: name {place + 1} is {found!r}, "
+                f"but class {place + 1} of benchmark {benchmark.name} is {wanted!r}; "
                 "bring names and rows into the benchmark's order"
             )
     if len(names) > len(benchmark.names):

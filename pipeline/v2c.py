@@ -30,13 +30,16 @@ def recipe(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref) -> Recipe:
     content = asdict(config)
     content["segmenter"]["backbone_weights"] = _weights_identity(config.segmenter)
     return Recipe(
-        kind="checkpoint", stage=STAGE, version=VERSION, config=content,
+        kind="checkpoint",
+        stage=STAGE,
+        version=VERSION,
+        config=content,
         inputs={"shards": shards, "tokens": tokens, "text": text},
-    )  # fmt: skip
+    )
 
 
 def _weights_identity(config: SegmenterConfig) -> str | None:
-    """A backbone file counts by its content, not by its path. Raises UserError when it is not there."""
+    """The sha256 of a backbone file, so that its path does not enter the key. Raises UserError if it does not exist."""
     if config.backbone_weights in (None, "imagenet"):
         return config.backbone_weights
     shipped = SMALL_BACKBONE / f"{config.backbone}.safetensors"
@@ -49,9 +52,9 @@ def _weights_identity(config: SegmenterConfig) -> str | None:
 
 
 def build(build: Build, config: V2CConfig, runtime: Runtime) -> None:
-    """Train stage 1, on `runtime.devices` together, and choose the object threshold; the checkpoint is self-contained.
+    """Train stage 1 on `runtime.devices` devices and choose the object threshold; the checkpoint is self-contained.
 
-    Under torchrun (several machines that share the store) every process calls this; the first one writes, the others train along.
+    Under torchrun (several machines that share the store) every process calls this, and only rank 0 writes.
     """
     from pipeline.inference.model import load_model, save_model
     from pipeline.teacher.text_bank import open_text
@@ -91,7 +94,7 @@ def train_model(
     text_key: str,
     folder: Path,
 ) -> None:
-    """What each of the processes does: the whole training; the first one leaves the weights in `folder`."""
+    """The training in each process; rank 0 saves the weights in `folder`."""
     import torch
 
     from models.projector import Projector
@@ -166,11 +169,12 @@ def _meta(config: V2CConfig, bank: TextBank) -> CheckpointMeta:
 def choose_threshold(
     model: Model, bank: TextBank, data: TrainingData, config: V2CConfig, runtime: Runtime
 ) -> tuple[float, dict[str, float]]:
-    """D8: an object threshold for SEEN classes, chosen on the first training images; and every threshold's sPQ there.
+    """The object threshold (D8), chosen for seen classes on the first training images; and sPQ there by threshold.
 
-    The lowest one whose sPQ is within `threshold_slack` of the best: the curve is flat over a wide range, and unseen classes score lower
-    than seen ones, so of thresholds that serve the seen classes alike the lowest loses least. Stage 1 was not trained with the unseen names,
-    so only the seen ones are chosen from; segments of unseen classes, if the protocol leaves any, count as void.
+    It is the lowest threshold whose sPQ is within `threshold_slack` of the best: the curve is flat over a wide range,
+    and unseen classes have lower scores than seen ones, so among thresholds of about equal sPQ the lowest loses the
+    fewest unseen segments. Stage 1 is not trained with the unseen names, so only seen classes are predicted; segments
+    of unseen classes, if the protocol leaves any, count as void.
     """
     import numpy as np
     import torch

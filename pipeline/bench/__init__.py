@@ -1,1 +1,1 @@
-"""The benchmarks behind `zs-seg bench NAME`: ours and a reference, in turn, in one process."""
+"""The speed benchmarks of `zs-seg bench NAME`: ours and a reference, alternated in one process."""

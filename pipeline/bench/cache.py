@@ -1,7 +1,7 @@
-"""The speed of caching the teacher's tokens: a tar of images in, a group of rows out.
+"""The speed of caching the teacher's tokens, from a tar of images to a group of rows.
 
-Images are generated ones of COCO's commonest size; with `COCO_ROOT` set, the first of COCO's own val2017. The teacher is a ViT-B/16
-with random weights: its speed is what is measured.
+Images are generated at COCO's commonest size or, with `COCO_ROOT` set, are the first of COCO's val2017. The teacher is
+a ViT-B/16 with random weights, since only speed is measured.
 """
 
 from __future__ import annotations
@@ -73,13 +73,17 @@ def rows(runtime: Runtime, *, full: bool = False) -> Iterator[Row]:
         ours, theirs = alternate(work.decode, work.decode_with_torchvision, repeat=3)
         yield Row(
             name="decoding of an image and its segment ids, one core, against torchvision",
-            ours=ours / images, reference=theirs / images, unit="s", device="CPU, 1 core", dtype="uint8",
-        )  # fmt: skip
+            ours=ours / images,
+            reference=theirs / images,
+            unit="s",
+            device="CPU, 1 core",
+            dtype="uint8",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Work:
-    """What is timed: all of it on the tar's inputs, one an image and one an instance."""
+    """The timed functions, all on the tar's inputs: one per image and one per instance."""
 
     tar: Path
     teacher: Teacher
@@ -95,7 +99,7 @@ class _Work:
 
     @cached_property
     def ready(self) -> Tensor:
-        """As many inputs as the tar has, in the device's memory."""
+        """Random inputs (N, 3, S, S) in the device's memory, as many as the tar has."""
         size = self.teacher.image_size
         return torch.randn(self.inputs, 3, size, size, device=self.teacher.mean.device).to(self.dtype)
 
@@ -111,7 +115,7 @@ class _Work:
             self.teacher.encode_images(inputs, self.dtype)
 
     def seconds_an_input(self, batch: int) -> float:
-        """Of bare encode_image, in full batches."""
+        """Seconds per input of bare encode_image, in full batches."""
         ready = self.ready[: max(len(self.ready) // batch, 1) * batch]
         ours, _ = alternate(
             lambda: self._bare(ready, batch), lambda: None, repeat=1, warmup=0, device=self.teacher.mean.device
@@ -132,7 +136,7 @@ class _Work:
 
     @torch.no_grad()
     def script(self) -> None:
-        """What one would write first: open_clip's own preprocessing, one call an image and an instance."""
+        """The straightforward script: open_clip's own preprocessing, and one call per image and per instance."""
         settings = self.teacher.clip.visual.preprocess_cfg | {"resize_mode": "squash"}
         prepare: Any = image_transform_v2(PreprocessCfg(**settings), is_train=False)
         clip, device = self.teacher._clip(self.dtype), self.teacher.mean.device
@@ -157,7 +161,7 @@ class _Work:
 
 
 def _samples(count: int) -> Iterator[Sample]:
-    """So many samples, in memory one at a time; generated ones repeat after 32."""
+    """`count` samples, one at a time in memory; generated ones repeat after 32."""
     root = os.environ.get("COCO_ROOT", "")
     if root:
         yield from coco_samples(Path(root), count)

@@ -1,4 +1,4 @@
-"""The speed of the evaluation: panoptic quality from files on disk, and images to panoptic maps."""
+"""The speed of the evaluation: panoptic quality from files on disk, and inference from image to panoptic map."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def rows(runtime: Runtime, *, full: bool = False) -> Iterator[Row]:
 
 
 def panoptic_quality_rows(runtime: Runtime, *, images: int = 200) -> Iterator[Row]:
-    """PQ of a made-up result, read from disk: `pipeline.scoring.pq` against panopticapi's way of it and against bare hotcoco.
+    """PQ of a synthetic result, read from disk: `pipeline.scoring.pq` against panopticapi's algorithm and bare hotcoco.
 
-    Neither of these looks whether the ground truth's PNGs fit its JSON, so ours does not either in the first two rows.
-    Every evaluator uses all cores.
+    Neither checks whether the ground truth's PNGs fit its JSON, so ours does not either in the first two rows. Every
+    evaluator uses all cores. Raises UserError if they disagree.
     """
     from hotcoco.panoptic import PanopticEval
 
@@ -75,11 +75,11 @@ def panoptic_quality_rows(runtime: Runtime, *, images: int = 200) -> Iterator[Ro
 
 
 def write_panoptic_pair(folder: Path, images: int, *, seed: int) -> tuple[Path, Path, Path, Path]:
-    """Writes ground truth and a middling prediction of it in COCO's panoptic format.
+    """Write ground truth and an imperfect prediction of it in COCO's panoptic format.
 
-    Each image has 2 to 5 wavy bands of stuff, things of 20 to 40 corners over them (5 to 25 segments in all), a frame
-    of void in every second image and a crowd in every fifth. In the prediction every outline trembles, and of the
-    segments one in ten is missing, one in ten joined with the one before it and one in six of another class.
+    Each image has 2 to 5 wavy bands of stuff and things of 20 to 40 corners over them (5 to 25 segments in all); every
+    second image has a frame of void, and every fifth a crowd. In the prediction every outline is jittered, one segment
+    in ten is missing, one in ten is joined with the one before it, and one in six gets a random class.
 
     Returns:
         JSON and PNG folder of the ground truth, JSON and PNG folder of the prediction.
@@ -129,7 +129,7 @@ def write_panoptic_pair(folder: Path, images: int, *, seed: int) -> tuple[Path, 
 
 
 def _outlines(rng: np.random.Generator) -> list[np.ndarray]:
-    """Corners (n, 2) as x and y of every segment, those behind first."""
+    """The corners (n, 2), x and y, of every segment, from back to front."""
     import numpy as np
 
     bands, things = int(rng.integers(2, 6)), int(rng.integers(3, 21))
@@ -148,7 +148,7 @@ def _outlines(rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def _paint(outlines: list[np.ndarray], ids: np.ndarray) -> np.ndarray:
-    """(H, W) int32, later segments over earlier ones."""
+    """An id map (H, W) int32 with later segments over earlier ones."""
     import numpy as np
     from PIL import Image, ImageDraw
 

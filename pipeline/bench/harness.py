@@ -1,4 +1,4 @@
-"""What every benchmark shares: a row of its table, the alternation of ours and the reference, and how rows are told."""
+"""Shared by all benchmarks: a row of the table, the alternation of ours and the reference, and the output of rows."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def alternate(
     warmup: int = 1,
     device: torch.device | None = None,
 ) -> tuple[float, float]:
-    """Median wall seconds of both, called in turn `repeat` times after `warmup` unmeasured turns, so that what else the
-    machine does hits both alike. On a GPU, `device`, the clock waits for it."""
+    """Median wall seconds of both, called in turn `repeat` times after `warmup` unmeasured turns, so that other load on
+    the machine affects both alike. If `device` is a GPU, it is synchronised before each reading of the clock."""
     import torch
 
     sync = torch.cuda.synchronize if device and device.type == "cuda" else lambda: None
@@ -78,7 +78,7 @@ def machine(device: torch.device) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """The rows as a JSON list, each with its ratio and the versions of those packages that matter and are installed."""
+    """Write the rows as a JSON list, each with its ratio and the versions of the installed packages of `PACKAGES`."""
     versions = {name: version(name) for name in PACKAGES if find_spec(name)}
     write_text(path, json.dumps([asdict(row) | {"ratio": row.ratio, "versions": versions} for row in rows], indent=1))
 

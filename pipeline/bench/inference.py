@@ -1,7 +1,7 @@
-"""From a decoded image to its panoptic map: ours against transformers' Mask2Former with its own pre- and post-processing.
+"""Inference from a decoded image to its panoptic map: ours against transformers' Mask2Former with its own processing.
 
-Both have the same R50 weights, random ones, so the class scores mean nothing: each side's threshold is set to keep the
-same number of queries, since what is kept decides what the post-processing costs.
+Both have the same random R50 weights, so class scores are meaningless: each side's threshold is set to keep the same
+number of queries, since their number determines the cost of post-processing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Panoptic quality in the way panopticapi computes it, as the yardstick of speed: images decoded by Pillow, one
-`np.unique` over the prediction and one over pairs of ids, loops over segments, a process for every core.
+"""Panoptic quality by panopticapi's algorithm, as the reference for speed: images decoded by Pillow, one `np.unique`
+over the prediction and one over pairs of ids, loops over segments, one process per core.
 
-What panopticapi does not check is not checked here.
+As in panopticapi, the input is not checked.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-IDS = 256**3  # more than there are segment ids
+IDS = 256**3  # above every segment id
 VOID = 0
 IOU, TP, FP, FN = range(4)
-Counts = defaultdict[int, NDArray[np.float64]]  # by category: (4,), the sum of IoU and the numbers of TP, FP and FN
+# By category: (4,), the sum of IoU and the numbers of TP, FP and FN.
+Counts = defaultdict[int, NDArray[np.float64]]
 
 
 def mean_pq(gt_json: Path, gt_folder: Path, json_file: Path, folder: Path) -> float:
@@ -45,12 +46,12 @@ def mean_pq(gt_json: Path, gt_folder: Path, json_file: Path, folder: Path) -> fl
 
 
 def no_counts() -> Counts:
-    """Zeros for whatever category is asked for."""
+    """Counts that are zero for every category."""
     return defaultdict(partial(np.zeros, 4))
 
 
 def count(pairs: list[tuple[dict[str, Any], dict[str, Any]]], gt_folder: Path, folder: Path) -> Counts:
-    """The counts of these images: annotations of ground truth and prediction."""
+    """The counts of these images; `pairs`: annotations of ground truth and prediction."""
     counts = no_counts()
     for gt_item, item in pairs:
         gt_ids, ids = read_ids(gt_folder / gt_item["file_name"]), read_ids(folder / item["file_name"])

@@ -1,5 +1,5 @@
-"""The segmenters' reference: transformers' Mask2Former and MaskFormer with random weights, and the way of these weights
-into ours. For the parity tests and the benchmarks; transformers is a development dependency."""
+"""The segmenters' reference: transformers' Mask2Former and MaskFormer with random weights, and the conversion of these
+weights into ours. For the parity tests and the benchmarks; transformers is a development dependency."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ DECODER: Names = (
     (r"o_proj", "out_proj"),
     (r"^", "query_decoder."),
 )
-# the reference's prefix -> the names behind it
+# The reference's prefix -> renaming of the rest of the name.
 MASK2FORMER: Mapping[str, Names] = {
     "model.pixel_level_module.encoder.": RESNET,
     "model.pixel_level_module.decoder.": (
@@ -73,7 +73,7 @@ MASKFORMER: Mapping[str, Names] = {
         (r"mask_projection", "mask_features"),
         (r"^", "pixel_decoder."),
     ),
-    # without an encoder it is the decoder that has transformers' projection of the stride 32 map
+    # Without an encoder, transformers' decoder holds the projection of the stride 32 map.
     "model.pixel_level_module.input_projection.": ((r"^", "pixel_decoder.input_proj."),),
     "model.transformer_module.input_projection.": ((r"^", "pixel_decoder.input_proj."),),
     "model.transformer_module.": (*FFN, *DECODER),
@@ -96,9 +96,13 @@ def _timm_name(resnet: ResNetConfig) -> str:
 
 
 def randomise(module: nn.Module, *, seed: int) -> None:
-    """Move everything that starts at zero, at one or nearly alike, so that each number matters: biases, norms, BatchNorm's
-    statistics, linear layers (gain 0.4: at less, no attention prefers anything; at 1, rounding grows), and the queries (transformers starts
-    them at 0.02, the published code at 1, without which all queries say the same)."""
+    """Randomise, in place, every tensor that is initialised to zeros, ones or nearly equal values, so that an error in
+    any of them changes the output.
+
+    These are biases, norms, BatchNorm's statistics, linear layers (gain 0.4: below it attention is nearly uniform; at 1
+    rounding errors grow), and the queries (deviation 0.02 in transformers, 1 in the published code; at 0.02 all queries
+    give the same output).
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in module.state_dict().items():  # shares memory with the module
@@ -114,8 +118,8 @@ def randomise(module: nn.Module, *, seed: int) -> None:
 
 
 def build_mask2former(*, small: bool = False, classes: int = 2, seed: int = 0) -> Mask2FormerForUniversalSegmentation:
-    """transformers' Mask2Former with random weights, in evaluation mode: the published R50 network, or a small one over a
-    ResNet-18 (width 256 all the same, since its GroupNorm always has 32 groups). `classes`: of its class head."""
+    """transformers' Mask2Former with random weights, in evaluation mode: the published R50 network, or a small one over
+    a ResNet-18 (width 256 all the same, since its GroupNorm always has 32 groups). `classes`: of its class head."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
     # decoder_layers counts the query-only output
@@ -131,7 +135,9 @@ def build_mask2former(*, small: bool = False, classes: int = 2, seed: int = 0) -
         else {}
     )
     backbone = _resnet("resnet18" if small else "resnet50")
-    config = Mask2FormerConfig(backbone_config=backbone, num_labels=classes, **sizes)  # pyright: ignore[reportCallIssue]
+    config = Mask2FormerConfig(  # pyright: ignore[reportCallIssue]
+        backbone_config=backbone, num_labels=classes, **sizes
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Mask2FormerForUniversalSegmentation(config)
@@ -173,7 +179,7 @@ def renamed(name: str, names: Names) -> str:
 
 
 def our_names(state: Mapping[str, Tensor], parts: Mapping[str, Names]) -> dict[str, Tensor]:
-    """The reference's tensors (weights, or their gradients) by our names, `parts` being MASK2FORMER or MASKFORMER."""
+    """The reference's tensors (weights, or their gradients) by our names; `parts` is MASK2FORMER or MASKFORMER."""
     ours: dict[str, Tensor] = {}
     for key, tensor in state.items():
         if key.startswith(("class_predictor.", "criterion.")):
@@ -182,7 +188,8 @@ def our_names(state: Mapping[str, Tensor], parts: Mapping[str, Names]) -> dict[s
         name = renamed(key.removeprefix(prefix), parts[prefix])
         assert name not in ours, f"two tensors of the reference are {name}"
         ours[name] = tensor
-    for key in [key for key in ours if ".q_proj." in key]:  # ours keeps the three in one
+    # Ours has query, key and value projections in one tensor.
+    for key in [key for key in ours if ".q_proj." in key]:
         ours[key.replace("q_proj", "in_proj")] = torch.cat(
             [ours.pop(key.replace("q_proj", f"{x}_proj")) for x in "qkv"]
         )
@@ -190,7 +197,7 @@ def our_names(state: Mapping[str, Tensor], parts: Mapping[str, Names]) -> dict[s
 
 
 def mask2former_outputs(reference: Mask2FormerForUniversalSegmentation, images: Tensor) -> SegmenterOutput:
-    """What ours returns, of the reference: every output of its decoder, query-only one first."""
+    """The reference's output in our form: every output of its decoder, the query-only one first."""
     outputs: Any = reference.model(images, output_hidden_states=True)
     features = torch.stack(outputs.transformer_decoder_intermediate_states).transpose(1, 2)
     return SegmenterOutput(features, torch.stack(outputs.masks_queries_logits))
@@ -199,12 +206,12 @@ def mask2former_outputs(reference: Mask2FormerForUniversalSegmentation, images: 
 def build_maskformer(
     *, encoder_layers: int = 6, small: bool = False, seed: int = 0
 ) -> MaskFormerForInstanceSegmentation:
-    """transformers' MaskFormer with random weights, in evaluation mode: the published R50 network of COCO panoptic, or a
-    small one over a ResNet-18.
+    """transformers' MaskFormer with random weights, in evaluation mode: the published R50 network of COCO panoptic, or
+    a small one with a ResNet-18.
 
-    transformers has only the FPN pixel decoder (`encoder_layers` 0: its network as it is). The published network for COCO
-    panoptic, TransformerEncoderPixelDecoder, is put together from transformers' own parts: its DETR encoder with sine
-    positions over the projected stride 32 map, which then stands in for that map in the FPN and in the decoder.
+    transformers has only the FPN pixel decoder (`encoder_layers` 0: its network unchanged). The published network for
+    COCO panoptic, TransformerEncoderPixelDecoder, is assembled from transformers' parts: its DETR encoder with sine
+    positions over the projected stride 32 map; the encoder's output replaces that map in the FPN and in the decoder.
     """
     from transformers import DetrConfig, MaskFormerConfig, MaskFormerForInstanceSegmentation
     from transformers.models.maskformer import modeling_maskformer
@@ -287,8 +294,8 @@ def copy_maskformer(reference: MaskFormerForInstanceSegmentation, segmenter: Seg
 
 
 def maskformer_outputs(reference: MaskFormerForInstanceSegmentation, images: Tensor) -> SegmenterOutput:
-    """What ours returns, of the reference: every layer of its decoder, after the final norm, and the mask from there, as
-    in the published code. (transformers' own auxiliary masks skip that norm; its last ones are these.)"""
+    """The reference's output in our form: every layer of its decoder after the final norm, and the masks computed from
+    it, as in the published code. (transformers' auxiliary masks skip that norm; its last masks equal these.)"""
     states: list[Tensor] = []
     decoder: Any = reference.model.transformer_module.decoder
     hooks = [layer.register_forward_hook(lambda _, __, state: states.append(state)) for layer in decoder.layers]

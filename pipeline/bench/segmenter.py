@@ -1,7 +1,8 @@
-"""Our Mask2Former against transformers', R50, the same weights and the same input: forward, training step, memory.
+"""Our Mask2Former against transformers', R50, with equal weights and input: forward pass, training step, memory.
 
-A training step is forward, matching, losses on all ten outputs, backward and AdamW, each side with its own: ours matches
-by points with the projector's logits, the reference with its class head. In half precision both run under autocast.
+A training step is forward pass, matching, losses on all ten outputs, backward pass and AdamW, each side with its own
+code: ours matches at points with the projector's logits, the reference with its class head. In half precision both run
+under autocast.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def _times(device: torch.device, size: int, batch: int, *, compiled: bool) -> It
 
 
 def _rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
-    """FLOP/s of a large matrix product: the most that convolutions and products can reach here."""
+    """FLOP/s of a large matrix product, an upper bound for convolutions and products on this device."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds, _ = alternate(lambda: a @ b, lambda: None, repeat=10, device=device)
     return 2 * size**3 / seconds
@@ -82,7 +83,7 @@ def _compile(network: nn.Module, compiled: bool) -> Callable[..., Any]:
 
 
 def _inference(images: Tensor, *, compiled: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Features and masks of the last output; the reference always makes those of all ten."""
+    """Features and masks of the last output; the reference always computes those of all ten."""
     built = build_mask2former(classes=CLASSES)
     segmenter = ours_of_mask2former(built).to(images.device)
     ours = _compile(segmenter, True) if compiled else for_inference(segmenter)
@@ -128,26 +129,35 @@ def _optimizer(*networks: nn.Module) -> torch.optim.Optimizer:
 
 
 def _our_training(images: Tensor, *, compiled: bool) -> Callable[[], None]:
-    """Stage 1's own step without the alignment losses, which the reference does not have."""
+    """A training step of stage 1 without the alignment losses, which the reference does not have."""
     device = images.device
     segmenter = _frozen_batchnorm(ours_of_mask2former(build_mask2former(classes=CLASSES)).to(device))
     projector = Projector(dim=256, text_dim=TEXT_DIM, hidden=512, layers=3).to(device)
     optimizer = _optimizer(segmenter, projector)
     text = normalize(torch.randn(CLASSES, TEXT_DIM, generator=torch.Generator().manual_seed(0)), dim=-1)
     bank = TextBank(
-        key="", embedding=text, ids=list(range(CLASSES)), names=[str(k) for k in range(CLASSES)],
-        isthing=[True] * CLASSES, seen=[True] * CLASSES, teacher={}, templates=[],
-    )  # fmt: skip
+        key="",
+        embedding=text,
+        ids=list(range(CLASSES)),
+        names=[str(k) for k in range(CLASSES)],
+        isthing=[True] * CLASSES,
+        seen=[True] * CLASSES,
+        teacher={},
+        templates=[],
+    )
     network: Any = _compile(segmenter, compiled)
     precision: Any = "bfloat16" if images.is_cuda else "float32"
     config = V2CConfig(steps=1, batch=len(images), lr=1e-6, global_weight=0.0, instance_weight=0.0, precision=precision)
     stage_1 = V2CCriterion(network, projector, bank, torch.zeros(1, TEXT_DIM, device=device), config)
     labels, masks = _targets(images)
     batch = Batch(
-        image_ids=list(range(len(images))), images=images, global_rows=torch.zeros(len(images), dtype=torch.int64),
-        labels=labels, masks=masks,
+        image_ids=list(range(len(images))),
+        images=images,
+        global_rows=torch.zeros(len(images), dtype=torch.int64),
+        labels=labels,
+        masks=masks,
         instance_tokens=[torch.zeros(SEGMENTS, TEXT_DIM, device=device)] * len(images),
-    )  # fmt: skip
+    )
     steps = itertools.count()
 
     def step() -> None:
@@ -189,12 +199,17 @@ def _memory(device: torch.device, size: int, batch: int) -> Row:
         child.join()
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     return Row(
-        name=f"peak memory of training, {size} px, batch {batch}", ours=found[0], reference=found[1], unit="MB", device=machine(device), dtype=dtype
-    )  # fmt: skip
+        name=f"peak memory of training, {size} px, batch {batch}",
+        ours=found[0],
+        reference=found[1],
+        unit="MB",
+        device=machine(device),
+        dtype=dtype,
+    )
 
 
 def _peak(which: str, size: int, batch: int, device: str, threads: int, writer: Any) -> None:
-    """Sends MB: on a GPU what torch allocated at most, on a CPU how much the process grew beyond its imports."""
+    """Send peak memory in MB: on a GPU torch's allocations, on a CPU the growth of the process beyond its imports."""
     torch.set_num_threads(threads)
     images = _images(size, batch, torch.device(device))
     import transformers.models.mask2former.modeling_mask2former  # noqa: F401  its import is no part of the growth
@@ -209,8 +224,8 @@ def _peak(which: str, size: int, batch: int, device: str, threads: int, writer: 
 
 
 def _resident(which: str) -> float:
-    """MB of this process in memory: now (VmRSS) or at most so far (VmHWM). `resource.getrusage` would count the parent's,
-    which a child inherits."""
+    """MB of this process in memory: now (VmRSS) or at most so far (VmHWM). `resource.getrusage` would count the
+    parent's, which a child inherits."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (kilobytes,) = (line.split()[1] for line in lines if line.startswith(which))
     return int(kilobytes) * 1.024e-3

@@ -1,6 +1,6 @@
-"""What training waits for: the loader alone, the share of a step that waits for data, and stages 2 and 3 against a pass over the images.
+"""The speed of training data: the loader alone, waiting for data per step, stages 2 and 3 against a pass over images.
 
-Images are those of the folder COCO_ROOT, where that is set, else generated scenes.
+Images are those of the folder `COCO_ROOT`, if that is set, else generated scenes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SEEN, UNSEEN = 119, 14
 
 
 def rows(runtime: Runtime, *, full: bool = False) -> Iterator[Row]:
-    """Default: a few images and steps. `full`: 100 images, and an epoch of stages 2 and 3 of COCO's size, 6 GB on the disk."""
+    """Default: few images and steps. `full`: 100 images, and an epoch of stages 2 and 3 at COCO's size, 6 GB."""
     with tempfile.TemporaryDirectory() as folder:
         shards, tokens, text = _cached(Path(folder), runtime)
         yield _loading(shards, tokens, text, runtime, images=100 if full else 8)
@@ -77,8 +77,8 @@ def _cached(folder: Path, runtime: Runtime) -> tuple[Path, Path, Path]:
 
 
 def _loading(shards: Path, tokens: Path, text: Path, runtime: Runtime, *, images: int) -> Row:
-    """Ours: tar, tokens, a training view at 1024 px, in one thread. Reference: loose files, the same view, and the teacher asked on the
-    way, one call an image and an instance, with all threads, as a data set with a CLIP in it does."""
+    """Seconds to load an image. Ours: tar, tokens, and a training view at 1024 px, in one thread. Reference: loose
+    files, the same view, and the teacher run on the fly, one call per image and per instance, with all threads."""
     device = runtime.torch_device()
     data = TrainingData(shards, tokens, open_text(text, ""), AugmentConfig(), seed=0, workers=1)
     teacher = TeacherConfig(pretrained="random").load(runtime)
@@ -96,9 +96,13 @@ def _loading(shards: Path, tokens: Path, text: Path, runtime: Runtime, *, images
             _load_online(Path(loose), sample, teacher, device)
         theirs = time.perf_counter() - started
     return Row(
-        name=f"loading an image ({len(kept)} of them), against loose files and ViT-B/16 on the way", ours=ours / len(kept),
-        reference=theirs / len(kept), unit="s", device=machine(device), dtype="float32",
-    )  # fmt: skip
+        name=f"loading an image ({len(kept)} of them), against loose files and ViT-B/16 on the way",
+        ours=ours / len(kept),
+        reference=theirs / len(kept),
+        unit="s",
+        device=machine(device),
+        dtype="float32",
+    )
 
 
 def _load_online(folder: Path, sample: Sample, teacher: Teacher, device: torch.device) -> Tensor:
@@ -114,29 +118,38 @@ def _load_online(folder: Path, sample: Sample, teacher: Teacher, device: torch.d
 
 
 def _waiting(shards: Path, tokens: Path, text: Path, folder: Path, runtime: Runtime, *, steps: int) -> Row:
-    """Stage 1 with the published network, at 1024 px on a GPU and 256 px on a CPU: what a step waits for data, of what it takes."""
+    """Stage 1 with the published network, at 1024 px on a GPU and 256 px on a CPU: seconds per step spent waiting for
+    data, against all seconds per step."""
     device = runtime.torch_device()
     size = 1024 if device.type == "cuda" else 256
     config = V2CConfig(
-        segmenter=SegmenterConfig(backbone_weights=None), steps=10 * steps, batch=2, augment=AugmentConfig(size=size),
+        segmenter=SegmenterConfig(backbone_weights=None),
+        steps=10 * steps,
+        batch=2,
+        augment=AugmentConfig(size=size),
         precision="bfloat16" if device.type == "cuda" else "float32",
-    )  # fmt: skip
+    )
     out = folder / "v2c"
     out.mkdir()
     launched = replace(runtime, checkpoint_every=10**9)
     launch(train_model, config, shards, tokens, text, "", out, runtime=launched)
-    later = read_curves(out)[1:]  # the first rows pay for the start
+    later = read_curves(out)[1:]  # the first row includes the start-up
     seconds = sum(row["seconds"] for row in later) / len(later)
     waited = sum(row["seconds"] * row["waiting"] for row in later) / len(later)
     return Row(
-        name=f"waiting for data in a step of stage 1, {size} px, batch 2", ours=waited, reference=seconds, unit="s",
-        device=machine(device), dtype=config.precision,
-    )  # fmt: skip
+        name=f"waiting for data in a step of stage 1, {size} px, batch 2",
+        ours=waited,
+        reference=seconds,
+        unit="s",
+        device=machine(device),
+        dtype=config.precision,
+    )
 
 
 def _epochs(folder: Path, runtime: Runtime, *, views: int, steps: int) -> Iterator[Row]:
-    """An epoch of stages 2 and 3 over COCO's training images from cached queries, against the frozen R50 segmenter over the same images
-    (one image of 800 x 1088 px, times their number). `steps` 0 = the whole epoch, else it is extrapolated."""
+    """An epoch of stages 2 and 3 over COCO's training images from cached queries, against a pass of the frozen R50
+    segmenter over the same images (one of 800 x 1088 px, times their number). `steps` 0 = the whole epoch, else the
+    time is extrapolated from so many steps."""
     device = runtime.torch_device()
     bank = _bank()
     _write_queries(folder / "queries", views)
@@ -169,11 +182,15 @@ def _epochs(folder: Path, runtime: Runtime, *, views: int, steps: int) -> Iterat
         out.mkdir()
         started = time.perf_counter()
         train(
-            f"stage {stage}", folder=out, schedule=schedule, modules={"module": module},
+            f"stage {stage}",
+            folder=out,
+            schedule=schedule,
+            modules={"module": module},
             groups=parameter_groups({"module": module}, schedule),
             batches=lambda start, c=schedule: query_batches(cached, c, start, sampling="natural", matched=True),
-            losses=step(schedule), runtime=runtime,
-        )  # fmt: skip
+            losses=step(schedule),
+            runtime=runtime,
+        )
         taken = (time.perf_counter() - started) / schedule.steps * epoch
         how = "" if not steps else f", from {steps} steps"
         yield Row(
@@ -182,22 +199,33 @@ def _epochs(folder: Path, runtime: Runtime, *, views: int, steps: int) -> Iterat
     if not steps:
         size = sum(file.stat().st_size for file in (folder / "queries").rglob("*") if file.is_file())
         yield Row(
-            name="memory of the process after these epochs, against the cached queries", ours=_resident(), reference=size / 1e6,
-            unit="MB", device=machine(device), dtype="float16",
-        )  # fmt: skip
+            name="memory of the process after these epochs, against the cached queries",
+            ours=_resident(),
+            reference=size / 1e6,
+            unit="MB",
+            device=machine(device),
+            dtype="float16",
+        )
 
 
 def _bank() -> TextBank:
     classes = SEEN + UNSEEN
     rows = torch.randn(classes, TEXT_DIM, generator=torch.Generator().manual_seed(0))
     return TextBank(
-        key="", embedding=normalize(rows, dim=-1), ids=list(range(classes)), names=[str(k) for k in range(classes)],
-        isthing=[True] * classes, seen=[k < SEEN for k in range(classes)], teacher={}, templates=[],
-    )  # fmt: skip
+        key="",
+        embedding=normalize(rows, dim=-1),
+        ids=list(range(classes)),
+        names=[str(k) for k in range(classes)],
+        isthing=[True] * classes,
+        seen=[k < SEEN for k in range(classes)],
+        teacher={},
+        templates=[],
+    )
 
 
 def _write_queries(folder: Path, views: int, *, a_group: int = 1000, found: int = 11) -> None:
-    """Random queries of `views` images, `found` of them with a segment of a seen class, in groups of a tar's size."""
+    """Write random queries of `views` images, `found` per view matched to a segment of a seen class, in groups of a
+    tar's size, `a_group`."""
     rng = np.random.default_rng(0)
     for number, first in enumerate(range(0, views, a_group)):
         n = min(a_group, views - first)
@@ -211,6 +239,6 @@ def _write_queries(folder: Path, views: int, *, a_group: int = 1000, found: int 
 
 
 def _resident() -> float:
-    """MB that belong to this process alone; pages of mapped files are the system's, and go when it needs them."""
+    """MB of this process's own memory, without pages of mapped files, which the system can drop at any time."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1.024e-3

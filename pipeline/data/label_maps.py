@@ -215,8 +215,7 @@ def _either(paths: Sequence[Path]) -> str:
 
 
 def read_labels(path: Path, benchmark: Benchmark) -> np.ndarray:
-    """The label PNG at `path`, decoded by `decode_labels`. Raises UserError, naming the file, if it is missing or
-    bad."""
+    """The label PNG at `path`, decoded by `decode_labels`. Raises UserError, naming the file."""
     try:
         return decode_labels(path.read_bytes(), benchmark)
     except OSError as error:

@@ -1,1 +1,1 @@
-"""What a run will take, before it runs."""
+"""Estimates of a run's size and time before it starts."""

@@ -1,4 +1,4 @@
-"""How many images and instances a run has before it: counted from the annotations, without opening an image."""
+"""The numbers of images and instances of a run, counted from the annotations without opening an image."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from storage.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What a run reads; None = not known before a stage has run.
+    """The input of a run; None = unknown until a stage has run.
 
-    `train`, `val`: images. `left`: training images that the protocol leaves. `train_instances`: segments of those, `val_instances`: of
-    all validation images. `bytes`: of the image and annotation files that go into the tars.
+    `train`, `val`: images. `left`: training images that the protocol leaves. `train_instances`: their segments.
+    `val_instances`: segments of all validation images. `bytes`: of the image and annotation files that go into the
+    tars.
     """
 
     train: int
@@ -31,26 +32,27 @@ class Counts:
 
     @property
     def inputs(self) -> int | None:
-        """Images and masked instances that the teacher looks at."""
+        """The number of teacher inputs: images and masked instances."""
         if self.left is None or self.train_instances is None or self.val_instances is None:
             return None
         return self.left + self.val + self.train_instances + self.val_instances
 
     def __str__(self) -> str:
-        def message(instances: int | None) -> str:
+        def number(instances: int | None) -> str:
             return "an unknown number of instances" if instances is None else f"{instances:,} instances"
 
         left = "an unknown number" if self.left is None else f"{self.left:,}"
         return (
-            f"{self.train:,} training images, of which the protocol leaves {left} with {message(self.train_instances)}; "
-            f"{self.val:,} validation images with {message(self.val_instances)}"
+            f"{self.train:,} training images, "
+            f"of which the protocol leaves {left} with {number(self.train_instances)}; "
+            f"{self.val:,} validation images with {number(self.val_instances)}"
         )
 
 
 def count(config: Config, stages: list[Stage], store: Store) -> Counts:
-    """Count what the line reads. Takes seconds for the JSON of all of COCO.
+    """Count the input of the line. Takes seconds for the JSON of all of COCO.
 
-    Raises UserError as `read_split` and `find_split`.
+    Raises UserError as `read_split` and `find_split` do.
     """
     if isinstance(config.data, CocoConfig):
         benchmark = load_benchmark(config.data.benchmark)
@@ -95,7 +97,7 @@ def _bytes(folder: Path) -> int:
 
 
 def _count_label_maps(benchmark: Benchmark, root: Path, limit: int) -> Counts:
-    """The segments of a label map are known only when it is read."""
+    """Counts without segments: those of a label map are unknown until it is decoded."""
     from pipeline.data.label_maps import find_split
 
     assert benchmark.files

@@ -1,7 +1,7 @@
-"""What a run will take, before it starts: bytes and seconds of each stage, measured where this store has made the like, else assumed.
+"""Estimates of bytes and seconds of each stage before it runs, from comparable artefacts of the store, else assumed.
 
-A measured rate is used only where what decides it is the same: the teacher and the tokens' config, the network and its views, real or
-drawn images. The device may differ and is named.
+A measured rate is used only where its conditions are the same: the teacher and the tokens' config, the network and its
+views, real or drawn images. The device may differ and is named.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from storage.keys import canonical
 from storage.lineage import Lineage, Node
 
 UNITS = {
-    "scenes": "image", "shard": "image", "text": "class", "cache-clip": "teacher input", "v2c": "step", "queries": "view",
-    "g2s": "step", "cpa": "step", "evaluate": "image",
+    "scenes": "image", "shard": "image", "text": "class", "cache-clip": "teacher input",
+    "v2c": "step", "queries": "view", "g2s": "step", "cpa": "step", "evaluate": "image",
 }  # fmt: skip
-GROWING = ("scenes", "shard", "cache-clip", "queries")  # whose bytes grow with their units; a checkpoint's do not
-AMOUNTS = frozenset(
-    {"seed", "steps", "views", "calibration_images", "train_images", "val_images"}
-)  # fields that move no rate
+# Stages whose bytes are proportional to their units; a checkpoint's are constant.
+GROWING = ("scenes", "shard", "cache-clip", "queries")
+# Config fields that do not change the seconds per unit.
+AMOUNTS = frozenset({"seed", "steps", "views", "calibration_images", "train_images", "val_images"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """`bytes` and `seconds` of a stage, None = nobody knows; `source` says in words what `seconds` rests on, "" = nothing."""
+    """`bytes` and `seconds` of a stage, None = unknown; `source`: the basis of `seconds` in words, "" = none."""
 
     bytes: float | None = None
     seconds: float | None = None
@@ -42,9 +42,9 @@ class Estimator:
     """Estimates for the stages of one run.
 
     Args:
-        counts: what the run reads.
-        tflops: assumed speed of the teacher's pass, in TFLOP/s, where nothing was measured.
-        step_seconds: stated seconds of one step of stage 1, instead of a measured one; 0 = none stated.
+        counts: the input of the run.
+        tflops: assumed speed of the teacher's forward pass, in TFLOP/s, where nothing was measured.
+        step_seconds: stated seconds per step of stage 1, used instead of a measurement; 0 = none stated.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class Estimator:
         self.configs = {stage.name: json.loads(canonical(stage.recipe.config)) for stage in stages}
         views = None if counts.left is None else counts.left * config.queries.views
         self.amounts = {
-            "scenes": counts.train + counts.val, "shard": counts.train + counts.val, "cache-clip": counts.inputs, "queries": views,
-            "text": len(self.configs["text"]["categories"]), "evaluate": counts.val,
+            "scenes": counts.train + counts.val, "shard": counts.train + counts.val, "cache-clip": counts.inputs,
+            "queries": views, "text": len(self.configs["text"]["categories"]), "evaluate": counts.val,
             "v2c": config.v2c.steps, "g2s": config.g2s.steps, "cpa": config.cpa.steps,
         }  # fmt: skip
 
     def estimate(self, stage: Stage) -> Estimate:
-        """What building this stage would take."""
+        """The bytes and seconds that building this stage would take."""
         name, amount = stage.name, self.amounts[stage.name]
         size = self._bytes(name)
         if name == "v2c" and self.step_seconds:
@@ -91,7 +91,7 @@ class Estimator:
         return Estimate(bytes=size)
 
     def _bytes(self, name: str) -> float | None:
-        """What arithmetic alone says."""
+        """The stage's bytes by arithmetic alone; None where they do not follow from the config and the counts."""
         counts, segmenter = self.counts, self.config.v2c.segmenter
         if name == "shard":
             return counts.bytes
@@ -102,7 +102,7 @@ class Estimator:
         return None
 
     def _newest_alike(self, stage: Stage) -> Node | None:
-        """The newest artefact of the stage that was made under the same conditions, in one go."""
+        """The newest artefact of the stage that was made under the same conditions without being resumed."""
         wanted = _conditions(stage.name, self.configs)
         nodes = [node for node in self.lineage.nodes(stage.recipe.kind) if node.stage == stage.name]
         for node in sorted(nodes, key=lambda node: node.provenance["created"], reverse=True):
@@ -117,7 +117,7 @@ class Estimator:
 
 
 def _conditions(name: str, configs: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the stage's seconds a unit."""
+    """The settings that determine the stage's seconds per unit."""
     own = configs[name]
     if name == "scenes":
         return _without_amounts(own["scenes"])
@@ -138,7 +138,7 @@ def _without_amounts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _amount(manifest: Node) -> int:
-    """How many units of work the artefact took."""
+    """The units of work, see `UNITS`, that the artefact took."""
     counts = manifest.counts
     if manifest.stage in ("v2c", "g2s", "cpa"):
         return manifest.config["steps"]
@@ -152,15 +152,16 @@ def _amount(manifest: Node) -> int:
 
 
 def teacher_dim(name: str) -> int | None:
-    """Width D of the teacher's embeddings; None for a model that open_clip does not know."""
+    """Width D of the teacher's embeddings; None for a model without a config in open_clip."""
     config = _model_config(name)
     return config["embed_dim"] if config else None
 
 
 def teacher_gflop(name: str) -> float | None:
-    """GFLOP of one image through the teacher's image tower, two a multiplication; None for a tower that is no plain ViT.
+    """GFLOP of one image in the teacher's image tower, at two FLOP per multiplication; None unless it is a plain ViT.
 
-    For n patches and the class token, width w and mlp ratio r: (4 + 2 r) (n + 1) w^2 + 2 (n + 1)^2 w multiplications a layer, and the patches.
+    For n patches and the class token, width w and MLP ratio r, a layer takes (4 + 2 r) (n + 1) w^2 + 2 (n + 1)^2 w
+    multiplications; the patch embedding is added.
     """
     vision = (_model_config(name) or {}).get("vision_cfg", {})
     patch, width = vision.get("patch_size"), vision.get("width")
@@ -173,7 +174,7 @@ def teacher_gflop(name: str) -> float | None:
 
 
 def _model_config(name: str) -> dict[str, Any] | None:
-    """open_clip's own config file, read without importing it, which takes seconds."""
+    """open_clip's config file of the model, read without importing open_clip, which takes seconds."""
     if name == "small":
         return json.loads((SMALL_CLIP / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
     package = find_spec("open_clip")

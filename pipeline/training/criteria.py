@@ -211,8 +211,7 @@ class V2CCriterion:
         return {"bce": config.bce_weight * bce, "dice": config.dice_weight * dice}
 
     def global_loss(self, m: Matching, generators: Sequence[torch.Generator]) -> Tensor:
-        """L_g (Eq. 3) of the last decoder output: V_a (Eq. 2) against its image's C_g; negatives are the bank's C_g
-        (D3)."""
+        """L_g (Eq. 3) of the last decoder output: V_a (Eq. 2) against its image's C_g; negatives from the bank (D3)."""
         config = self.config
         own = self.global_tokens[m.batch.global_rows]
         v_a = losses.target_attention(
@@ -237,8 +236,7 @@ class V2CCriterion:
         )
 
     def _negatives(self, own: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Row indices (B, T), uniform over the cached global tokens of the same view without the image's own row
-        (D3)."""
+        """Row indices (B, T), uniform over the cached global tokens of the same view, never the image's own (D3)."""
         others, image, size = self.images - 1, own % self.images, (self.config.bank,)
         drawn = [torch.randint(max(others, 1), size, generator=rng, device=rng.device) for rng in generators]
         drawn = torch.stack(drawn).to(self.device)
@@ -319,8 +317,7 @@ class CPACriterion:
         return {"real": self.real_loss(batch), "synthetic": self.synthetic_loss(generator)}
 
     def real_loss(self, batch: QueryBatch) -> Tensor:
-        """focal(P(F)) of all cached queries over A_s only, so a query on an unseen object is no negative of its
-        class."""
+        """focal(P(F)) of all cached queries over A_s only, so unseen objects are no negatives of their class."""
         feature, category = batch.feature.to(self.device), batch.category.to(self.device)
         target = one_hot(torch.where(category >= 0, self.seen_row[category], -1), len(self.text))
         logits = self.projector.logits(self.projector(feature), self.text)

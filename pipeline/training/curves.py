@@ -29,8 +29,16 @@ class Record:
     """
 
     def __init__(
-        self, name: str, folder: Path, schedule: Schedule, *, start: int, state: dict[str, Any], runtime: Runtime, writes: bool
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        folder: Path,
+        schedule: Schedule,
+        *,
+        start: int,
+        state: dict[str, Any],
+        runtime: Runtime,
+        writes: bool,
+    ) -> None:
         self.name, self.folder, self.schedule, self.runtime, self.writes = name, folder, schedule, runtime, writes
         self.step, self.recent, self.rows = start, state.get("recent", []), state.get("rows", 0)
         self.crc = state.get("crc", 0)

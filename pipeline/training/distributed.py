@@ -97,9 +97,15 @@ def launch(function: Callable[..., None], *arguments: Any, runtime: Runtime) -> 
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=runtime.devices, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
-        run_id=f"zs-seg-{os.getpid()}", max_restarts=0, monitor_interval=0.5,
-    )  # fmt: skip
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=runtime.devices,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        run_id=f"zs-seg-{os.getpid()}",
+        max_restarts=0,
+        monitor_interval=0.5,
+    )
     # The error that ended the processes is raised below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}

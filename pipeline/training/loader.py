@@ -134,8 +134,7 @@ class TrainingData:
                     ready = []
 
     def _stream(self, skip: int) -> Iterator[tuple[int, int, int, Sample]]:
-        """Endless (epoch, tar, row, sample) without the first `skip`; windows that are skipped as a whole are not
-        read."""
+        """Endless (epoch, tar, row, sample) without the first `skip`; wholly skipped windows are not read."""
         epoch, skip = divmod(skip, len(self))
         while True:
             rng = np.random.default_rng([self.seed, epoch])

@@ -126,10 +126,14 @@ def train(
             save_training_state(
                 folder,
                 {
-                    "step": done, "modules": weights, "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict(),
-                    "average": average, "record": record.state(),
+                    "step": done,
+                    "modules": weights,
+                    "optimiser": optimiser.state_dict(),
+                    "scaler": scaler.state_dict(),
+                    "average": average,
+                    "record": record.state(),
                 },
-            )  # fmt: skip
+            )
 
     source = batches(start)
     with record, Terminated() as terminated:
@@ -201,8 +205,7 @@ def _require_finite(
 
 
 class Terminated:
-    """Records a SIGTERM in `asked` instead of ending the process at once; `proceed` sends it again, with full
-    effect."""
+    """Records a SIGTERM in `asked` instead of ending the process; `proceed` sends it again, with full effect."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -224,5 +227,5 @@ class Terminated:
     def proceed(self) -> None:
         self.__exit__()
         os.kill(os.getpid(), signal.SIGTERM)
-        # Wait for the signal: in a process group only another process may have received it.
+        # Until the signal arrives: the flag may have come from another process, before any signal to this one.
         time.sleep(60)

@@ -1,7 +1,7 @@
 """Trains the demo's backbone, in place of ImageNet pretraining: `python -m pipeline.world.train_backbone`.
 
-Images are single plain objects on textured ground, in colours and tints that no class of the generated world has. So
-the features of shape and texture do not depend on colour, and no image contains a class of the world, seen or unseen.
+Images are single plain objects on textured ground, in colours and tints that no class of the generated world has, so no
+image contains a class of the world, seen or unseen, and shape and texture are learned from other colours than theirs.
 Targets are the shape, the texture, and both mean colours. Nothing else in the product imports this file.
 """
 
@@ -65,8 +65,7 @@ def draw_object(rng: np.random.Generator, size: int) -> tuple[np.ndarray, int, i
 
 
 class Probe(nn.Module):
-    """The backbone with one linear layer on its pooled last features, for the logits of shape and texture and the
-    colours."""
+    """The backbone with one linear layer on its pooled last features, for shape, texture and colours."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
