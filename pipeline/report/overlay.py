@@ -115,7 +115,7 @@ def _flattened(image: NDArray[np.float32], segment: NDArray[np.int64], count: in
     area = np.maximum(np.bincount(flat, minlength=count + 1), 1)
     sums = [np.bincount(flat, image[..., i].ravel(), minlength=count + 1) for i in range(3)]
     mean = (np.stack(sums, -1) / area[:, None]).astype(np.float32)
-    painted = (1 - FLAT) * image + FLAT * mean[segment]
+    painted = ((1 - FLAT) * image + FLAT * mean[segment]).astype(np.float32, copy=False)
     void = segment == 0
     painted[void] = 0.6 * image[void].mean(-1, keepdims=True) + 0.4 * 200
     return painted
