@@ -26,9 +26,8 @@ def score_rows(report: Report) -> list[dict[str, str]]:
 
 
 def pictures(page: str, rows: int = 3) -> str:
-    """The first `rows` pictures of a report's page as one image in Markdown: photo, ground truth, both predictions beside each
-    other. "" where the page has none.
-    """
+    """The first `rows` pictures of a report's page as one image in Markdown: photo, ground truth, both predictions
+    beside each other. "" where the page has none."""
     from PIL import Image, ImageOps
 
     strips = []

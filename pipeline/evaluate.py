@@ -1,4 +1,4 @@
-"""Stage "evaluate": both checkpoints on the validation images, their ceilings, and where quality is lost, as one report."""
+"""Stage "evaluate": a report of both checkpoints on the validation images: scores, ceilings, where quality is lost."""
 
 from __future__ import annotations
 
@@ -99,7 +99,8 @@ def build(build: Build, config: EvaluateConfig, runtime: Runtime, *, benchmark: 
 
 
 def counts(report: Report, task: str) -> dict[str, Any]:
-    """What the manifest holds of a report: every row's headline, what was counted, and what was left out."""
+    """The manifest's counts of a report: every row's headline in percent, and numbers of images and of left-out
+    segments."""
     content: dict[str, Any] = {
         name: {key: round(getattr(row, key), 3) for key in HEADLINE[task]} for name, row in report.rows.items()
     }

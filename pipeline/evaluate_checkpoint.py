@@ -1,4 +1,4 @@
-"""`zs-seg evaluate`: a trained checkpoint on a benchmark's own files, scored by the code that the stage "evaluate" uses."""
+"""`zs-seg evaluate`: a trained checkpoint on a benchmark's own files, scored by the code of stage "evaluate"."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`zs-seg predict`: images of one's own through a trained checkpoint, if asked for with class names it was not trained on."""
+"""`zs-seg predict`: images of one's own through a trained checkpoint, optionally with class names not trained on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(
     store: Store,
     runtime: Runtime,
 ) -> Path:
-    """Segment `images` (files, or folders of them); write COCO panoptic and RLE predictions, and an overlay each, into `out`.
+    """Segment `images` (files, or folders of them) and write COCO panoptic and RLE predictions and overlays to `out`.
 
     `checkpoint` is a key in the store or a checkpoint's folder, which may lie anywhere: it holds all that is needed.
     `names` are added to its classes as unseen things, and encoded by its own teacher; `teacher_weights` is the

@@ -1,4 +1,5 @@
-"""The ablations: rows change what their names say and nothing else, share what keys allow, and their numbers are the reports'."""
+"""The ablations: rows change what they are named for and nothing else, share artefacts, and their numbers are the
+reports'."""
 
 from __future__ import annotations
 

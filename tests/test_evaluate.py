@@ -1,4 +1,4 @@
-"""The report's numbers: perfect predictions score 100, the ceiling scores what a calculation by hand says, mismatches are refused."""
+"""The report's numbers: perfect predictions score 100, ceilings as calculated by hand; mismatches are refused."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def test_a_perfect_prediction_scores_100() -> None:
 
 
 def test_a_wrong_name_costs_both_classes() -> None:
-    """A cat called dog: cat has 1 of 2 (PQ 1 / 1.5), dog 1 and a false alarm (PQ 1 / 1.5); pixels 240 of 480, 240 of 480."""
+    """A cat called dog: cat has 1 of 2 (PQ 1 / 1.5), dog 1 and a false alarm (PQ 1 / 1.5); pixels 240 of 480, 240 of
+    480."""
     output, logits = perfect(quarters())
     logits[1, 0], logits[1, 1] = -20.0, 20.0
     scores = score(quarters(), output, logits)
@@ -174,8 +175,8 @@ def _world() -> Benchmark:
 def tiny_model(seed: int) -> Model:
     config = tiny_config().v2c.segmenter
     segmenter = {
-        "backbone": config.backbone, "backbone_weights": None, "frozen_batchnorm": False, "queries": 4, "dim": 16, "heads": 2,
-        "encoder_layers": 1, "encoder_ffn": 16, "encoder_points": 2, "decoder_layers": 1, "decoder_ffn": 16,
+        "backbone": config.backbone, "backbone_weights": None, "frozen_batchnorm": False, "queries": 4, "dim": 16,
+        "heads": 2, "encoder_layers": 1, "encoder_ffn": 16, "encoder_points": 2, "decoder_layers": 1, "decoder_ffn": 16,
     }  # fmt: skip
     torch.manual_seed(seed)
     projector = {"dim": 16, "text_dim": 4, "hidden": 8, "layers": 2}
@@ -303,7 +304,7 @@ def test_sweeps_see_only_their_images(world: tuple[Store, dict[str, Stage]], rep
 
 @pytest.mark.slow
 def test_each_setting_from_its_own_checkpoint(world: tuple[Store, dict[str, Stage]], report: dict[str, Any]) -> None:
-    """Once more, one image at a time. A few steps of training find no object, but the pixels' classes tell the settings apart."""
+    """Once more, one image at a time. A few steps of training find no object, but the pixels' classes differ."""
     store, steps = world
     bank = open_text(store.path(steps["text"].recipe.ref), "")
     classes = classes_of(bank.embedding, bank.classes(), torch.device("cpu"))
@@ -359,7 +360,8 @@ def evaluate_again(
     """The last stage once more with other inputs or settings."""
     store, steps = world
     stages = {
-        "shards": "shard", "tokens": "cache-clip", "text": "text", "inductive": "v2c", "generator": "g2s", "transductive": "cpa",
+        "shards": "shard", "tokens": "cache-clip", "text": "text",
+        "inductive": "v2c", "generator": "g2s", "transductive": "cpa",
     }  # fmt: skip
     inputs: dict[str, Any] = {name: steps[stage].recipe.ref for name, stage in stages.items()} | others
     config = config or replace(tiny_config().evaluate, pictures=0)

@@ -1,4 +1,5 @@
-"""`zs-seg evaluate`: the report's own numbers on the run's own folder, numbers by hand on label maps, and what is refused."""
+"""`zs-seg evaluate`: the report's numbers on the run's own folder, numbers by hand on label maps, and what is
+refused."""
 
 from __future__ import annotations
 
@@ -150,7 +151,10 @@ def test_the_command_tells_and_exports_what_it_scored(
         ]
         quality.update(
             ids_of(run.data / "annotations/panoptic_val2017" / gt["file_name"]),
-            [Segment(id=s["id"], category_id=s["category_id"], area=s["area"], iscrowd=False) for s in gt["segments_info"]],
+            [
+                Segment(id=s["id"], category_id=s["category_id"], area=s["area"], iscrowd=False)
+                for s in gt["segments_info"]
+            ],
             ids_of(tmp_path / "out/panoptic" / prediction["file_name"]), segments, image=gt["image_id"],
         )  # fmt: skip
     assert quality.result().mean(absent="skip").pq == result["scores"]["PQ"]

@@ -210,7 +210,8 @@ def test_scores_splits_seen_and_unseen() -> None:
 
 
 def test_semantic_scores_of_a_small_case_by_hand() -> None:
-    """Pixels: 6 cat, of which 2 called dog; 3 dog, right; 1 cow, called cat. IoU cat 4/7, dog 3/5, cow 0; emu absent."""
+    """Pixels: 6 cat, of which 2 called dog; 3 dog, right; 1 cow, called cat. IoU cat 4/7, dog 3/5, cow 0; emu
+    absent."""
     categories = [Category(id=i, name=name, isthing=False) for i, name in enumerate(("cat", "dog", "cow", "emu"))]
     confusion = ConfusionMatrix(4)
     truth = np.array([[0, 0, 0, 0, 0, 0, 1, 1, 1, 2, -1, -1]])

@@ -1,8 +1,9 @@
-"""Pictures of segments: objects keep their colours, unseen classes are outlined, names lie apart and inside of the picture."""
+"""Pictures of segments: objects keep their colours, unseen classes are outlined, names lie apart and inside."""
 
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,9 +30,10 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[float, float
     found: list[tuple[str, tuple[float, float, float, float]]] = []
     write = ImageDraw.ImageDraw.text
 
-    def noted(self: ImageDraw.ImageDraw, xy: tuple[float, float], text: str, **options: object) -> None:
-        found.append((text, self.textbbox(xy, text, font=options["font"], anchor=options["anchor"])))  # pyright: ignore[reportArgumentType]
-        write(self, xy, text, **options)  # pyright: ignore[reportArgumentType]
+    def noted(self: ImageDraw.ImageDraw, xy: tuple[float, float], text: str, **options: Any) -> None:
+        box: Any = self.textbbox(xy, text, font=options["font"], anchor=options["anchor"])
+        found.append((text, box))
+        write(self, xy, text, **options)
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
     return found

@@ -226,7 +226,8 @@ def test_one_plot_for_each_stage_that_trained_and_each_sweep(folder: Path) -> No
 
 
 def test_loss_table(folder: Path) -> None:
-    """From the truth to the prediction; a loss with a minus, a gain with a plus; no row for absent classes where there are none."""
+    """From the truth to the prediction; a loss with a minus, a gain with a plus; no row for absent classes where there
+    are none."""
     _, *rows = [row for row in page(folder).rows if len(row) == 5]
     for row, title in zip(
         rows, ("the truth", "masks", "classification", "seen bias", "selection", "the pred"), strict=True

@@ -103,7 +103,8 @@ def test_equal_decisions_are_made_once(monkeypatch: Any) -> None:
 
 
 def test_other_queries_of_the_same_class_are_another_decision() -> None:
-    """Over 0.5 only the first query is kept, as a cat; with an offset of 0.4 it is a sky, too weak, and the second is a cat."""
+    """Over 0.5 only the first query is kept, as a cat; with an offset of 0.4 it is a sky, too weak, and the second is
+    a cat."""
     ((shown, output, _),) = images(1)
     probabilities = torch.full((7, 4), 1e-6)
     probabilities[0] = torch.tensor([0.6, 1e-6, 0.3, 1e-6])

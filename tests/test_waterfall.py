@@ -68,7 +68,8 @@ def test_only_masks_wrong() -> None:
 
 
 def test_only_a_class_wrong_within_its_group() -> None:
-    """The sea is called a cat, both are seen: cat has 2 of 2 and a false alarm (PQ 2 / 2.5), sea 0; (80 + 0) / 2 are left."""
+    """The sea is called a cat, both are seen: cat has 2 of 2 and a false alarm (PQ 2 / 2.5), sea 0; (80 + 0) / 2 are
+    left."""
     output, logits = perfect(quarters())
     assert losses(quarters(), output, say(logits, 4, (CAT, 20.0))) == {"classification": pytest.approx((60, 0))}
 
@@ -192,7 +193,8 @@ def test_spilling_into_void_costs_a_query_nothing() -> None:
 
 
 def test_a_segment_without_any_overlap_has_no_query() -> None:
-    """As many queries as segments, but one of them lies nowhere: it is not the sea's, which is named by the likeliest query."""
+    """As many queries as segments, but one of them lies nowhere: it is not the sea's, which is named by the likeliest
+    query."""
     output, logits = perfect(quarters(), spare=0)
     output.masks[4] = -20.0
     output.masks[1, 12:, 30:] = -1.0  # the second cat comes nearest to the sea

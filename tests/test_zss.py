@@ -1,4 +1,5 @@
-"""Zero-shot semantic segmentation, the whole line on label maps with pixel-ignore: what training may see, and what is scored."""
+"""Zero-shot semantic segmentation, the whole line on label maps with pixel-ignore: what training uses, what is
+scored."""
 
 from __future__ import annotations
 
@@ -163,9 +164,8 @@ def test_targets_are_the_seen_classes_with_tokens_of_their_own(run: Run) -> None
     from pipeline.runtime import Runtime
 
     bank = open_text(run.folder("text"), run.refs["text"].key)
-    source = TrainingData(
-        run.folder("shard"), run.folder("cache-clip"), bank, AugmentConfig(size=64, jitter=(1.0, 1.0)), seed=0, workers=1
-    )  # fmt: skip
+    augment = AugmentConfig(size=64, jitter=(1.0, 1.0))
+    source = TrainingData(run.folder("shard"), run.folder("cache-clip"), bank, augment, seed=0, workers=1)
     teacher = preset("coco-sample").teacher.load(Runtime(device="cpu"))
     samples = {s.image_id: s for tar in source.tars for s in read_shard(tar)}
     assert len(source) == len(samples) == 12
@@ -188,8 +188,11 @@ def test_what_is_shown_in_training() -> None:
     parts = tuple(Segment(id=i + 1, category_id=i, area=1, iscrowd=False) for i in (0, 7, 20, 24))
     sample = Sample(image_id=1, jpeg=b"", png=b"", height=2, width=2, segments=parts)
     categories = load_benchmark("coco-stuff-zss").categories
-    for protocol, left in (("pixel-ignore", [0, 24]), ("image-filter", [0, 7, 20, 24]), ("none", [0, 7, 20, 24])):
-        benchmark = Benchmark(name="x", categories=categories, unseen_ids=(7, 20), protocol=protocol)  # pyright: ignore[reportArgumentType]
+    protocols: list[tuple[Any, list[int]]] = [
+        ("pixel-ignore", [0, 24]), ("image-filter", [0, 7, 20, 24]), ("none", [0, 7, 20, 24]),
+    ]  # fmt: skip
+    for protocol, left in protocols:
+        benchmark = Benchmark(name="x", categories=categories, unseen_ids=(7, 20), protocol=protocol)
         assert [s.category_id for s in shown_in_training(sample, benchmark).segments] == left
 
 
@@ -225,8 +228,8 @@ def test_a_checkpoint_on_the_runs_own_maps_gives_the_reports_numbers(
 ) -> None:
     """`zs-seg evaluate` reads the maps themselves, the report their segments in the shards."""
     result = evaluate_checkpoint.run(
-        checkpoint=str(run.folder(stage)), benchmark=str(run.data.parent / "tiny.json"), data=str(run.data), split="val",
-        seen_offset=offset, out="", teacher_weights="", store=run.store, runtime=QUIET,
+        checkpoint=str(run.folder(stage)), benchmark=str(run.data.parent / "tiny.json"), data=str(run.data),
+        split="val", seen_offset=offset, out="", teacher_weights="", store=run.store, runtime=QUIET,
     )  # fmt: skip
     assert {**result["scores"], "per_class": result["per_class"]} == run.report[row]
     assert as_trained(run.benchmark, load_model(run.folder(stage)).meta.classes).unseen_ids == UNSEEN

@@ -1,4 +1,4 @@
-"""The paper's figure 5: validation images with an unseen class, their ground truth, and several checkpoints' predictions."""
+"""The paper's figure 5: validation images with an unseen class, the ground truth, and checkpoints' predictions."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ def draw_examples(
     count: int,
     runtime: Runtime,
 ) -> None:
-    """A PNG of the first `count` validation images that show an unseen class, one a row: a column for the image, one for the
-    ground truth, and one for each checkpoint by its title. Unseen classes have the broad outline of `UNSEEN`."""
+    """A PNG of the first `count` validation images that show an unseen class, one a row: a column for the image, one
+    for the ground truth, and one for each checkpoint by its title. Unseen classes have the broad outline of
+    `UNSEEN`."""
     device = runtime.torch_device()
     named = {c.id: (c.name, seen) for c, seen in zip(benchmark.categories, benchmark.seen, strict=True)}
     unseen = set(benchmark.unseen_ids)

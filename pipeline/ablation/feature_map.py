@@ -1,4 +1,4 @@
-"""Generated features of unseen classes beside real ones, which no training stage ever saw: the paper's figure 4, and its numbers."""
+"""The paper's figure 4 and its numbers: generated features of unseen classes beside real ones."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ Features = Mapping[int, NDArray[np.float32]]  # class index -> (n, C)
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Of n classes, in features' units. `to_real` (n,): from each class's generated centre to its real one. `apart`, `really_apart`:
-    mean distance between two classes' generated centres, and between two real ones. `nearest`: share of generated features
-    whose nearest real centre is their own class's."""
+    """Of n classes, in features' units. `to_real` (n,): from each class's generated centre to its real one. `apart`,
+    `really_apart`: mean distance between two classes' generated centres, and between two real ones. `nearest`: share
+    of generated features whose nearest real centre is their own class's."""
 
     to_real: NDArray[np.float64]
     apart: float
@@ -48,8 +48,8 @@ class Comparison:
 def real_features(
     store: Store, *, checkpoint: Ref, shards: Ref, tokens: Ref, benchmark: Benchmark, runtime: Runtime
 ) -> dict[int, NDArray[np.float32]]:
-    """Of every unseen class the features of the queries nearest to its segments of the validation images by their masks, see
-    `waterfall.Pairs`."""
+    """Class index -> features (n, C) of the queries nearest to the validation images' segments of that class, by their
+    masks (see `waterfall.Pairs`), of every unseen class that occurs."""
     model = load_model(store.open(checkpoint).path, runtime.torch_device())
     found: dict[int, list[NDArray[np.float32]]] = {k: [] for k, seen in enumerate(benchmark.seen) if not seen}
     samples = samples_with_tokens(Shards(store.open(shards).path), store.open(tokens).path)
@@ -65,7 +65,7 @@ def real_features(
 def generated_features(
     generator: Path, bank: TextBank, *, counts: Mapping[int, int], noise_into: Any, seed: int
 ) -> dict[int, NDArray[np.float32]]:
-    """As many of each class as `counts` says, drawn from `seed`."""
+    """`counts` features of each class, drawn from `seed`."""
     weights, meta = load_checkpoint(generator)
     maker = build_generator(**meta["architecture"])
     maker.load_state_dict(weights)
@@ -97,7 +97,7 @@ def compare(real: Features, made: Features) -> Comparison:
 def draw(
     path: Path, panels: Mapping[str, tuple[Features, Features]], names: Sequence[str], *, seed: int = 0
 ) -> dict[str, Comparison]:
-    """A PNG with one t-SNE (van der Maaten and Hinton 2008) a panel, real features as dots and generated ones as crosses.
+    """A PNG with one t-SNE (van der Maaten and Hinton 2008) a panel: real features as dots, generated ones as crosses.
 
     Args:
         panels: title -> (real, generated), the same classes in all panels. names: of all classes.

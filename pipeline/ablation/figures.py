@@ -27,12 +27,13 @@ def draw_figures(
 ) -> dict[str, str]:
     """Both figures as PNG files and figure 4's numbers as JSON; returns sections of the page, heading -> HTML.
 
-    `rows`: variant of table 4 -> its run. The generators that are compared with V2C share its segmenter, and so its real features.
+    `rows`: variant of table 4 -> its run. The generators that are compared with V2C share its segmenter, and so its
+    real features.
     """
     ours = rows[OURS]
     common: dict[str, Any] = {
-        "store": store, "shards": ours.ref("shard"), "tokens": ours.ref("cache-clip"), "benchmark": benchmark_of(config),
-        "runtime": runtime,
+        "store": store, "shards": ours.ref("shard"), "tokens": ours.ref("cache-clip"),
+        "benchmark": benchmark_of(config), "runtime": runtime,
     }  # fmt: skip
     bank = open_text(store.open(ours.ref("text")).path, ours.ref("text").key)
     panels = {}

@@ -49,8 +49,8 @@ class Run:
 
 
 def runs_of(table: Table, config: Config, seeds: int) -> list[Run]:
-    """Seed by seed, so that a run that is cut off leaves whole tables of fewer seeds. The sweep, by which settings are chosen, takes
-    the generated world's validation split."""
+    """Seed by seed, so that a run that is cut off leaves whole tables of fewer seeds. The sweep, by which settings are
+    chosen, takes the generated world's validation split."""
     if table.name == "sweep" and isinstance(config.data, ScenesConfig):
         config = replace(config, data=replace(config.data, split="validation"))
     return [
@@ -62,8 +62,8 @@ def runs_of(table: Table, config: Config, seeds: int) -> list[Run]:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Of each stage how many artefacts the runs have and how many of them are `missing`; the `seconds` that these take by the mean of
-    those that were built here, without the stages of which none was (`unknown`)."""
+    """Of each stage how many artefacts the runs have and how many of them are `missing`; the `seconds` that these take
+    by the mean of those that were built here, without the stages of which none was (`unknown`)."""
 
     artefacts: dict[str, int]
     missing: dict[str, int]
@@ -113,7 +113,8 @@ def build(runs: Sequence[Run], store: Store, runtime: Runtime, *, jobs: int) -> 
 
 
 def build_group(runs: Sequence[Run], root: Path, runtime: Runtime) -> list[str]:
-    """Every stage of runs that share their stage 1, in this process; a line for each run of which something was built."""
+    """Every stage of runs that share their stage 1, in this process; a line for each run of which something was
+    built."""
     store, lines = Store(root), list[str]()
     for run in runs:
         started, built = time.monotonic(), []

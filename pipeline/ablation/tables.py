@@ -28,7 +28,7 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows that differ in what `title` says."""
+    """Rows that differ in one respect, which `title` names."""
 
     name: str
     title: str
@@ -66,10 +66,11 @@ MOMENTS_ALONE = g2s(diversity_weight=0.0, semantic_weight=0.0)
 
 
 def vision_centric(config: Config) -> Config:
-    """The comparison after PADing: the plain segmenter's features, a primitive generator trained by L_mmd, a linear classifier.
+    """The comparison after PADing: the plain segmenter's features, a primitive generator trained by L_mmd, a linear
+    classifier.
 
-    Its settings were chosen on the validation split like ours. Its classifier starts from nothing and gets more steps than the
-    projector; more weight on made-up features did nothing for it.
+    Its settings were chosen on the validation split like ours. Its classifier starts from random weights and has more
+    steps than the projector; more weight on generated features did not improve it.
     """
     generator = g2s(generator="primitives", text_scale=0.5, steps=2 * config.g2s.steps)
     config = together(PLAIN_SEGMENTER, MOMENTS_ALONE, generator)(config)
@@ -204,8 +205,8 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def cells(table: Table, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The table as text, heads first: mean ± standard deviation (of several runs) in percent, and the paper's hPQ where it has
-    such a row."""
+    """The table as text, heads first: mean ± standard deviation (of several runs) in percent, and the paper's hPQ
+    where the paper has such a row."""
     published = any(row["paper"] for row in rows)
     heads = [
         table.title,

@@ -1,9 +1,9 @@
 """From a segmenter's output and class logits to panoptic and semantic maps at the image's original size.
 
 Masks are upsampled to the padded network input, cropped to the resized image and resized to the original size, in that
-order, as logits; the sigmoid comes last. That is most of the work and of the memory. A panoptic map resizes the masks of
-the queries it keeps, chunk by chunk, and holds none, so that an image of any size needs a few hundred MB. For several
-maps of one image, `Output.kept` resizes every mask once and holds them. Both give the same maps.
+order, as logits; the sigmoid comes last. That is most of the work and of the memory. A panoptic map resizes the masks
+of the queries it keeps, chunk by chunk, and holds none, so that an image of any size needs a few hundred MB. For
+several maps of one image, `Output.kept` resizes every mask once and holds them. Both give the same maps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Thresholds:
 
     Attributes:
         object_threshold: a query is kept if its class score, in [0, 1], is above this.
-        overlap_threshold: a segment is kept if the pixels it wins are at least this share of its mask's pixels, in [0, 1].
+        overlap_threshold: a segment is kept if it wins at least this share, in [0, 1], of its mask's pixels.
         seen_offset: subtracted from the seen classes' scores when a query chooses its class (calibrated stacking). The
             chosen class keeps its own score.
     """
@@ -66,8 +66,8 @@ class Output:
     keep: bool = False
 
     def kept(self) -> Output:
-        """The same output for several maps of the image: its masks are resized at the first use and held as long as it is,
-        4 Q H W bytes (123 MB for 100 queries at 480 x 640)."""
+        """The same output for several maps of the image: its masks are resized at the first use and held as long as it
+        is, 4 Q H W bytes (123 MB for 100 queries at 480 x 640)."""
         return self if self.keep else replace(self, keep=True)
 
     @torch.no_grad()
@@ -77,8 +77,8 @@ class Output:
 
     @torch.no_grad()
     def chunks(self, queries: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The masks of `queries` (n >= 1,) at the original size, in their order, a chunk at a time: probabilities (m, H, W)
-        float32, and areas (m,), each mask's pixels of at least 0.5."""
+        """The masks of `queries` (n >= 1,) at the original size, in their order, a chunk at a time:
+        probabilities (m, H, W) float32, and areas (m,), each mask's pixels of at least 0.5."""
         if not self.keep:
             yield from ((part, _areas(part)) for part in self._resize(self.masks[queries]))
             return
@@ -101,8 +101,8 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class Classes:
-    """The classes a prediction chooses from: unit text embeddings (K, D) or (K, S, D), see `TextBank`, category ids (K,)
-    of the data set, thing and seen flags (K,) bool."""
+    """The classes a prediction chooses from: unit text embeddings (K, D) or (K, S, D), see `TextBank`, category ids
+    (K,) of the data set, thing and seen flags (K,) bool."""
 
     text: Tensor
     ids: Tensor
@@ -135,8 +135,8 @@ class PredictedSegment:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """The n queries that a panoptic map is merged from: indices (n,), ascending, a class index each (n,), and that class's
-    score (n,) float32."""
+    """The n queries that a panoptic map is merged from: indices (n,), ascending, a class index each (n,), and that
+    class's score (n,) float32."""
 
     queries: Tensor
     classes: Tensor
@@ -168,7 +168,7 @@ def panoptic_map(
 
 @torch.no_grad()
 def semantic_map(output: Output, logits: Tensor, classes: Classes, *, seen_offset: float = 0.0) -> NDArray[np.int32]:
-    """The class index of every pixel (H, W): argmax_k of sum_q p_qk * sigmoid(m_q(x)), with p the sigmoid of `logits` (Q, K).
+    """The class index of every pixel (H, W): argmax_k of sum_q sigmoid(logits_qk) * sigmoid(m_q(x)), of logits (Q, K).
 
     `seen_offset` is subtracted from the seen classes' sums at every pixel.
     """

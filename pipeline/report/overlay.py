@@ -1,7 +1,8 @@
 """Segments drawn over their image: what `zs-seg predict`, the report and Prefect show.
 
-A segment keeps its own colour: it is flattened towards its mean colour, outlined, and named. The outline has the colour of
-its class inside of a white line, or inside of a broad line in `UNSEEN` where the class was unseen in training. Void is grey.
+A segment keeps its own colour: it is flattened towards its mean colour, outlined, and named. The outline has the
+colour of its class inside of a white line, or inside of a broad line in `UNSEEN` where the class was unseen in
+training. Void is grey.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class AnySegment(Protocol):
 
 
 class Label(NamedTuple):
-    """A segment's class name, its score in [0, 1] if there is one to show, and whether the class was seen in training."""
+    """A segment's class name, its score in [0, 1] if there is one to show, and whether the class was seen in
+    training."""
 
     name: str
     score: float | None
@@ -46,7 +48,7 @@ class Label(NamedTuple):
 
 
 def labels_of(segments: Iterable[AnySegment], classes: Mapping[int, tuple[str, bool]]) -> dict[int, Label]:
-    """Segment id -> label; `classes`: category id -> name, seen. Predicted segments have a score, true ones have none."""
+    """Segment id -> label; `classes`: category id -> name, seen. Predicted segments have a score, true ones none."""
     return {
         s.id: Label(name, getattr(s, "score", None), seen) for s in segments for name, seen in [classes[s.category_id]]
     }
@@ -77,7 +79,8 @@ def overlay(
         labels: id -> label; pixels of any other id are void.
         side: the result's long side in pixels; None = the image's own, times a whole number where that is needed to
             reach about `SHORTEST`.
-        colours: class name -> outline, such as "#2f7ed8", so that several pictures agree; None = `colours_of` the labels.
+        colours: class name -> outline, such as "#2f7ed8", so that several pictures agree; None = `colours_of` the
+            labels.
     """
     own = max(image.shape[:2])
     scale = max(1, round(SHORTEST / own)) if side is None else side / own
@@ -115,7 +118,7 @@ def _flattened(image: NDArray[np.float32], segment: NDArray[np.int64], count: in
     area = np.maximum(np.bincount(flat, minlength=count + 1), 1)
     sums = [np.bincount(flat, image[..., i].ravel(), minlength=count + 1) for i in range(3)]
     mean = (np.stack(sums, -1) / area[:, None]).astype(np.float32)
-    painted = (1 - FLAT) * image + FLAT * mean[segment]
+    painted = ((1 - FLAT) * image + FLAT * mean[segment]).astype(np.float32, copy=False)
     void = segment == 0
     painted[void] = 0.6 * image[void].mean(-1, keepdims=True) + 0.4 * 200
     return painted
@@ -203,8 +206,8 @@ def innermost(mask: NDArray[np.bool_]) -> tuple[int, int]:
 def place(
     anchors: Sequence[tuple[int, int]], sizes: Sequence[tuple[int, int]], size: tuple[int, int]
 ) -> list[Box | None]:
-    """Boxes of `sizes` (width, height), each centred as near to its anchor (x, y) as it can be without leaving the picture of
-    `size` (width, height) or touching the boxes before it; None where there is no room left."""
+    """Boxes of `sizes` (width, height), each centred as near to its anchor (x, y) as is possible inside of the picture
+    of `size` (width, height) and apart from the boxes before it; None where there is no room left."""
     taken: list[Box] = []
     found: list[Box | None] = []
     for (x, y), (width, height) in zip(anchors, sizes, strict=True):

@@ -1,4 +1,4 @@
-"""The report's page. It stands alone: pictures are data URLs, styles and the few lines of script are inline, nothing is fetched."""
+"""The report's page. It stands alone: pictures are data URLs, styles and script are inline, nothing is fetched."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pipeline.scoring.records import (
 
 
 class Setting(NamedTuple):
-    """A row of the headline: what it is called and what it means; `ceiling`: it knows something of the truth."""
+    """A row of the headline: its name and its meaning; a `ceiling` uses something of the ground truth."""
 
     name: str
     meaning: str

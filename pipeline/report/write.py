@@ -1,4 +1,4 @@
-"""The report of a run: report.json and per_class.csv for programs, report.html for people, and the table on the terminal."""
+"""The report's files: report.json and per_class.csv for programs, report.html for people; and its table."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ def write_report(
 ) -> None:
     """Writes `report.json`, `report.html` and `per_class.csv` into `folder`, which must exist.
 
-    The table holds a row for each class: id, name, isthing, seen, and for each setting its PQ, SQ, RQ, IoU (percent), tp, fp
-    and fn, in columns such as `inductive_PQ`; of a semantic benchmark id, name, seen, and IoU and pixels in the ground truth.
+    The table holds a row for each class: id, name, isthing, seen, and for each setting its PQ, SQ, RQ, IoU (percent),
+    tp, fp and fn, in columns such as `inductive_PQ`; of a semantic benchmark id, name, seen, and IoU and pixels in the
+    ground truth.
 
     Args:
         folder: where to.

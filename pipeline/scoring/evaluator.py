@@ -1,5 +1,4 @@
-"""Everything the report counts, image by image: the settings' scores, the ceilings, and of a panoptic benchmark where quality is
-lost and the sweeps."""
+"""All of a report, counted image by image: the rows' scores, and of a panoptic benchmark the losses and the sweeps."""
 
 from __future__ import annotations
 
@@ -55,7 +54,7 @@ class Evaluator:
         }
         self.images = 0
         self.left_out = LeftOut(crowd_segments=0, segments_without_a_query=0)
-        self._right: dict[bool, list[bool]] = {True: [], False: []}  # seen -> is the teacher right?
+        self._right: dict[bool, list[bool]] = {True: [], False: []}  # seen -> is the teacher's class the true one?
 
     @torch.no_grad()
     def update(self, sample: Sample, own: Tensor, output: Output) -> dict[str, Map]:

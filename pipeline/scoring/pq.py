@@ -1,7 +1,7 @@
 """Panoptic quality of any result in COCO's panoptic format, from its files: `zs-seg pq`.
 
 hotcoco (compiled, all cores) reads the PNGs and counts; the tests hold it to `PanopticQuality` and to a slow reference.
-What it would let pass in silence is checked here.
+What it accepts without a message is checked here.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores of a panoptic result, in percent, as `summary` has them.
 
-    Segments match as in `pipeline.scoring.metrics.PanopticQuality`, and areas are counted from the pixels: the JSONs' `area` is
-    not read. `iscrowd` says nothing in a prediction. A prediction may be all void, but there must be one for every
-    annotated image and for no other one.
+    Segments match as in `pipeline.scoring.metrics.PanopticQuality`, and areas are counted from the pixels: the JSONs'
+    `area` is not read. `iscrowd` of a prediction is ignored. A prediction may be all void, but there must be one for
+    every annotated image and for no other one.
 
     Args:
         gt_json: the ground truth's annotations, with categories.
@@ -60,8 +60,8 @@ def evaluate(
         json_file: the predicted annotations; categories, if there are any, must be the ground truth's.
         folder: its PNGs.
         unseen: category ids that count in uPQ; all others count in sPQ.
-        check_ground_truth: compare the ground truth's pixels with its JSON too, which takes as long again. panopticapi does
-            not either; COCO's own files agree.
+        check_ground_truth: compare the ground truth's pixels with its JSON too, which takes as long again. panopticapi
+            does not either; COCO's own files agree.
 
     Raises:
         UserError: files that are missing, damaged or at odds, named in the message with the image.
@@ -84,8 +84,8 @@ def summary(result: PanopticResult, *, categories: list[Category], seen: list[bo
     """What `--json` writes: qualities in percent, None where no class is to be averaged, and a row per class.
 
     PQ, SQ and RQ, and those of things (`_th`) and stuff (`_st`), leave out absent classes, as panopticapi does. In sPQ
-    and uPQ they count 0. `absent`, `absent_seen` and `absent_unseen` are the numbers of classes without any segment that
-    counts. Without unseen classes sPQ is over all of them, and uPQ and hPQ are None.
+    and uPQ they count 0. `absent`, `absent_seen` and `absent_unseen` are the numbers of classes without any segment
+    that counts. Without unseen classes sPQ is over all of them, and uPQ and hPQ are None.
     """
     import numpy as np
 
@@ -177,12 +177,12 @@ def _count(
         evaluation = PanopticEval(gt, predicted, gt_folder=str(gt_folder), pred_folder=str(folder))
         evaluation.evaluate()
     except (ValueError, OSError) as error:
-        raise UserError(f"{_told(error, image_ids)}; mend {guess.path} or the PNG") from error
+        raise UserError(f"{_message(error, image_ids)}; mend {guess.path} or the PNG") from error
     if check_ground_truth:  # hotcoco compares pixels and JSON of the prediction only: let the two swap roles
         try:
             PanopticEval(predicted, gt, gt_folder=str(folder), pred_folder=str(gt_folder)).evaluate()
         except ValueError as error:
-            message = _told(error, image_ids).replace("predicted", "ground truth's")
+            message = _message(error, image_ids).replace("predicted", "ground truth's")
             raise UserError(f"{message}; mend {truth.path} or the PNG") from error
     per_class = evaluation.results()["per_class"]
     counts = [per_class[category] for category in truth.categories]
@@ -192,7 +192,7 @@ def _count(
 
 
 def _refuse_bombs(side: Panoptic, folder: Path) -> None:
-    """hotcoco takes as much memory as a PNG's header asks for. Missing and damaged files are hotcoco's to find."""
+    """hotcoco allocates what a PNG's header announces. Missing and damaged files are hotcoco's to find."""
     for annotation in side.annotations.values():
         path = folder / annotation["file_name"]
         try:
@@ -205,7 +205,7 @@ def _refuse_bombs(side: Panoptic, folder: Path) -> None:
             raise UserError(f"{path} has {width} x {height} pixels, more than {MAX_PIXELS}; write it again")
 
 
-def _told(error: Exception, image_ids: list[int | str]) -> str:
+def _message(error: Exception, image_ids: list[int | str]) -> str:
     """hotcoco's message, with the image's own id for the number that it was given."""
     return re.sub(r"^image (\d+)", lambda found: f"image {image_ids[int(found[1])]}", str(error))
 

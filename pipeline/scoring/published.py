@@ -18,8 +18,8 @@ def beside_the_paper(
 ) -> Published | None:
     """The paper's table for `benchmark` and our rows in its columns; None where the paper has none.
 
-    Our numbers stand there only if they are comparable: every image of the benchmark's validation set was scored and the
-    report carries no mark. Else our rows are blank (None) and `note` says what was not measured.
+    Our numbers stand there only if they are comparable: every image of the benchmark's validation set was scored and
+    the report carries no mark. Else our rows are blank (None) and `note` names what was not measured.
 
     Args:
         benchmark: its name, such as "coco-panoptic-zps".
@@ -54,14 +54,16 @@ def beside_the_paper(
 
 
 def marks(teacher: Mapping[str, Any], benchmark: Benchmark) -> list[str]:
-    """What a reader must know before reading a number: a teacher that knows nothing of these classes."""
+    """Warnings that stand before any number: a teacher that was not trained on these classes."""
     if teacher["pretrained"] == "random":
         return [
-            "The teacher has RANDOM weights: every number here is noise, a proof that the pipeline runs and nothing else."
+            "The teacher has RANDOM weights: every number here is noise, "
+            "a proof that the pipeline runs and nothing else."
         ]
     if teacher["name"] == "small" and benchmark.name not in ("scenes-test", "scenes-validation"):
         return [
-            "STAND-IN TEACHER: the small CLIP that ships with the package was trained on generated scenes and knows nothing of these "
-            "classes. These numbers prove that the pipeline runs on these files, and nothing about the method."
+            "STAND-IN TEACHER: the small CLIP that ships with the package was trained on generated scenes and knows "
+            "nothing of these classes. These numbers prove that the pipeline runs on these files, and nothing about "
+            "the method."
         ]
     return []

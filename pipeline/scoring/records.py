@@ -1,4 +1,4 @@
-"""The report's content as records: what report.json holds, in the order of the file. Only this module writes and reads it.
+"""The report's content as records, in the order of report.json, which only this module writes and reads.
 
 A record's fields bear the names of the file. Qualities are in percent, losses in points of percent.
 """
@@ -20,7 +20,7 @@ ROWS = *CHECKPOINTS, "control", "ceiling", "true_classes", *(f"true_masks_{name}
 
 @dataclass(frozen=True, kw_only=True)
 class PanopticClass:
-    """One class in one row: its qualities, and how many segments are matched (tp), predicted only (fp) or missed (fn)."""
+    """One class in one row: its qualities, and how many segments match (tp), are spurious (fp) or missed (fn)."""
 
     id: int
     name: str
@@ -50,8 +50,8 @@ class SemanticClass:
 class PanopticScores:
     """One row of a panoptic benchmark: class means over the seen (s) and unseen (u) classes, their harmonic means (h).
 
-    PQ, SQ, RQ, PQ_th (things) and PQ_st (stuff) leave absent classes out, as panopticapi does. In sPQ, uPQ, sIoU and uIoU
-    they count 0; `absent_seen` and `absent_unseen` count the classes without any segment that counts.
+    PQ, SQ, RQ, PQ_th (things) and PQ_st (stuff) leave absent classes out, as panopticapi does. In sPQ, uPQ, sIoU and
+    uIoU they count 0; `absent_seen` and `absent_unseen` count the classes without any segment that counts.
     """
 
     sPQ: float
@@ -152,8 +152,8 @@ class SweepReport:
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """Ground-truth segments that the ceilings and losses leave out: crowds, and those that no query lies over (they count
-    as lost masks)."""
+    """Ground-truth segments that the ceilings and losses leave out: crowds, and those that no query lies over (they
+    count as lost masks)."""
 
     crowd_segments: int
     segments_without_a_query: int

@@ -56,8 +56,8 @@ class Row:
         return ids, segments
 
     def rename(self, gt: GroundTruth, guess: list[int]) -> None:
-        """Count one image's true masks, with the class index `guess` of every segment in place of its true class. Crowds
-        are no prediction, and their pixels are left out."""
+        """Count one image's true masks, with the class index `guess` of every segment in place of its true class.
+        Crowds are no prediction, and their pixels are left out."""
         image = gt.sample.image_id
         named = [
             PredictedSegment(id=s.id, category_id=self.benchmark.categories[k].id, score=1.0)

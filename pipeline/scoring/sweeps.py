@@ -45,8 +45,8 @@ class Sweeps:
         }
 
     def update(self, gt: GroundTruth, output: Output, logits: Tensor, classes: Classes) -> None:
-        """Counts one image at every setting. Settings that keep the same queries with the same classes share the map and
-        the comparison."""
+        """Counts one image at every setting. Settings that keep the same queries with the same classes share the map
+        and the comparison."""
         output = output.kept()
         scores, seen = logits.sigmoid().cpu(), classes.seen.cpu()
         known: dict[bytes, Matches] = {}

@@ -1,8 +1,8 @@
-"""Where the quality goes: the segmenter's masks and the checkpoint's names judged apart, on the same images.
+"""Where quality is lost: the segmenter's masks and the checkpoint's classification scored apart, on the same images.
 
-True segments and queries are paired by their masks alone. A pair's query then keeps its mask and is told its name to some
-degree: wholly, or only whether the class is seen, or nothing. Each step down from the truth to the actual prediction loses
-quality, and the losses add up to all that is missing.
+True segments and queries are paired by their masks alone. A pair's query keeps its mask; its class is taken from the
+ground truth, or chosen by the checkpoint among the seen or the unseen classes, or among all. Each of these levels,
+from the truth down to the actual prediction, loses quality, and the losses add up to 100 - PQ.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ LOSSES = ("absent", "masks", "classification", "seen_bias", "selection")
 class Pairs:
     """The true segments of one image that are no crowd, n of them, in the ground truth's order.
 
-    `segments` (n,): their positions in the image's segments. `classes` (n,): their class indices. `query` (n,): the query that each
-    is paired with, -1 where none is left or none of its pixels are in any mask. `nearest` (n,): the same query, or without one
-    the query with the most mask probability inside of the segment.
+    `segments` (n,): their positions in the image's segments. `classes` (n,): their class indices. `query` (n,): the
+    query that each is paired with, -1 where none is left or none of its pixels are in any mask. `nearest` (n,): the
+    same query, or without one the query with the most mask probability inside of the segment.
     """
 
     segments: NDArray[np.int64]
@@ -39,8 +39,8 @@ class Pairs:
     nearest: NDArray[np.int64]
 
     def certain(self, names: NDArray[np.int64], logits: Tensor) -> Tensor:
-        """Logits (Q, K) of a prediction that is certain that each paired query has the class index `names` (n,), and that all
-        other queries show nothing. `logits` (Q, K) gives shape, type and device."""
+        """Logits (Q, K) of a prediction in which each paired query has the class index `names` (n,) with score 1, and
+        all others score 0. `logits` (Q, K) gives shape, type and device."""
         result = torch.full_like(logits, -torch.inf)
         paired = self.query >= 0
         result[torch.from_numpy(self.query[paired]), torch.from_numpy(names[paired])] = torch.inf
@@ -51,7 +51,8 @@ class Pairs:
 def pair(gt: GroundTruth, output: Output) -> Pairs:
     """The class-blind one-to-one assignment of highest summed IoU between true segments and queries (masks >= 0.5).
 
-    As in panoptic quality, crowds take no part and pixels of void count in no union. A pair without a common pixel is none.
+    As in panoptic quality, crowds take no part and pixels of void count in no union. A pair without a common pixel is
+    none.
     """
     segments = np.array([i for i, s in enumerate(gt.sample.segments) if not s.iscrowd], np.int64)
     classes = np.array([gt.benchmark.index[gt.sample.segments[i].category_id] for i in segments], np.int64)
@@ -80,20 +81,21 @@ def pair(gt: GroundTruth, output: Output) -> Pairs:
 
 
 class Waterfall:
-    """Where one checkpoint's panoptic quality is lost, in points that add up to 100 - PQ, for the seen and the unseen classes.
+    """Where one checkpoint's panoptic quality is lost, in points that add up to 100 - PQ, for the seen and the unseen
+    classes.
 
-    From the truth, which scores 100, down to the actual prediction, at each level the mean PQ of the classes and, as the
-    loss, its difference from the level above (which can be negative):
+    From the truth, which scores 100, down to the actual prediction, at each level the mean PQ of the classes and, as
+    the loss, its difference from the level above (which can be negative):
 
     - absent: classes that no image shows count 0 in sPQ and uPQ, whatever is predicted.
     - masks: the paired queries' masks (see `pair`) with the true classes and score 1, merged into a panoptic map by the
-      same code as a prediction; all other queries are silent.
-    - classification: the same, but each query takes its best class among the seen or among the unseen ones, whichever group
-      its true class is of.
-    - seen_bias: the same, but it takes its best class over all. In the unseen column that is the bias towards seen classes,
-      in the seen column its opposite.
-    - selection: the prediction itself, in which every query speaks with its own score and the thresholds decide: what they drop,
-      what a wrong winner covers, spurious segments.
+      same code as a prediction; all other queries are left out.
+    - classification: the same, but each query takes its best class among the seen or among the unseen ones, whichever
+      group its true class is of.
+    - seen_bias: the same, but it takes its best class over all. In the unseen column that is the bias towards seen
+      classes, in the seen column its opposite.
+    - selection: the prediction itself, of all queries with their own scores and the thresholds. Lost are segments that
+      these drop or that a wrong winner covers; spurious segments count, too.
     """
 
     def __init__(self, benchmark: Benchmark) -> None:
