@@ -72,7 +72,7 @@ class Served:
         data = json.dumps(body).encode() if body else None
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.environment['PREFECT_API_URL']}/{path}", data, headers)
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
 
     def prefect(self, *words: str) -> str:
