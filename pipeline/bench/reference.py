@@ -135,8 +135,10 @@ def build_mask2former(*, small: bool = False, classes: int = 2, seed: int = 0) -
         else {}
     )
     backbone = _resnet("resnet18" if small else "resnet50")
-    config = Mask2FormerConfig(  # pyright: ignore[reportCallIssue]
-        backbone_config=backbone, num_labels=classes, **sizes
+    config = Mask2FormerConfig(
+        backbone_config=backbone,
+        num_labels=classes,  # pyright: ignore[reportCallIssue]
+        **sizes,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
