@@ -1,4 +1,4 @@
-"""`zs-seg ablate`: every row of the paper's ablations over several seeds, on artefacts that the rows share wherever keys allow."""
+"""`zs-seg ablate`: every row of the paper's ablations over several seeds, on artefacts that they share where keys allow."""
 
 from __future__ import annotations
 

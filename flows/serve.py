@@ -55,7 +55,8 @@ def serve(home: Path, port: int, runs: int) -> int:
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
-        # a run that waits for its turn is not late; and to mark several at the same moment can leave SQLite locked for minutes
+        # A run that waits for its turn is not late; and to mark several at the same moment can leave SQLite locked for
+        # minutes.
         "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "DO_NOT_TRACK": "1",

@@ -51,7 +51,7 @@ SEEN, UNSEEN = 119, 14
 
 
 def rows(runtime: Runtime, *, full: bool = False) -> Iterator[Row]:
-    """Default: few images and steps. `full`: 100 images, and an epoch of stages 2 and 3 at COCO's size (6 GB on disk)."""
+    """Default: few images and steps. `full`: 100 images, and an epoch of stages 2 and 3 at COCO's size (6 GB)."""
     with tempfile.TemporaryDirectory() as folder:
         shards, tokens, text = _cached(Path(folder), runtime)
         yield _loading(shards, tokens, text, runtime, images=100 if full else 8)

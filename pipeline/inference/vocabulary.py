@@ -95,7 +95,8 @@ def _require_same_order(name: str, ours: list[tuple[str, int]], theirs: list[tup
     for place, (our, their) in enumerate(zip(ours, theirs, strict=True)):
         if our != their:
             raise UserError(
-                f"the checkpoint and benchmark {name} list the same class names differently, first at position {place}: "
+                f"the checkpoint and benchmark {name} list the same class names differently, "
+                f"first at position {place}: "
                 f"{our[0]!r} (id {our[1]}) in the checkpoint, {their[0]!r} (id {their[1]}) in the benchmark; "
                 "give the benchmark the checkpoint's order and ids"
             )
