@@ -1,4 +1,4 @@
-"""`zs-seg ablate`: every row of the paper's ablations over several seeds, on artefacts that they share where keys allow."""
+"""`zs-seg ablate`: every row of the paper's ablations over several seeds, on artefacts that they share by key."""
 
 from __future__ import annotations
 
