@@ -1,6 +1,7 @@
 """Settings of all tests, and the store that they share.
 
-One CPU thread a process: two threads on small tensors mostly wait for each other, and two processes run tests side by side.
+One CPU thread a process: two threads on small tensors mostly wait for each other, and two processes run tests side by
+side.
 """
 
 from __future__ import annotations

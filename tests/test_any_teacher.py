@@ -1,4 +1,6 @@
-"""Teachers of other kinds: SigLIP's and ConvNeXt's towers, a folder of the hub's files, a tokenizer from a cache, a file's preprocessing."""
+"""Teachers of other kinds: SigLIP's and ConvNeXt's towers, a folder of the hub's files, a tokenizer from a cache, a
+file's preprocessing.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ CONVNEXT: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two small models under names of their own, as open_clip's built-in ones have; no network, and a cache of our own."""
+    """Two small models under names of their own, as open_clip's built-in ones have; no network, and a cache of our
+    own.
+    """
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [*open_clip.factory._MODEL_CONFIG_PATHS])
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
     (tmp_path / "configs").mkdir()
@@ -144,7 +148,9 @@ def test_a_broken_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_a_bare_file_is_normalised_as_the_models_own_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SigLIP's file does not say that its images are normalised otherwise than CLIP's; open_clip's list of weights does."""
+    """SigLIP's file does not say that its images are normalised otherwise than CLIP's; open_clip's list of weights
+    does.
+    """
     folder = write_repository(tmp_path / "siglip")
     fill_cache(tmp_path / "cache" / "models--timm--tiny-siglip")
     known = {**open_clip.pretrained._PRETRAINED, "tiny-siglip": {"webli": open_clip.pretrained._slpcfg(hf_hub="x/y/")}}

@@ -1,4 +1,6 @@
-"""Tokens: every row is what a single call of open_clip says about that image or instance, however it was batched or interrupted."""
+"""Tokens: every row is what a single call of open_clip says about that image or instance, however it was batched or
+interrupted.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`zs-seg show` and `zs-seg verify --rows` of tokens: counted by a slow loop, and finding what was put there by hand."""
+"""`zs-seg show` and `zs-seg verify --rows` of tokens: counted by a slow loop, and finding what was put there by
+hand.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A stage in a process of its own: however that process ends, its parent says so; however the parent ends, it ends too."""
+"""A stage in a process of its own: however that process ends, its parent says so; however the parent ends, it ends
+too.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Cache-clip on Dask: real worker processes, killed at will; wherever the tars were encoded, the artefact has the same bytes."""
+"""Cache-clip on Dask: real worker processes, killed at will; wherever the tars were encoded, the artefact has the same
+bytes.
+"""
 
 from __future__ import annotations
 

@@ -61,7 +61,9 @@ def test_freeze() -> None:
 
 @torch.no_grad()
 def slow_v2c(step: V2CCriterion, seed: int) -> dict[str, float]:
-    """L_v2c image by image and layer by layer; the draws come from a generator of the same seed, in the step's order."""
+    """L_v2c image by image and layer by layer; the draws come from a generator of the same seed, in the step's
+    order.
+    """
     config, draws, data = step.config, rng(seed), batch()
     features, masks = step.segmenter(data.images)
     text = bank().embedding[[0, 2, 3, 6]]

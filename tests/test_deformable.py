@@ -139,8 +139,8 @@ def test_cached_places_serve_training_after_inference(mode: type) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["interpret", "compile"])
 def test_triton_kernels_without_a_gpu(task: str) -> None:
-    """Triton's interpreter runs them on CPU tensors and they equal the PyTorch ones; and its compiler takes them down to
-    an H100's machine code. In a process of their own, since Triton reads the switch when a kernel is defined."""
+    """Triton's interpreter runs them on CPU tensors and they equal the PyTorch ones; and its compiler takes them down
+    to an H100's machine code. In a process of their own, since Triton reads the switch when a kernel is defined."""
     pytest.importorskip("triton")
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if task == "interpret" else {})
     ran = subprocess.run(

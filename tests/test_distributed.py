@@ -122,7 +122,9 @@ def test_batch_statistics_are_those_of_the_whole_batch(small: tuple[Path, object
 
 
 class Doubled(TrainingData):
-    """In float64 two orders of summation stay together; in float32 AdamW turns gradients of rounding size into steps of full size."""
+    """In float64 two orders of summation stay together; in float32 AdamW turns gradients of rounding size into steps of
+    full size.
+    """
 
     def batches(self, size: int, *, start: int, ranks: Ranks = ALONE) -> Iterator[Batch]:
         for batch in super().batches(size, start=start, ranks=ranks):
@@ -157,7 +159,9 @@ def _train(
 
 
 def apart(one: Path, other: Path) -> tuple[float, float]:
-    """How far two folders' weights are apart, |a - b| / |b| over all of them, and their losses, the largest of all rows."""
+    """How far two folders' weights are apart, |a - b| / |b| over all of them, and their losses, the largest of all
+    rows.
+    """
     weights = [
         torch.cat([v.double().flatten() for v in load_checkpoint(folder)[0].values()]) for folder in (one, other)
     ]
@@ -175,7 +179,9 @@ def cached(shared_store: Store) -> tuple[Store, dict[str, Stage]]:
 def test_two_processes_end_where_one_does_and_parts_where_one_piece_does(
     tmp_path: Path, cached: tuple[Store, dict[str, Stage]]
 ) -> None:
-    """10 steps of 4 images; negatives come from the whole batch. Two processes: BatchNorm learns; parts: it is frozen."""
+    """10 steps of 4 images; negatives come from the whole batch. Two processes: BatchNorm learns; parts: it is
+    frozen.
+    """
     store, steps = cached
     inputs = [store.path(steps[stage].recipe.ref) for stage in ("shard", "cache-clip", "text")]
     config = replace(tiny_config().v2c, steps=10, instance_negatives="batch")

@@ -1,4 +1,6 @@
-"""The container files, as far as that can be told without Docker: what they name is there, pinned, private, and fits together."""
+"""The container files, as far as that can be told without Docker: what they name is there, pinned, private, and fits
+together.
+"""
 
 from __future__ import annotations
 

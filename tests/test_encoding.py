@@ -1,4 +1,6 @@
-"""One tar's tokens: whatever is packed, cropped, mirrored, left out or attended to, a row is what a slow loop says it is."""
+"""One tar's tokens: whatever is packed, cropped, mirrored, left out or attended to, a row is what a slow loop says it
+is.
+"""
 
 from __future__ import annotations
 
@@ -347,8 +349,8 @@ def test_decoding_runs_ahead_but_not_away() -> None:
 def test_real_images(teacher: Teacher, tmp_path: Path) -> None:
     """Every row of 20 of COCO's images is a plain open_clip call's, and near to what PIL's preprocessing gives.
 
-    PIL masks the image before it shrinks it, which the teacher's inputs do after: at the 64 pixels of this teacher the border
-    of an instance, where its neighbours' colours mix in, is a large part of it.
+    PIL masks the image before it shrinks it, which the teacher's inputs do after: at the 64 pixels of this teacher the
+    border of an instance, where its neighbours' colours mix in, is a large part of it.
     """
     write_shard(tmp_path / "a.tar", coco_samples(SHARED, 20))
     clip, _ = small_clip()

@@ -1,4 +1,6 @@
-"""What `zs-seg plan` says before anything starts: counts by a slow loop, rates from what was built, and which of them is assumed."""
+"""What `zs-seg plan` says before anything starts: counts by a slow loop, rates from what was built, and which of them
+is assumed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The fast part of the fault suite: every kind of fault once, in files, processes, disks and clocks; `make test-faults` tries more."""
+"""The fast part of the fault suite: every kind of fault once, in files, processes, disks and clocks; `make test-faults`
+tries more.
+"""
 
 from __future__ import annotations
 

@@ -136,8 +136,8 @@ def steps_of(overrides: tuple[str, ...]) -> dict[str, Stage]:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A served project in a working folder of its own, with links to the project's files: flow runs start in it and leave
-    their reports there."""
+    """A served project in a working folder of its own, with links to the project's files: flow runs start in it and
+    leave their reports there."""
     folder = tmp_path_factory.mktemp("project")
     for name in ("flows", "prefect.yaml"):
         (folder / name).symlink_to(ROOT / name)
@@ -187,7 +187,9 @@ def test_the_form_of_every_deployment_has_types_choices_and_descriptions(served:
 
 
 def test_every_deployment_completes_one_after_the_other(served: Served) -> None:
-    """All are asked for at once, and each builds what the ones before it have not; `evaluate` alone is too early the first time."""
+    """All are asked for at once, and each builds what the ones before it have not; `evaluate` alone is too early the
+    first time.
+    """
     early = served.start("evaluate")
     runs = {name: served.start(name) for name in list(DEPLOYMENTS)[:-1]}
     runs["full"] = served.start_as_a_user("full")
@@ -224,7 +226,9 @@ def test_every_deployment_completes_one_after_the_other(served: Served) -> None:
 
 
 def test_a_killed_and_a_cancelled_training_go_on_where_they_were(served: Served) -> None:
-    """`kill -9` twice: the first time the stage is tried again, the second time it has failed. The next run is cancelled."""
+    """`kill -9` twice: the first time the stage is tried again, the second time it has failed. The next run is
+    cancelled.
+    """
     overrides = (*OVERRIDES, "--v2c.steps", "40")
     step = steps_of(overrides)["v2c"]
     partial = served.store.partial(step.recipe.ref)

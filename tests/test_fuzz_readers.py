@@ -1,4 +1,6 @@
-"""Every reader of files, fed with files that were changed at random: what was written comes back, or a ValueError of one line."""
+"""Every reader of files, fed with files that were changed at random: what was written comes back, or a ValueError of
+one line.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Removing what nobody needs: never what a named or living run reaches, never what is being built; readers see all or nothing."""
+"""Removing what nobody needs: never what a named or living run reaches, never what is being built; readers see all or
+nothing.
+"""
 
 from __future__ import annotations
 

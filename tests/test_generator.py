@@ -118,7 +118,9 @@ def test_another_place_for_noise_is_a_bug_and_modes_are_restored() -> None:
 
 
 def named_right(*, text_scale: float, kl_weight: float) -> float:
-    """Share of generated features whose nearest class centre is that of their name, after 200 steps on twelve clusters."""
+    """Share of generated features whose nearest class centre is that of their name, after 200 steps on twelve
+    clusters.
+    """
     torch.manual_seed(0)
     classes, dim, text_dim = 12, 16, 32
     text = nn.functional.normalize(torch.randn(classes, text_dim), dim=-1)

@@ -61,7 +61,8 @@ def test_prefect_is_imported_by_the_flow_alone() -> None:
 
 # ------------------------------------------------------------------------------------------------ the wings of pipeline/
 
-# A wing imports only wings of lower levels; the stages and line.py stand above all of LEVELS, and only ABOVE may import them.
+# A wing imports only wings of lower levels; the stages and line.py stand above all of LEVELS, and only ABOVE may import
+# them.
 LEVELS = ({"data"}, {"world", "teacher"}, {"training", "inference"}, {"scoring"}, {"report"})
 ABOVE = {"ablation", "planning", "bench"}
 ANYWHERE = {"pipeline.runtime"}

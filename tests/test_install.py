@@ -1,4 +1,6 @@
-"""What an installation gets: the two lock files against pyproject.toml and the sources, and the Makefile's choice of a Python."""
+"""What an installation gets: the two lock files against pyproject.toml and the sources, and the Makefile's choice of a
+Python.
+"""
 
 from __future__ import annotations
 

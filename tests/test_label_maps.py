@@ -1,4 +1,6 @@
-"""Semantic data sets: every layout people have is found, whatever is missing is named, label PNGs are read value by value."""
+"""Semantic data sets: every layout people have is found, whatever is missing is named, label PNGs are read value by
+value.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The line: what reads what, which keys a change moves, and the keys of the presets as they are.
 
-When a default was changed ON PURPOSE, `test_golden_keys` fails with the new table as text: read that only the stages you meant
-have moved, and paste it over `GOLDEN`. When it fails and you changed nothing on purpose, every cached artefact of every user is about
-to be thrown away: look for what moved it.
+When a default was changed ON PURPOSE, `test_golden_keys` fails with the new table as text: read that only the stages
+you meant have moved, and paste it over `GOLDEN`. When it fails and you changed nothing on purpose, every cached
+artefact of every user is about to be thrown away: look for what moved it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from pipeline.teacher.config import TeacherConfig
 from pipeline.world.config import ScenesConfig
 from storage.keys import Recipe
 
-# "demo": the keys of a run. "coco-sample": each stage's own part, with the data left out, for the files are not everywhere.
+# "demo": the keys of a run. "coco-sample": each stage's own part, with the data left out, for the files are not
+# everywhere.
 GOLDEN: dict[str, dict[str, str]] = {
     "demo": {
         "scenes": "8e18b01200b7b3b6",
@@ -64,7 +65,9 @@ def moved(one: Config, other: Config) -> set[str]:
 
 
 def own_parts(config: Config, coco: Path) -> dict[str, str]:
-    """What each stage adds to its key of itself: stage, version and config, without inputs and without the files' fingerprint."""
+    """What each stage adds to its key of itself: stage, version and config, without inputs and without the files'
+    fingerprint.
+    """
     assert isinstance(config.data, CocoConfig)
     recipes = {s.name: s.recipe for s in line(replace(config, data=replace(config.data, root=str(coco))))}
     recipes["shard"] = replace(recipes["shard"], config={**recipes["shard"].config, "source": None})

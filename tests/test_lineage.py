@@ -1,4 +1,6 @@
-"""What was made from what, and in which settings two lines differ: against slow references, and on the demo's own line."""
+"""What was made from what, and in which settings two lines differ: against slow references, and on the demo's own
+line.
+"""
 
 from __future__ import annotations
 

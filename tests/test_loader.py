@@ -1,4 +1,6 @@
-"""The loader: every sample once an epoch, in an order that resuming does not change, tokens beside their own segments."""
+"""The loader: every sample once an epoch, in an order that resuming does not change, tokens beside their own
+segments.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The loop: an interrupted stage ends with the weights of an undisturbed one; groups, schedule and errors as documented."""
+"""The loop: an interrupted stage ends with the weights of an undisturbed one; groups, schedule and errors as
+documented.
+"""
 
 from __future__ import annotations
 
@@ -140,7 +142,9 @@ def test_the_running_average_is_what_is_left_at_the_end(tmp_path: Path) -> None:
 
 
 def test_what_is_written_while_it_runs(tmp_path: Path) -> None:
-    """Rows appear during the run, for people and for TensorBoard; those after the last saved state are forgotten when it goes on."""
+    """Rows appear during the run, for people and for TensorBoard; those after the last saved state are forgotten when
+    it goes on.
+    """
     schedule = Schedule(steps=40, lr=1e-2)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path, schedule, stop_at=31)

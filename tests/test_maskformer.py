@@ -1,4 +1,6 @@
-"""MaskFormer: its shapes, what a layer of it computes, and that stage 1 trains it; test_parity.py has the whole network."""
+"""MaskFormer: its shapes, what a layer of it computes, and that stage 1 trains it; test_parity.py has the whole
+network.
+"""
 
 from __future__ import annotations
 

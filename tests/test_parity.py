@@ -1,12 +1,13 @@
 """Our segmenters, matcher and mask losses against transformers', with the same random weights, inputs and points.
 
-The float64 runs tell an error from rounding: there the two agree to the last digits. In float32 a query of Mask2Former may
-look at another cell where a mask logit is 0 but for rounding, and differs by 1e-3 from there on; the float32 runs therefore
-take images on which no logit is that near to 0, which `margin` asserts.
+The float64 runs tell an error from rounding: there the two agree to the last digits. In float32 a query of Mask2Former
+may look at another cell where a mask logit is 0 but for rounding, and differs by 1e-3 from there on; the float32 runs
+therefore take images on which no logit is that near to 0, which `margin` asserts.
 
-Padding: a smaller image of a batch stands in the top left corner, with zeros (after normalisation) around it. The published
-code attends to them as to anything else (Detectron2's ImageList drops the sizes, MaskFormer passes mask=None, Mask2Former's
-pixel decoder masks of zeros), and so do transformers' networks: they take a pixel_mask and never read it. Ours has none.
+Padding: a smaller image of a batch stands in the top left corner, with zeros (after normalisation) around it. The
+published code attends to them as to anything else (Detectron2's ImageList drops the sizes, MaskFormer passes mask=None,
+Mask2Former's pixel decoder masks of zeros), and so do transformers' networks: they take a pixel_mask and never read it.
+Ours has none.
 """
 
 from __future__ import annotations
@@ -162,8 +163,8 @@ def test_the_gradients_are_the_same_and_every_weight_matters(network: str) -> No
 def test_the_outputs_of_the_reference_are_its_own(network: str) -> None:
     """The last output is what transformers returns; and its pixel_mask is never read.
 
-    Two calls of one network need not agree to the last bit: the kernels of some CPUs sum in an order that depends on where
-    the tensors lie in memory. A mask that is read moves the logits by far more than the tolerance.
+    Two calls of one network need not agree to the last bit: the kernels of some CPUs sum in an order that depends on
+    where the tensors lie in memory. A mask that is read moves the logits by far more than the tolerance.
     """
     both = pair(network, small=True)
     inputs = images("padded").float()
@@ -211,8 +212,8 @@ def assigned(indices: list[tuple[Tensor, Tensor]], queries: int) -> Tensor:
 @pytest.mark.parametrize("mask_loss", ["points", "full"])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_assignments_are_identical(seed: int, mask_loss: Any) -> None:
-    """In every layer. The class costs differ by design (focal over sigmoids against softmax); with equal logits both are one
-    number for all, and test_matcher.py has the focal cost against a loop."""
+    """In every layer. The class costs differ by design (focal over sigmoids against softmax); with equal logits both
+    are one number for all, and test_matcher.py has the focal cost against a loop."""
     logits, labels, masks = scene(seed, torch.float32)
     classes = torch.zeros(3, 3, 10, 5)
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,6 @@
-"""The COCO presets: what is published about them, their arithmetic, and a few steps of each on files in COCO's layout."""
+"""The COCO presets: what is published about them, their arithmetic, and a few steps of each on files in COCO's
+layout.
+"""
 
 from __future__ import annotations
 
@@ -98,8 +100,8 @@ def test_max_steps_cuts_but_does_not_stretch_and_is_in_the_keys() -> None:
 def test_a_reduced_run_goes_through(
     name: str, last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The published networks, random weights, two steps a stage, tiny images; without a network connection. Every stage of the
-    first; the second differs in stage 1 alone."""
+    """The published networks, random weights, two steps a stage, tiny images; without a network connection. Every stage
+    of the first; the second differs in stage 1 alone."""
     monkeypatch.chdir(tmp_path)
     root = make_coco(tmp_path / "coco", train=60)
     words = ("run", "--preset", name, "--max-steps", "2", "--coco", str(root), "--threads", "1")

@@ -1,4 +1,6 @@
-"""Nothing that is read can run code, lie outside its folder, or blow up the memory; and nothing listens beyond this machine."""
+"""Nothing that is read can run code, lie outside its folder, or blow up the memory; and nothing listens beyond this
+machine.
+"""
 
 from __future__ import annotations
 

@@ -185,7 +185,9 @@ def test_a_run_is_noted_before_it_builds_and_under_its_name(tmp_path: Path, caps
 
 @pytest.fixture(scope="module")
 def crowded(filled: Store, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """2,000 artefacts whose manifests list 50 files each; the files themselves are left out where nothing reads them."""
+    """2,000 artefacts whose manifests list 50 files each; the files themselves are left out where nothing reads
+    them.
+    """
     store = many(tmp_path_factory.mktemp("crowded"), 30)
     folder = next((store.root / "queries").iterdir())
     text = json.loads((folder / "manifest.json").read_text())
@@ -212,7 +214,9 @@ def crowded(filled: Store, tmp_path_factory: pytest.TempPathFactory) -> Store:
     ids=lambda words: words[0],
 )
 def test_quick_with_2000_artefacts(words: Sequence[str], crowded: Store) -> None:
-    """Counted, and not timed beside other tests: a manifest is opened about once, no file of an artefact, no numerical package."""
+    """Counted, and not timed beside other tests: a manifest is opened about once, no file of an artefact, no numerical
+    package.
+    """
     root = str(crowded.root)
     done = subprocess.run(
         command(probe, root, *words, "--store", root), env=ENVIRONMENT, capture_output=True, text=True, check=True

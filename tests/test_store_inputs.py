@@ -1,4 +1,6 @@
-"""Nothing is made from a changed byte: inputs are hashed before a build and after it, and what a killed build left is read."""
+"""Nothing is made from a changed byte: inputs are hashed before a build and after it, and what a killed build left is
+read.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,9 @@ from pipeline.data.transforms import (
 
 
 def picture(height: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks of constant colour whose red channel encodes their id, so that a view's image says what its ids must be."""
+    """Blocks of constant colour whose red channel encodes their id, so that a view's image says what its ids must
+    be.
+    """
     rng = np.random.default_rng(seed)
     blocks = rng.integers(1, 5, (-(-height // 16), -(-width // 16)))
     ids = torch.from_numpy(np.kron(blocks, np.ones((16, 16), int))[:height, :width]).int()

@@ -1,4 +1,6 @@
-"""The vision-centric comparison's parts: a classifier that cannot know what it was not shown, a generator without language losses."""
+"""The vision-centric comparison's parts: a classifier that cannot know what it was not shown, a generator without
+language losses.
+"""
 
 from __future__ import annotations
 

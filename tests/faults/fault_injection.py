@@ -1,4 +1,6 @@
-"""What can go wrong, done for real: damaged files, processes that are killed, a disk that is full, a clock that goes back."""
+"""What can go wrong, done for real: damaged files, processes that are killed, a disk that is full, a clock that goes
+back.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def lose(file: Path, rng: np.random.Generator) -> str:
 
 
 def swap(file: Path, rng: np.random.Generator) -> str:
-    """Two files of one kind (the name's ending) in the artefact change places: of the same size, where there are such."""
+    """Two files of one kind (the name's ending) in the artefact change places: of the same size, where there are
+    such.
+    """
     folder = next(parent for parent in file.parents if (parent / "manifest.json").exists() or ".partial" in parent.name)
     data = file.read_bytes()
     others = [f for f in files_of(folder) if f.suffix == file.suffix and f.read_bytes() != data]
@@ -87,7 +91,9 @@ def link_tree(source: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a child ended: "ok", "told" (a mistake of the user's, one line), "bug" (anything else), "killed" or "hung"."""
+    """How a child ended: "ok", "told" (a mistake of the user's, one line), "bug" (anything else), "killed" or
+    "hung".
+    """
 
     kind: str
     text: str = ""
@@ -95,7 +101,9 @@ class Ending:
 
 
 class Child:
-    """A forked process that calls `work()`. The parent has imported everything and computed nothing, so it starts at once."""
+    """A forked process that calls `work()`. The parent has imported everything and computed nothing, so it starts at
+    once.
+    """
 
     def __init__(self, work: Callable[[], Any]) -> None:
         read, write = os.pipe()

@@ -1,4 +1,5 @@
-"""A Prefect server that is killed while the flow runs: what is complete is right, and the next run, with a new server, goes on.
+"""A Prefect server that is killed while the flow runs: what is complete is right, and the next run, with a new server,
+goes on.
 
     python tests/faults/fault_prefect.py --count 2
 
@@ -56,7 +57,9 @@ def server(home: Path, port: int) -> Iterator[tuple[psutil.Process, dict[str, st
 
 
 def trial(folder: Path, stage: str, calm: Store, steps: list[Stage]) -> None:
-    """Kill the server as soon as `stage` is complete, and see what becomes of the flow, of the store, and of the next run."""
+    """Kill the server as soon as `stage` is complete, and see what becomes of the flow, of the store, and of the next
+    run.
+    """
     store, port = Store(folder / "store"), _free_port()
     ref = next(step.recipe.ref for step in steps if step.name == stage)
     with server(folder / "home", port) as (process, environment):

@@ -1,10 +1,11 @@
-"""The fault suite: faults drawn at random (kind, stage, file, byte, moment), and what became of them. `make test-faults` runs it.
+"""The fault suite: faults drawn at random (kind, stage, file, byte, moment), and what became of them. `make
+test-faults` runs it.
 
     python tests/faults/fault_run.py --seed 0 --count 300 --json faults.json --markdown faults.md
 
-Each fault is tried on a copy of one small, complete, undisturbed store. Right is: nothing wrong is ever marked complete; what
-is said is one line that names the artefact and the cure; and after the cure, or just the next run, the bytes are those of the
-undisturbed run. Everything runs on the CPU, where every stage is deterministic.
+Each fault is tried on a copy of one small, complete, undisturbed store. Right is: nothing wrong is ever marked
+complete; what is said is one line that names the artefact and the cure; and after the cure, or just the next run, the
+bytes are those of the undisturbed run. Everything runs on the CPU, where every stage is deterministic.
 """
 
 from __future__ import annotations
@@ -209,8 +210,8 @@ def run(folder: Path, *, seed: int, count: int, progress: bool = False) -> list[
 
 
 def verified(folder: Path, *, seed: int) -> tuple[int, int]:
-    """One random byte of up to twelve files of each artefact, the manifest among them, is changed: how many, and how many of
-    them `zs-seg verify` finds."""
+    """One random byte of up to twelve files of each artefact, the manifest among them, is changed: how many, and how
+    many of them `zs-seg verify` finds."""
     suite, rng, tried, found = Faults(folder), np.random.default_rng([seed, 10**6]), 0, 0
     store = Store(folder / "calm")
     for step in suite.steps:

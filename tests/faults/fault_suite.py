@@ -47,8 +47,9 @@ def small_config() -> Config:
 
 @dataclass(kw_only=True)
 class Trial:
-    """One fault. `told`: it was said in one line that names artefact and cure; `repaired`: in the end the bytes were those of an
-    undisturbed run; `wrong`: something was complete, and not what it should be; `problem`: what else was not as it should be."""
+    """One fault. `told`: it was said in one line that names artefact and cure; `repaired`: in the end the bytes were
+    those of an undisturbed run; `wrong`: something was complete, and not what it should be; `problem`: what else was
+    not as it should be."""
 
     kind: str
     place: str
@@ -104,7 +105,9 @@ class Suite:
         return store
 
     def wrong(self, store: Store, step: Stage) -> str:
-        """Which file of a stage's complete artefact is not the undisturbed run's; "" when none, or when it is not complete."""
+        """Which file of a stage's complete artefact is not the undisturbed run's; "" when none, or when it is not
+        complete.
+        """
         ref = step.recipe.ref
         if store.state(ref) != "fresh":
             return ""

@@ -1,4 +1,5 @@
-"""Processes of tests: forked from one that has imported torch and open_clip, in some 0.02 s where a new one needs seconds.
+"""Processes of tests: forked from one that has imported torch and open_clip, in some 0.02 s where a new one needs
+seconds.
 
 A child's environment, folder, signals and exit are those of a new process; what it does not show is what a program does
 before torch is imported. It ends as any process does, and may be killed.
@@ -30,7 +31,9 @@ SOCKET = "ZS_SEG_TESTS_FORK_SERVER"  # where the server that this run of the tes
 
 
 def start_server() -> None:
-    """Start the server, which imports in the background and ends with this process; `SOCKET` tells it to our children."""
+    """Start the server, which imports in the background and ends with this process; `SOCKET` tells it to our
+    children.
+    """
     folder = tempfile.TemporaryDirectory(prefix="zs-seg-")
     path = Path(folder.name) / "socket"
     environment = {**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -52,7 +55,9 @@ def start_server() -> None:
 
 
 class Child:
-    """A running child, much as subprocess.Popen shows one; what it prints goes into files, so that it never waits for us."""
+    """A running child, much as subprocess.Popen shows one; what it prints goes into files, so that it never waits for
+    us.
+    """
 
     def __init__(
         self,
@@ -137,13 +142,17 @@ def _read(file: Any) -> str:
 
 
 def command(function: Callable[..., object], *words: str | Path) -> list[str]:
-    """The words that call a function of a light module in a new interpreter, which takes no longer than a fork there."""
+    """The words that call a function of a light module in a new interpreter, which takes no longer than a fork
+    there.
+    """
     module, name = function.__module__, function.__qualname__
     return [sys.executable, "-c", f"import sys; from {module} import {name}; {name}(*sys.argv[1:])", *map(str, words)]
 
 
 def start(function: Callable[..., object], *words: Any, **options: Any) -> Child:
-    """A child that calls a function of a module that imports little (it is imported here, too); words are JSON or paths."""
+    """A child that calls a function of a module that imports little (it is imported here, too); words are JSON or
+    paths.
+    """
     return Child(f"{function.__module__}:{function.__qualname__}", *_plain(words), **options)
 
 

@@ -1,4 +1,6 @@
-"""The teacher's arithmetic once more, slowly and without its code: plain open_clip, numpy loops, one input at a time."""
+"""The teacher's arithmetic once more, slowly and without its code: plain open_clip, numpy loops, one input at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def small_clip() -> tuple[Any, Any]:
 
 
 def shrink(size: int, to: int) -> NDArray[np.float64]:
-    """(to, size) weights of a bilinear reduction with antialiasing: a triangle as wide as one output pixel's neighbours."""
+    """(to, size) weights of a bilinear reduction with antialiasing: a triangle as wide as one output pixel's
+    neighbours.
+    """
     scale = max(size / to, 1.0)
     weights = np.zeros((to, size))
     for i in range(to):
@@ -58,7 +62,9 @@ def embed_text(clip: Any, tokenizer: Any, sentence: str) -> Tensor:
 
 
 def covered_patches(mask: NDArray[np.bool_], teacher: Teacher, resize: str) -> NDArray[np.bool_]:
-    """The patches (rows, columns) whose centre a mask (H, W) covers; of a mask that covers none, the first of those it covers most."""
+    """The patches (rows, columns) whose centre a mask (H, W) covers; of a mask that covers none, the first of those it
+    covers most.
+    """
     (height, width), (rows, columns), side = mask.shape, teacher.patches, teacher.image_size
     placed = (
         [side, side] if resize == "squeeze" else [max(round(n * side / max(height, width)), 1) for n in (height, width)]
@@ -81,7 +87,9 @@ def covered_patches(mask: NDArray[np.bool_], teacher: Teacher, resize: str) -> N
 
 @torch.no_grad()
 def attended_by_vit(visual: Any, image: Tensor, own: NDArray[np.bool_]) -> Tensor:
-    """The unit row (D,) of one more CLS token that sees the `own` (P,) patches of an input (3, S, S) and itself, and that nobody sees."""
+    """The unit row (D,) of one more CLS token that sees the `own` (P,) patches of an input (3, S, S) and itself, and
+    that nobody sees.
+    """
     x = visual._embeds(image[None])
     x = torch.cat([x, x[:, :1]], 1)
     mask = torch.zeros(x.shape[1], x.shape[1])
@@ -94,7 +102,9 @@ def attended_by_vit(visual: Any, image: Tensor, own: NDArray[np.bool_]) -> Tenso
 
 @torch.no_grad()
 def attended_by_resnet(visual: Any, image: Tensor, own: NDArray[np.bool_]) -> Tensor:
-    """The unit row (D,) that attention pooling gives when there are no cells but the `own` (P,) ones of an input (3, S, S)."""
+    """The unit row (D,) that attention pooling gives when there are no cells but the `own` (P,) ones of an input (3, S,
+    S).
+    """
     cells = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(image[None]))))).flatten(2)
     pool, index = copy.deepcopy(visual.attnpool), torch.from_numpy(np.flatnonzero(own))
     pool.positional_embedding = nn.Parameter(pool.positional_embedding[torch.cat([torch.zeros(1).long(), 1 + index])])

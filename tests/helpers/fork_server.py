@@ -1,11 +1,12 @@
-"""The process that `children.py` forks children from: it has imported what takes seconds to import, and computed nothing.
+"""The process that `children.py` forks children from: it has imported what takes seconds to import, and computed
+nothing.
 
     python tests/helpers/fork_server.py SOCKET
 
-It serves until its standard input ends. A connection to SOCKET is one child: the client sends the file descriptors of its
-standard input, output and error and of a JSON file that says what to run; it gets the child's process id and, when the child
-has ended, its exit status, each as a native int. None of the project's modules is imported here, so that a child imports
-them as a new process does.
+It serves until its standard input ends. A connection to SOCKET is one child: the client sends the file descriptors of
+its standard input, output and error and of a JSON file that says what to run; it gets the child's process id and, when
+the child has ended, its exit status, each as a native int. None of the project's modules is imported here, so that a
+child imports them as a new process does.
 """
 
 from __future__ import annotations

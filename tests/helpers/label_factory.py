@@ -78,7 +78,8 @@ def save_labels(path: Path, values: np.ndarray) -> None:
     Image.fromarray(values).save(path)
 
 
-# A tiny zero-shot benchmark with COCO-Stuff's layout: its file, and images of about 64 x 48 pixels with maps of its classes.
+# A tiny zero-shot benchmark with COCO-Stuff's layout: its file, and images of about 64 x 48 pixels with maps of its
+# classes.
 NAMES = {0: "red circle", 3: "blue star", 7: "green ring", 20: "grey dots", 25: "pink fog", 180: "yellow cross"}
 UNSEEN = (7, 25)
 UNLABELLED = 255
@@ -101,8 +102,8 @@ def write_stuff_benchmark(path: Path, **change: Any) -> Path:
 
 
 def make_stuff(root: Path, *, train: int = 6, val: int = 3, labels: str = "stuffthingmaps", seed: int = 0) -> Path:
-    """Images 10, 11, ... in train2017 and 10010, ... in val2017 with maps below `labels`: a ground of one class, rectangles
-    of others, and an unlabelled stripe. Each class has a colour of its own."""
+    """Images 10, 11, ... in train2017 and 10010, ... in val2017 with maps below `labels`: a ground of one class,
+    rectangles of others, and an unlabelled stripe. Each class has a colour of its own."""
     rng = np.random.default_rng(seed)
     colours = np.random.default_rng(1).integers(0, 256, (256, 3))
     for split, count, first in (("train2017", train, 10), ("val2017", val, 10010)):

@@ -1,6 +1,7 @@
 """Stores full of small artefacts with true recipes: lines of the demo that differ in one setting.
 
-`python tests/helpers/many_artefacts.py FOLDER [ARTEFACTS]` makes one to measure the commands on, 2,000 by default, with 50 files each.
+`python tests/helpers/many_artefacts.py FOLDER [ARTEFACTS]` makes one to measure the commands on, 2,000 by default, with
+50 files each.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def note(store: Store, name: str, steps: list[Stage]) -> RunRecord:
 
 
 def many(root: Path, artefacts: int = 2000) -> Store:
-    """So many artefacts: the demo's line and others of which v2c and all that follows are their own; every fifth is a run."""
+    """So many artefacts: the demo's line and others of which v2c and all that follows are their own; every fifth is a
+    run.
+    """
     store, number = Store(root), 0
     while len(store.refs()) < artefacts:
         steps = demo_line(number)

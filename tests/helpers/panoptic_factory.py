@@ -1,4 +1,6 @@
-"""Makes random panoptic cases and their files, and scores them slowly: the reference of the tests of panoptic quality."""
+"""Makes random panoptic cases and their files, and scores them slowly: the reference of the tests of panoptic
+quality.
+"""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from flows.cli import main
 
 
 def probe(folder: str, *words: str) -> None:
-    """Print what the command prints, then a line of JSON: how often it opened each file in `folder`, the modules it imported, and
-    the CPU seconds it and its imports took."""
+    """Print what the command prints, then a line of JSON: how often it opened each file in `folder`, the modules it
+    imported, and the CPU seconds it and its imports took."""
     opened = Counter[str]()
 
     def hear(event: str, arguments: tuple[Any, ...]) -> None:

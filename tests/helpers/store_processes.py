@@ -35,8 +35,8 @@ def build_two_files(store: str, begun: str, go: str) -> None:
 
 
 def build_as(store: str, then: str, *rights: str) -> None:
-    """Build SHARED, with the `rights` user, group and umask if given; after a first file die where `then` is "die", or wait for
-    the file `then`."""
+    """Build SHARED, with the `rights` user, group and umask if given; after a first file die where `then` is "die", or
+    wait for the file `then`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     provenance()  # which reads files that another user may not
     if rights:

@@ -1,5 +1,5 @@
-"""The Triton kernels without a GPU, for test_deformable.py: `interpret` compares them with PyTorch's on CPU tensors (run with
-TRITON_INTERPRET=1), `compile` takes them down to an H100's machine code. Prints ok for every case."""
+"""The Triton kernels without a GPU, for test_deformable.py: `interpret` compares them with PyTorch's on CPU tensors
+(run with TRITON_INTERPRET=1), `compile` takes them down to an H100's machine code. Prints ok for every case."""
 
 from __future__ import annotations
 
