@@ -123,6 +123,6 @@ def _show_report(preset: str, folder: Path) -> None:
     marks = "; ".join((report.benchmark, *report.marks))
     create_table_artifact(artifacts.score_rows(report), key=f"{preset}-scores", description=marks)
     create_link_artifact(page.as_uri(), str(page), key=f"{preset}-report", description="On the worker's machine")
-    if shown := artifacts.pictures(page.read_text(encoding="utf-8")):
+    if shown := artifacts.preview(folder):
         create_markdown_artifact(shown, key=f"{preset}-pictures", description=marks)
     get_run_logger().info("report: %s", page)

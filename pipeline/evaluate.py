@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipeline.report.pictures import Picture
     from storage.shards import Sample
 
-STAGE, VERSION = "evaluate", 2
+STAGE, VERSION = "evaluate", 3
 log = logging.getLogger(__name__)
 
 
@@ -51,7 +51,7 @@ def recipe(
 
 
 def build(build: Build, config: EvaluateConfig, runtime: Runtime, *, benchmark: Benchmark) -> None:
-    """Score every validation image; report.json and report.html. Of a semantic benchmark by IoU alone."""
+    """Score every validation image, of a semantic benchmark by IoU alone, and write the report's files."""
     from models.folding import for_inference
     from pipeline.inference.forward import outputs
     from pipeline.inference.maps import classes_of
@@ -124,17 +124,16 @@ def _require_same_segmenter(one: Model, other: Model) -> None:
 def _picture(
     sample: Sample, maps: dict[str, tuple[np.ndarray, list[PredictedSegment]]], benchmark: Benchmark
 ) -> Picture:
+    from pipeline.report.overlay import Label
     from pipeline.report.pictures import Picture
     from storage.shards import decode_ids, decode_image
 
-    def labels(segments: Any) -> dict[int, tuple[str, bool]]:
-        return {
-            s.id: (benchmark.names[i], benchmark.seen[i]) for s in segments for i in (benchmark.index[s.category_id],)
-        }
-
+    label_of = {
+        category.id: Label(category.name, None, seen)
+        for category, seen in zip(benchmark.categories, benchmark.seen, strict=True)
+    }
     return Picture(
         image=decode_image(sample),
-        ground_truth=(decode_ids(sample), labels(sample.segments)),
-        inductive=(maps["inductive"][0], labels(maps["inductive"][1])),
-        transductive=(maps["transductive"][0], labels(maps["transductive"][1])),
+        ground_truth=(decode_ids(sample), {s.id: label_of[s.category_id] for s in sample.segments}),
+        **{name: (ids, {s.id: label_of[s.category_id] for s in segments}) for name, (ids, segments) in maps.items()},
     )

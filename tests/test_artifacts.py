@@ -1,36 +1,30 @@
-"""What Prefect's pages show of a report: the pictures are taken from the report's own page."""
+"""What Prefect's pages show of a report: its headline, and its preview picture."""
 
 from __future__ import annotations
 
 import base64
-import io
+from pathlib import Path
 
-import numpy as np
-from PIL import Image
+from reports import panoptic_scores, report
 
-from flows.artifacts import GAP, PANEL, pictures
-from pipeline.report.pictures import Picture, picture_rows
-
-
-def picture(height: int, width: int, *, seen: bool) -> Picture:
-    """A black image whose left half is one segment in the transductive prediction; the rest predicts nothing."""
-    ids = np.zeros((height, width), np.int64)
-    nothing = (ids.copy(), {})
-    ids[:, : width // 2] = 7
-    image = np.zeros((height, width, 3), np.uint8)
-    return Picture(image=image, ground_truth=nothing, inductive=nothing, transductive=(ids, {7: ("cat", seen)}))
+from flows.artifacts import preview, score_rows
+from pipeline.report.page import SETTINGS
 
 
-def test_pictures_are_photo_truth_and_predictions_side_by_side() -> None:
-    page = f"<h1>report</h1>{picture_rows([picture(300, 600, seen=True), picture(90, 90, seen=False), picture(9, 9, seen=True)])}"
-    message = pictures(page, rows=2)
-    data = message.split("](data:image/jpeg;base64,")[1].removesuffix(")")
-    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
-    assert sheet.shape == (PANEL // 2 + GAP + PANEL + GAP, 4 * (PANEL + GAP), 3)
-    rows = sheet[: PANEL // 2, :-GAP], sheet[PANEL // 2 + GAP : -GAP, :-GAP]
-    for row in rows:
-        panels = [row[:, column : column + PANEL] for column in range(0, 4 * (PANEL + GAP) - GAP, PANEL + GAP)]
-        assert all(panel.max() < 30 for panel in panels[:3])  # black but for JPEG's own noise
-        left, right = np.split(panels[3][10:-10, 10:-10], 2, axis=1)
-        assert left[:, :-12].mean() > 60 and right[:, 12:].max() < 30
-    assert pictures("<h1>a page without pictures</h1>") == ""
+def test_scores_are_the_headline_a_row_a_setting() -> None:
+    rows = score_rows(
+        report({"control": panoptic_scores(sPQ=61.25, uPQ=30.04, hPQ=40.0, sIoU=1, uIoU=2, hIoU=3, PQ=9)})
+    )
+    assert [row["percent"] for row in rows] == [setting.name for setting in SETTINGS.values()]
+    assert rows[1] == {
+        "percent": "inductive + offset",
+        "sPQ": "61.2", "uPQ": "30.0", "hPQ": "40.0", "sIoU": "1.0", "uIoU": "2.0", "hIoU": "3.0",
+    }  # fmt: skip
+
+
+def test_the_preview_is_the_reports_own_file(tmp_path: Path) -> None:
+    assert preview(tmp_path) == ""
+    (tmp_path / "preview.jpg").write_bytes(b"a picture")
+    text, image = preview(tmp_path).split("\n\n")
+    assert text.startswith("image, ground truth, inductive, transductive")
+    assert image == f"![{text}](data:image/jpeg;base64,{base64.b64encode(b'a picture').decode()})"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from quarters import BENCHMARK, CLASSES, HEIGHT, THRESHOLDS, WIDTH, perfect, quarters, sample
 from tiny import QUIET, build, tiny_config
 from torch import Tensor
@@ -273,7 +274,9 @@ def test_the_line_ends_in_a_report(world: tuple[Store, dict[str, Stage]], report
     text = (artefact.path / "report.json").read_text()
     assert read_report(artefact.path / "report.json").to_json() == text
     page = (artefact.path / "report.html").read_text()
-    assert page.startswith("<!doctype html>") and page.count("data:image/") >= 2
+    assert page.startswith("<!doctype html>") and page.count("<div class=pictures>") == 2
+    with Image.open(artefact.path / "preview.jpg") as preview:
+        assert preview.size == (8 + 4 * 288, 24 + 2 * 288)
     assert all(f"losses of {stage}" in page for stage in ("v2c", "g2s", "cpa"))
     assert len((artefact.path / "per_class.csv").read_text().splitlines()) == 57
 

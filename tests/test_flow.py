@@ -221,7 +221,7 @@ def test_every_deployment_completes_one_after_the_other(served: Served) -> None:
     assert [row["stage"] for row in json.loads(shown["demo-stages"]["data"])] == list(STAGES)
     assert (served.folder / "runs/demo/report.html").as_uri() in shown["demo-report"]["data"]
     assert (
-        "](data:image/jpeg;base64," in shown["demo-pictures"]["data"] and len(shown["demo-pictures"]["data"]) < 200_000
+        "](data:image/jpeg;base64," in shown["demo-pictures"]["data"] and len(shown["demo-pictures"]["data"]) < 300_000
     )
 
 

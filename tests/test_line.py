@@ -39,7 +39,7 @@ GOLDEN: dict[str, dict[str, str]] = {
         "queries": "e1946374ad179c34",
         "g2s": "43fdc12a93b14185",
         "cpa": "1a2747cd2d7fc04c",
-        "evaluate": "027fa47dbb581a31",
+        "evaluate": "0e3ecc07e091af3f",
     },
     "coco-sample": {
         "shard": "6d36204fc5438c94",
@@ -49,7 +49,7 @@ GOLDEN: dict[str, dict[str, str]] = {
         "queries": "d28ccc03be0458f8",
         "g2s": "3337427ccc286787",
         "cpa": "5ea264c34c90a487",
-        "evaluate": "9ed280ad591c75f3",
+        "evaluate": "0c38ffa76fd9f6a6",
     },
 }
 

@@ -213,9 +213,9 @@ def test_the_report_holds_ious_and_nothing_panoptic(run: Run) -> None:
     assert [int(row["id"]) for row in rows] == list(NAMES)
     assert {"inductive_IoU", "inductive_pixels"} < rows[0].keys() and not [name for name in rows[0] if "PQ" in name]
     page = (run.folder("evaluate") / "report.html").read_text()
-    text = re.sub(r"data:image/[^)\"]*", "", page.split("</style>")[1].split("<script>")[0])
+    text = re.sub(r"data:image/[^\"]*", "", page.split("</style>")[1].split("<script>")[0])
     assert "hIoU" in text and "PQ" not in text
-    assert page.count("class=pictures style") == 2
+    assert page.count("<div class=pictures>") == 2
     record = read_report(run.folder("evaluate") / "report.json")
     assert [column.header for column in console_table(record).columns] == ["percent", "sIoU", "uIoU", "hIoU"]
 

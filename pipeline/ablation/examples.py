@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from models.folding import for_inference
 from pipeline.data.benchmarks import Benchmark
@@ -16,12 +16,13 @@ from pipeline.inference.forward import outputs
 from pipeline.inference.maps import classes_of, panoptic_map
 from pipeline.inference.model import load_model
 from pipeline.report.overlay import labels_of, overlay
+from pipeline.report.pictures import sheet
 from pipeline.runtime import Runtime
 from storage.keys import Ref
 from storage.shards import Shards, decode_ids, decode_image
 from storage.store import Store
 
-SIDE, GAP, HEAD = 480, 8, 24  # pixels
+SIDE = 480  # pixels, the long side of a picture
 
 
 def draw_examples(
@@ -63,19 +64,5 @@ def draw_examples(
             logits = model.logits(output.features, classes.text)
             ids, segments = panoptic_map(output, logits, classes, thresholds)
             columns[title].append(overlay(photo, ids, labels_of(segments, named), side=SIDE))
-    _sheet(columns).save(path)
-
-
-def _sheet(columns: Mapping[str, list[Image.Image]]) -> Image.Image:
-    """Columns of pictures under their titles."""
-    rows = max(map(len, columns.values()))
-    sheet = Image.new("RGB", (len(columns) * (SIDE + GAP) + GAP, HEAD + rows * (SIDE + GAP)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for x, (title, pictures) in enumerate(columns.items()):
-        left = GAP + x * (SIDE + GAP)
-        draw.text((left, HEAD / 2), title, fill="#1f2933", anchor="lm", font=font)
-        for y, picture in enumerate(pictures):
-            small = picture.copy()
-            small = small.resize([round(length * SIDE / max(small.size)) for length in small.size])
-            sheet.paste(small, (left, HEAD + y * (SIDE + GAP)))
-    return sheet
+    rows = list(zip(*columns.values(), strict=True))
+    sheet(list(columns), rows, side=SIDE).save(path)

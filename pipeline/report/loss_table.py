@@ -10,20 +10,22 @@ ROWS = {
     "absent": ("absent classes", "No image shows them; the protocol counts them as 0, whatever is predicted."),
     "masks": (
         "masks",
-        "Each true segment is given to one query by overlap alone, and that query is told the true class: what is missing "
-        "now is the segmenter's fault.",
+        "Each true segment is assigned to one query by overlap alone, and that query has the true class: what is lost "
+        "here is lost by the segmenter.",
     ),
     "classification": (
         "classification",
-        "The query now chooses its class itself, but only among the seen classes if its segment is seen, else among the unseen ones.",
+        "The query's own class, chosen only among the seen classes if its segment is seen, else only among the unseen "
+        "ones.",
     ),
     "seen_bias": (
         "seen bias",
-        "It now chooses among all classes: unseen segments that take a seen name, and in the seen columns the reverse.",
+        "Its own class, chosen among all: unseen segments that get a seen class, and in the seen columns the reverse.",
     ),
     "selection": (
         "selection",
-        "All queries speak, with their own scores and the thresholds, as in the actual prediction: segments dropped, covered, or spurious.",
+        "All queries, with their own scores and the thresholds, as in the prediction itself: segments that are "
+        "dropped, covered, or spurious.",
     ),
 }
 BAR = 0.62  # the bars' part of a cell; the number has the rest
@@ -44,7 +46,8 @@ def loss_table(losses: Mapping[str, Losses], left_out: LeftOut) -> str:
     last = [getattr(losses[checkpoint].levels["selection"], key) for checkpoint, key in COLUMNS]
     rows += _row("the prediction", "", [(0.0, value, f"{value:.1f}") for value in last], "level")
     return (
-        f"<p class=note>Points of PQ, which add up; a plus is a gain. Each step takes one help away.</p>"
+        f"<p class=note>Points of PQ, which add up; a plus is a gain. Each row uses less of the ground truth than the "
+        f"one above it.</p>"
         f"<div class=scroll><table class=losses><thead><tr><td><th colspan=2 class=group>inductive"
         f"<th colspan=2 class=group>transductive<tr><td>{heads}</thead><tbody>{rows}</table></div>"
         f"<p>{_in_words(losses)}</p><p class=note>{_left_out(left_out)}</p>"
@@ -76,8 +79,8 @@ def _in_words(losses: Mapping[str, Losses]) -> str:
         found.append(
             f"<b>{checkpoint.capitalize()}</b>: the largest loss of unseen PQ is {ROWS[most][0]} "
             f"({part.losses[most].uPQ:.1f} of {100 - part.levels['selection'].uPQ:.1f} points). Of the "
-            f"{unseen.segments:,} unseen segments with a query, {unseen.within_group:.1f} % are named right among the "
-            f"unseen classes and {unseen.over_all:.1f} % among all."
+            f"{unseen.segments:,} unseen segments with a query, {unseen.within_group:.1f} % are classified correctly "
+            f"among the unseen classes and {unseen.over_all:.1f} % among all."
         )
     return "<br>".join(found)
 

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
+from PIL import Image
+
 from pipeline.report.loss_table import loss_table
-from pipeline.report.pictures import Picture, picture_rows
+from pipeline.report.pictures import picture_rows
 from pipeline.report.plots import loss_plot, sweep_plot
 from pipeline.report.style import SCRIPT, STYLE
 from pipeline.runtime import duration
@@ -35,18 +37,20 @@ class Setting(NamedTuple):
 
 # The report's rows in the order of the tables.
 SETTINGS = {
-    "inductive": Setting("inductive", "unseen names first met at prediction time"),
+    "inductive": Setting("inductive", "stage 1: unseen class names are used only at prediction"),
     "control": Setting("inductive + offset", "control: a constant taken off the seen scores, nothing trained"),
-    "transductive": Setting("transductive", "unseen names, never unseen images, known in training"),
-    "ceiling": Setting("true masks, teacher's names", "each true segment named by the teacher's own token of it", True),
+    "transductive": Setting("transductive", "stages 2 and 3 train with the unseen class names, without images of them"),
+    "ceiling": Setting(
+        "true masks, teacher's names", "each true segment classified by the teacher's token of it", True
+    ),
     "true_masks_inductive": Setting(
-        "true masks, inductive names", "each true segment named by the query that lies over it", True
+        "true masks, inductive names", "each true segment classified by the query that lies over it", True
     ),
     "true_masks_transductive": Setting(
         "true masks, transductive names", "the same with the transductive checkpoint", True
     ),
     "true_classes": Setting(
-        "our masks, true names", "the queries that lie over true segments, told their classes", True
+        "our masks, true names", "the queries that lie over true segments, with the true classes", True
     ),
 }
 CLASS_TABLE = {"inductive": "inductive", "control": "offset", "transductive": "transductive", "ceiling": "ceiling"}
@@ -78,8 +82,13 @@ def percent(value: float) -> str:
     return f"{value:.1f}"
 
 
-def page(report: Report, *, curves: Mapping[str, Sequence[Mapping[str, float]]], pictures: Sequence[Picture]) -> str:
-    """The whole page; arguments as in `report.write_report`."""
+def page(
+    report: Report,
+    *,
+    curves: Mapping[str, Sequence[Mapping[str, float]]],
+    pictures: Sequence[Sequence[Image.Image]],
+) -> str:
+    """The whole page; arguments as in `write.write_report`, pictures rendered (see `Picture.panels`)."""
     marks = "".join(f"<li>{escape(mark)}</li>" for mark in report.marks)
     parts = [
         f"<header><p class=brand>zs-seg{PRESET_PLACE}</p><h1>{escape(report.benchmark)}</h1></header>",
@@ -90,7 +99,7 @@ def page(report: Report, *, curves: Mapping[str, Sequence[Mapping[str, float]]],
         _section("Predictions", picture_rows(pictures)) if pictures else "",
         _section("Classes", _class_table(report)),
         _section("Training losses", _curves(curves)) if any(curves.values()) else "",
-        f"<section class=aside><h2>Diagnostic curves, no results</h2>{_sweeps(report.sweeps, report.settings)}</section>"
+        _section("Diagnostic curves, no results", _sweeps(report.sweeps, report.settings), kind="aside")
         if report.sweeps
         else "",
         f"<div class=two>{_section('Settings', _settings(report.settings))}{LINEAGE_PLACE}</div>",
@@ -111,8 +120,8 @@ def lineage_section(lineage: Mapping[str, Built]) -> str:
     return _section("Lineage", f"<table class=plain>{rows}</table>")
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{title}</h2>{content}</section>"
+def _section(title: str, content: str, *, kind: str = "") -> str:
+    return f"<section{f' class={kind}' if kind else ''}><h2>{title}</h2>{content}</section>"
 
 
 def _headline(report: Report) -> str:
@@ -127,8 +136,9 @@ def _headline(report: Report) -> str:
     heads = "".join(f'<th class="number{first}" title="{MEANING[name]}">{name}' for name, first in names)
     rows = ""
     for key, (label, meaning, is_ceiling) in SETTINGS.items():
+        row = report.rows[key]
         cells = "".join(
-            f'<td class="number{first}{" main" if name in ("hPQ", "hIoU") else ""}">{percent(getattr(report.rows[key], name))}'
+            f'<td class="number{first}{" main" if name in ("hPQ", "hIoU") else ""}">{percent(getattr(row, name))}'
             for name, first in names
         )
         rows += (
@@ -148,9 +158,9 @@ def _headline(report: Report) -> str:
 
 def _teacher_line(accuracy: TeacherAccuracy) -> str:
     return (
-        f"<p class=teacher>The frozen teacher names <b>{percent(accuracy.seen)} %</b> of the seen and "
-        f"<b>{percent(accuracy.unseen)} %</b> of the unseen ground-truth instances right "
-        f"({accuracy.instances:,} instances, all class names to choose from).</p>"
+        f"<p class=teacher>The frozen teacher classifies <b>{percent(accuracy.seen)} %</b> of the seen and "
+        f"<b>{percent(accuracy.unseen)} %</b> of the unseen ground-truth instances correctly "
+        f"({accuracy.instances:,} instances, among all class names).</p>"
     )
 
 
@@ -211,7 +221,8 @@ def _settings(settings: Settings) -> str:
 
 def _curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     figures = "".join(
-        f'<figure><figcaption>{escape(stage)}</figcaption><img alt="losses of {escape(stage)}" src="{loss_plot(rows)}"></figure>'
+        f"<figure><figcaption>{escape(stage)}</figcaption>"
+        f'<img alt="losses of {escape(stage)}" src="{loss_plot(rows)}"></figure>'
         for stage, rows in curves.items()
         if rows
     )
@@ -229,7 +240,7 @@ def _sweeps(sweeps: SweepReport, settings: Settings) -> str:
     )
     counted = f"all {sweeps.of:,}" if sweeps.images == sweeps.of else f"{sweeps.images:,} of {sweeps.of:,}"
     return (
-        f"<p class=note>How PQ would move with two settings, on {counted} validation images. Nothing was chosen from these "
+        f"<p class=note>PQ over two settings, on {counted} validation images. Nothing was chosen from these "
         f"curves: the headline above uses the object threshold {settings.object_threshold:g}, chosen on "
         f"{escape(settings.object_threshold_chosen_on or '')} and stored in the checkpoint, and the seen offset "
         f"{settings.seen_offset:g}.</p><div class='curves pairs'>{figures}</div>"

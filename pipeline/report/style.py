@@ -7,14 +7,17 @@ from pipeline.report.overlay import UNSEEN
 STYLE = f"""
 :root {{ --ink: #1f2933; --dim: #616e7c; --line: #e4e7eb; --unseen: {UNSEEN}; }}
 * {{ box-sizing: border-box; }}
-body {{ margin: 0; background: #f5f7fa; color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", "Liberation Sans", sans-serif; }}
+body {{ margin: 0; background: #f5f7fa; color: var(--ink);
+  font: 15px/1.5 system-ui, "Segoe UI", "Liberation Sans", sans-serif; }}
 main {{ max-width: 1180px; margin: 0 auto; padding: 36px 20px 60px; }}
 header {{ margin-bottom: 20px; }}
 .brand {{ margin: 0; color: var(--dim); letter-spacing: .06em; }}
 h1 {{ margin: 0; font-size: 30px; line-height: 1.2; }}
 h2 {{ margin: 0 0 6px; font-size: 18px; }}
-section {{ background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 20px 24px; margin-top: 18px; }}
-.marks {{ margin: 0; padding: 12px 20px 12px 38px; background: #fff7e0; border: 1px solid #f0d48a; border-radius: 10px; color: #6b4d00; }}
+section {{ background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 20px 24px;
+  margin-top: 18px; }}
+.marks {{ margin: 0; padding: 12px 20px 12px 38px; background: #fff7e0; border: 1px solid #f0d48a;
+  border-radius: 10px; color: #6b4d00; }}
 .note {{ margin: 8px 0 10px; color: var(--dim); font-size: 13px; }}
 .teacher {{ margin: 10px 0 0; padding-top: 12px; border-top: 1px solid var(--line); }}
 .scroll {{ overflow-x: auto; }}
@@ -28,11 +31,12 @@ tbody tr + tr > * {{ border-top: 1px solid var(--line); }}
 .group {{ text-align: center; }}
 .group, .first {{ border-left: 1px solid var(--line); }}
 .headline td {{ font-size: 17px; }}
-.headline small {{ display: block; font-weight: 400; font-size: 12.5px; line-height: 1.35; color: var(--dim); max-width: 23em; }}
+.headline small, .losses small {{ display: block; font-weight: 400; font-size: 12.5px; line-height: 1.35;
+  color: var(--dim); max-width: 23em; }}
 .headline .main {{ font-weight: 700; background: #eef4fb; }}
 .headline .ceiling > *, .headline .control > * {{ color: var(--dim); }}
 .headline tr:not(.ceiling) + .ceiling > * {{ border-top: 2px solid #cbd2d9; }}
-.losses small {{ display: block; font-weight: 400; font-size: 12.5px; line-height: 1.35; color: var(--dim); max-width: 44em; }}
+.losses small {{ max-width: 44em; }}
 .losses .level > * {{ font-weight: 700; }}
 .fall {{ width: 150px; background: linear-gradient(#f3c9a5, #f3c9a5) var(--at) 50% / var(--v) 62% no-repeat; }}
 .level .fall {{ background-image: linear-gradient(#dfeaf7, #dfeaf7); }}
@@ -40,7 +44,8 @@ tbody tr + tr > * {{ border-top: 1px solid var(--line); }}
 .aside {{ background: none; border-style: dashed; }}
 .aside img {{ border-radius: 6px; }}
 .pairs {{ grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }}
-.pill {{ background: var(--unseen); color: #fff; border-radius: 6px; padding: 1px 7px; font-size: 12px; margin-left: 4px; }}
+.pill {{ background: var(--unseen); color: #fff; border-radius: 6px; padding: 1px 7px; font-size: 12px;
+  margin-left: 4px; }}
 .note .pill {{ margin-left: 0; }}
 .classes {{ font-size: 13.5px; }}
 .classes td {{ padding: 3px 8px; white-space: nowrap; }}
@@ -55,9 +60,7 @@ tbody tr + tr > * {{ border-top: 1px solid var(--line); }}
 .sort[data-order="1"]::after {{ content: " \\25B4"; }}
 .pictures {{ display: grid; grid-template-columns: repeat(4, 1fr); gap: 8px; margin-bottom: 8px; }}
 .heads {{ color: var(--dim); font-size: 13px; font-weight: 600; margin-bottom: 4px; }}
-.panel {{ width: 100%; display: block; border-radius: 5px; background: var(--photo) 0 0 / 100% 100%; }}
-.over {{ background-color: #888; background-blend-mode: luminosity; }} /* grey, so that the classes own the colours */
-.panel text {{ font-family: "Liberation Sans", Arial, sans-serif; font-weight: 600; }}
+.panel {{ width: 100%; display: block; border-radius: 5px; }}
 .curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 16px; }}
 figure {{ margin: 0; }}
 figcaption {{ font-weight: 600; font-size: 14px; }}
@@ -67,7 +70,10 @@ figure img {{ width: 100%; max-width: 480px; }}
 .plain {{ font-size: 13.5px; }}
 .plain th {{ font-weight: 400; color: var(--dim); }}
 code {{ font-family: ui-monospace, "Liberation Mono", monospace; font-size: 12.5px; }}
-@media (max-width: 760px) {{ .two {{ grid-template-columns: 1fr; }} section {{ padding: 14px; }} }}
+@media (max-width: 760px) {{
+  .two {{ grid-template-columns: 1fr; }} section {{ padding: 14px; }}
+  .pictures {{ grid-template-columns: repeat(2, 1fr); }}
+}}
 """
 
 SCRIPT = """

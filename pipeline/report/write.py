@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.report.page import LINEAGE_PLACE, PRESET_PLACE, SETTINGS, lineage_section, page, percent
-from pipeline.report.pictures import Picture
+from pipeline.report.pictures import TITLES, Picture, encoded, sheet
 from pipeline.scoring.records import HEADLINE, Built, Report, read_report
-from storage.atomic import write_text
+from storage.atomic import replacing, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+PREVIEW, PREVIEW_ROWS, PREVIEW_SIDE = "preview.jpg", 3, 280  # pixels, the long side of one picture
 CLASS_FACTS = "id", "name", "isthing", "seen"
 CLASS_SCORES = "PQ", "SQ", "RQ", "IoU", "tp", "fp", "fn", "pixels"
 
@@ -29,8 +30,9 @@ def write_report(
     curves: Mapping[str, Sequence[Mapping[str, float]]],
     pictures: Sequence[Picture],
 ) -> None:
-    """Writes `report.json`, `report.html` and `per_class.csv` into `folder`, which must exist.
+    """Writes `report.json`, `report.html`, `per_class.csv` and `preview.jpg` into `folder`, which must exist.
 
+    The preview shows the first `PREVIEW_ROWS` pictures; without pictures there is none.
     The table holds a row for each class: id, name, isthing, seen, and for each setting its PQ, SQ, RQ, IoU (percent),
     tp, fp and fn, in columns such as `inductive_PQ`; of a semantic benchmark id, name, seen, and IoU and pixels in the
     ground truth.
@@ -46,7 +48,11 @@ def write_report(
     """
     write_text(folder / "report.json", report.to_json())
     write_text(folder / "per_class.csv", _class_csv(report))
-    write_text(folder / "report.html", page(report, curves=curves, pictures=pictures))
+    rows = [picture.panels() for picture in pictures]
+    write_text(folder / "report.html", page(report, curves=curves, pictures=rows))
+    if rows:
+        preview = sheet(TITLES, rows[:PREVIEW_ROWS], side=PREVIEW_SIDE)
+        _write_bytes(folder / PREVIEW, encoded(preview, "jpeg"))
 
 
 def publish(source: Path, target: Path, *, preset: str, lineage: Mapping[str, Mapping[str, Any]]) -> None:
@@ -54,7 +60,7 @@ def publish(source: Path, target: Path, *, preset: str, lineage: Mapping[str, Ma
 
     Args:
         source: the folder that `write_report` wrote.
-        target: where report.json, report.html and per_class.csv go, replacing older ones.
+        target: where its files go, replacing older ones.
         preset: the run's name.
         lineage: stage -> the fields of `Built`.
     """
@@ -67,6 +73,15 @@ def publish(source: Path, target: Path, *, preset: str, lineage: Mapping[str, Ma
     write_text(target / "per_class.csv", (source / "per_class.csv").read_text(encoding="utf-8"))
     write_text(target / "report.json", report.to_json())
     write_text(target / "report.html", html)
+    if (source / PREVIEW).exists():
+        _write_bytes(target / PREVIEW, (source / PREVIEW).read_bytes())
+    else:
+        (target / PREVIEW).unlink(missing_ok=True)  # an older run's
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def headline(report: Report) -> list[str]:
