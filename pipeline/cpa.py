@@ -65,7 +65,7 @@ def build(build: Build, config: CPAConfig, runtime: Runtime) -> None:
         schedule=config,
         modules=modules,
         groups=parameter_groups(modules, config),
-        batches=lambda start: query_batches(cached, config, start, sampling=config.sampling),
+        batches=lambda start: query_batches(cached, config, start),
         losses=CPACriterion(model.projector, generator, bank, config, text=model.text),
         runtime=runtime,
     )

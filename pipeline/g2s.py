@@ -61,7 +61,7 @@ def build(build: Build, config: G2SConfig, runtime: Runtime) -> None:
         modules=modules,
         groups=parameter_groups(modules, config),
         # A view without a matched query has no class to generate features for.
-        batches=lambda start: query_batches(cached, config, start, sampling=config.sampling, matched=True),
+        batches=lambda start: query_batches(cached, config, start, matched=True),
         losses=G2SCriterion(generator, model.projector, bank, config),
         runtime=runtime,
     )

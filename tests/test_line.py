@@ -37,9 +37,9 @@ GOLDEN: dict[str, dict[str, str]] = {
         "cache-clip": "2f94067f0df2a238",
         "v2c": "9ef6308c0056caa0",
         "queries": "e1946374ad179c34",
-        "g2s": "43fdc12a93b14185",
-        "cpa": "1a2747cd2d7fc04c",
-        "evaluate": "0e3ecc07e091af3f",
+        "g2s": "0eca00f774e984c9",
+        "cpa": "e1125a38d708b169",
+        "evaluate": "d4bdf505936666e8",
     },
     "coco-sample": {
         "shard": "6d36204fc5438c94",
@@ -47,8 +47,8 @@ GOLDEN: dict[str, dict[str, str]] = {
         "cache-clip": "757a043c2975037b",
         "v2c": "3bd78b6c675dff49",
         "queries": "d28ccc03be0458f8",
-        "g2s": "3337427ccc286787",
-        "cpa": "5ea264c34c90a487",
+        "g2s": "162d50e01c8bee67",
+        "cpa": "1979de9dc00d2931",
         "evaluate": "0c38ffa76fd9f6a6",
     },
 }

@@ -187,7 +187,7 @@ def _epochs(folder: Path, runtime: Runtime, *, views: int, steps: int) -> Iterat
             schedule=schedule,
             modules={"module": module},
             groups=parameter_groups({"module": module}, schedule),
-            batches=lambda start, c=schedule: query_batches(cached, c, start, sampling="natural", matched=True),
+            batches=lambda start, c=schedule: query_batches(cached, c, start, matched=True),
             losses=step(schedule),
             runtime=runtime,
         )

@@ -295,10 +295,6 @@ class G2SConfig(Schedule):
     tau: float = 0.1
     """Temperature of L_div (Eq. 7), above 0."""
 
-    sampling: Literal["natural", "balanced"] = "natural"
-    """How cached views are drawn: natural draws all alike; balanced draws a class, then one of its matched queries, and
-    takes that query's view."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tau <= 0 or self.text_scale <= 0:
@@ -329,10 +325,6 @@ class CPAConfig(Schedule):
     noise_into: Literal["encoder", "latent"] = "encoder"
     """Where the generator's noise goes in: through the VAE's encoder, as a feature of size C (the paper), or as the
     latent itself (D7)."""
-
-    sampling: Literal["natural", "balanced"] = "natural"
-    """How cached views are drawn: natural draws all alike; balanced draws a class, then one of its matched queries, and
-    takes that query's view."""
 
     classifier: Literal["projector", "linear"] = "projector"
     """What is trained: stage 1's projector, or the vision-centric comparison's new linear classifier, which knows no

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,8 +13,6 @@ from pipeline.training.config import Schedule
 from pipeline.training.loop import batch_rng
 from storage.errors import UserError
 from storage.queries import QueryBank
-
-Sampling = Literal["natural", "balanced"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,23 +24,14 @@ class QueryBatch:
     category: Tensor
 
 
-def query_batches(
-    bank: QueryBank, schedule: Schedule, start: int, *, sampling: Sampling, matched: bool = False
-) -> Iterator[QueryBatch]:
+def query_batches(bank: QueryBank, schedule: Schedule, start: int, *, matched: bool = False) -> Iterator[QueryBatch]:
     """Endless batches of `schedule.batch` views drawn with replacement; batch s depends on the seed and s alone.
 
-    `sampling` "natural" samples views uniformly, with `matched` only views with a matched query. "balanced" samples a
-    class uniformly among those with a matched query, then one of its matched queries, and yields that query's whole
-    view. Raises UserError when there is nothing to draw from.
+    Views are sampled uniformly, with `matched` only views with a matched query. Raises UserError when there is nothing
+    to draw from.
     """
     found = bank.category >= 0
-    if sampling == "balanced":
-        views, _ = found.nonzero()
-        classes = bank.category[found]
-        share = 1.0 / np.bincount(classes)[classes]
-        weight = np.bincount(views, weights=share, minlength=len(found))
-    else:
-        weight = found.any(1).astype(float) if matched else np.ones(len(found))
+    weight = found.any(1).astype(float) if matched else np.ones(len(found))
     if not weight.any():
         raise UserError("no cached query found a segment of a seen class; train stage 1 longer or on more images")
     upto = np.cumsum(weight)
