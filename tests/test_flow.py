@@ -9,7 +9,9 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +52,7 @@ def free_port() -> int:
 
 
 def wait_for(something: Callable[[], Any], seconds: float, message: Callable[[], object]) -> Any:
-    """What `something` returns, as soon as that is not false; fails with what `told` tells."""
+    """What `something` returns, as soon as that is not false; fails with `message()`."""
     deadline = time.monotonic() + seconds
     while not (found := something()):
         assert time.monotonic() < deadline, message()
@@ -68,12 +70,22 @@ class Served:
     process: psutil.Process
 
     def ask(self, path: str, **body: object) -> Any:
-        """Prefect's REST interface."""
+        """Prefect's REST interface. Where its SQLite is busy for a moment it answers 503, and Prefect's own client asks
+        again, too."""
         data = json.dumps(body).encode() if body else None
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.environment['PREFECT_API_URL']}/{path}", data, headers)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
+
+        def answer() -> tuple[Any] | None:
+            try:
+                with urllib.request.urlopen(request, timeout=60) as found:
+                    return (json.load(found),)
+            except urllib.error.HTTPError as error:
+                if error.code != 503:
+                    raise
+            return None
+
+        return wait_for(answer, 60, self.log)[0]
 
     def prefect(self, *words: str) -> str:
         command = [sys.executable, "-m", "prefect", *words]
@@ -86,8 +98,8 @@ class Served:
     def start(self, deployment: str, **parameters: object) -> str:
         """Start a flow run as the button of the UI does; its id."""
         found = self.ask(f"deployments/name/zs-seg/{deployment}")
-        run = self.ask(f"deployments/{found['id']}/create_flow_run", parameters=self._parameters(**parameters))
-        return run["id"]
+        once = {"idempotency_key": str(uuid.uuid4()), "parameters": self._parameters(**parameters)}
+        return self.ask(f"deployments/{found['id']}/create_flow_run", **once)["id"]
 
     def start_as_a_user(self, deployment: str) -> str:
         """`prefect deployment run zs-seg/DEPLOYMENT`; the flow run's id."""
