@@ -25,9 +25,8 @@ from storage.store import Build, Store
 
 log = logging.getLogger(__name__)
 
-# Networks on views of at most so many pixels a side, and the multilayer perceptrons of stages 2 and 3, gain next to
-# nothing from a second thread and lose several times over beside any other process: they compute with one (measured in
-# pipeline/bench/README.md).
+# Networks on views of at most so many pixels a side, and the multilayer perceptrons of stages 2 and 3, gain little from a
+# second thread and take about twice as long with it beside any other process: they compute with one.
 SMALL_VIEW = 128
 STAGES = ("scenes", "shard", "text", "cache-clip", "v2c", "queries", "g2s", "cpa", "evaluate")
 
