@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from flows.request import configure, open_request
+from flows.runs import build, select
 from pipeline.ablation import rows
 from pipeline.ablation.page import page
 from pipeline.ablation.tables import TABLES, Table, html, markdown, sweep
@@ -38,7 +39,12 @@ def ablate(options: argparse.Namespace) -> int:
             command = request.command("ablate", run.table)
             record = RunRecord.now(name=run.name(options.preset), command=command, refs=run.refs)
             under_way.enter_context(Runs(store).running(record))
-        rows.build(runs, store, Runtime(device=options.device, threads=threads, dask="none"), jobs=options.jobs)
+        runtime = Runtime(device=options.device, threads=threads, dask="none")
+        for run in runs:
+            # As of any run: images that a stage leaves out are warned of.
+            for stage in select(run.stages, last=rows.SHARED):
+                build(stage, store, runtime)
+        rows.build(runs, store, runtime, jobs=options.jobs)
     folder = Path("runs") / f"ablate-{options.preset}"
     sections = {}
     for table in tables:

@@ -91,10 +91,9 @@ def plan(runs: Sequence[Run], store: Store) -> Plan:
 
 
 def build(runs: Sequence[Run], store: Store, runtime: Runtime, *, jobs: int) -> None:
-    """What all runs have in common first; then the runs of one stage 1 together, `jobs` such groups at a time."""
-    for run in runs:
-        for stage in run.stages[: 1 + [stage.name for stage in run.stages].index(SHARED)]:
-            stage.run(store, runtime)
+    """The runs of one stage 1 together, `jobs` such groups at a time; what all have in common, up to the stage `SHARED`, is
+    built before.
+    """
     groups: dict[Ref, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.ref("v2c"), []).append(run)
