@@ -10,7 +10,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -44,32 +44,14 @@ def rows(runtime: Runtime, *, full: bool = False) -> Iterator[Row]:
     """Every row of `zs-seg bench cache`: seconds to cache a tar, and to decode an image."""
     device = runtime.torch_device()
     gpu = device.type == "cuda"
-    images = (600 if gpu else 5) * (4 if full else 1)
     with tempfile.TemporaryDirectory() as folder:
-        tar = Path(folder) / "bench.tar"
-        write_shard(tar, _samples(images))
-        work = _Work(
-            tar=tar,
-            teacher=load_teacher(name=MODEL, pretrained="random", fill="zero", device=device),
-            config=TokensConfig(dtype="bfloat16" if gpu else "float32"),
-        )
-        batches = (64, 128, 256, 512) if gpu else (1, 4, 8, 16, 32, 64) if full else (8, 32)
-        work = replace(work, config=replace(work.config, batch=min(batches, key=work.seconds_an_input)))
+        work = _work(Path(folder), device, images=(600 if gpu else 5) * (4 if full else 1))
+        work = work.fastest((64, 128, 256, 512) if gpu else (1, 4, 8, 16, 32, 64) if full else (8, 32))
         about: dict[str, Any] = {"unit": "s", "device": machine(device), "dtype": work.config.dtype}
-        what = f"tokens of {images} images and {work.inputs - images} instances, {MODEL}"
-        repeat = 3 if gpu or full else 2
-
-        ours, bare = alternate(work.cache, work.bare, repeat=repeat, device=device)
-        yield Row(
-            name=f"{what}, against bare encode_image, batches of {work.config.batch}",
-            ours=ours,
-            reference=bare,
-            **about,
-        )
+        yield from _encoding(work, about, repeat=3 if gpu or full else 2)
         ours, script = alternate(work.cache, work.script, repeat=1, warmup=0, device=device)
-        yield Row(name=f"{what}, against PIL and a call an input", ours=ours, reference=script, **about)
-        ours, pixels = alternate(work.by_attention, work.cache, repeat=1, warmup=int(gpu), device=device)
-        yield Row(name=f"{what}, by attention against by pixels", ours=ours, reference=pixels, **about)
+        yield Row(name=f"{work}, against PIL and a call an input", ours=ours, reference=script, **about)
+        images = len(work.samples)
         ours, theirs = alternate(work.decode, work.decode_with_torchvision, repeat=3)
         yield Row(
             name="decoding of an image and its segment ids, one core, against torchvision",
@@ -81,6 +63,34 @@ def rows(runtime: Runtime, *, full: bool = False) -> Iterator[Row]:
         )
 
 
+def encoding_rows(device: torch.device, *, images: int, batches: Sequence[int]) -> Iterator[Row]:
+    """Seconds to cache a tar of `images`, by pixels against bare encode_image and by attention against by pixels, in
+    the fastest of `batches`."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = _work(Path(folder), device, images=images).fastest(batches)
+        yield from _encoding(work, {"unit": "s", "device": machine(device), "dtype": work.config.dtype}, repeat=3)
+
+
+def _encoding(work: _Work, about: Mapping[str, Any], *, repeat: int) -> Iterator[Row]:
+    device = work.teacher.mean.device
+    ours, bare = alternate(work.cache, work.bare, repeat=repeat, device=device)
+    yield Row(
+        name=f"{work}, against bare encode_image, batches of {work.config.batch}", ours=ours, reference=bare, **about
+    )
+    ours, pixels = alternate(work.by_attention, work.cache, repeat=1, warmup=int(device.type == "cuda"), device=device)
+    yield Row(name=f"{work}, by attention against by pixels", ours=ours, reference=pixels, **about)
+
+
+def _work(folder: Path, device: torch.device, *, images: int) -> _Work:
+    tar = folder / "bench.tar"
+    write_shard(tar, _samples(images))
+    return _Work(
+        tar=tar,
+        teacher=load_teacher(name=MODEL, pretrained="random", fill="zero", device=device),
+        config=TokensConfig(dtype="bfloat16" if device.type == "cuda" else "float32"),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Work:
     """The timed functions, all on the tar's inputs: one per image and one per instance."""
@@ -88,6 +98,14 @@ class _Work:
     tar: Path
     teacher: Teacher
     config: TokensConfig
+
+    def __str__(self) -> str:
+        images = len(self.samples)
+        return f"tokens of {images} images and {self.inputs - images} instances, {MODEL}"
+
+    def fastest(self, batches: Sequence[int]) -> _Work:
+        """The same with the batch of `batches` that encodes an input fastest."""
+        return replace(self, config=replace(self.config, batch=min(batches, key=self.seconds_an_input)))
 
     @cached_property
     def samples(self) -> list[Sample]:

@@ -56,7 +56,7 @@ def rows(runtime: Runtime, *, full: bool = False) -> Iterator[Row]:
         shards, tokens, text = _cached(Path(folder), runtime)
         yield _loading(shards, tokens, text, runtime, images=100 if full else 8)
         yield _waiting(shards, tokens, text, Path(folder), runtime, steps=10 if full else 4)
-        yield from _epochs(Path(folder), runtime, views=COCO_IMAGES if full else 2000, steps=0 if full else 100)
+        yield from epochs(Path(folder), runtime, views=COCO_IMAGES if full else 2000, steps=0 if full else 100)
 
 
 def _cached(folder: Path, runtime: Runtime) -> tuple[Path, Path, Path]:
@@ -146,9 +146,11 @@ def _waiting(shards: Path, tokens: Path, text: Path, folder: Path, runtime: Runt
     )
 
 
-def _epochs(folder: Path, runtime: Runtime, *, views: int, steps: int) -> Iterator[Row]:
+def epochs(
+    folder: Path, runtime: Runtime, *, views: int, steps: int, size: tuple[int, int] = (800, 1088)
+) -> Iterator[Row]:
     """An epoch of stages 2 and 3 over COCO's training images from cached queries, against a pass of the frozen R50
-    segmenter over the same images (one of 800 x 1088 px, times their number). `steps` 0 = the whole epoch, else the
+    segmenter over the same images (one of `size`, times their number). `steps` 0 = the whole epoch, else the
     time is extrapolated from so many steps."""
     device = runtime.torch_device()
     bank = _bank()
@@ -157,7 +159,7 @@ def _epochs(folder: Path, runtime: Runtime, *, views: int, steps: int) -> Iterat
     projector = Projector(dim=DIM, text_dim=TEXT_DIM, hidden=512, layers=3).to(device)
     generator = Generator(dim=DIM, text_dim=TEXT_DIM, hidden=512, text_scale=1.0).to(device)
     segmenter = for_inference(build_segmenter(**asdict(SegmenterConfig(backbone_weights=None))).to(device).eval())
-    image = torch.randn(1, 3, 800, 1088, device=device)
+    image = torch.randn(1, 3, *size, device=device)
     passes = []
     with torch.inference_mode():
         for _ in range(4):
@@ -197,11 +199,11 @@ def _epochs(folder: Path, runtime: Runtime, *, views: int, steps: int) -> Iterat
             name=f"an epoch of stage {stage} of COCO's size{how}, against a pass over the images", ours=taken, **known
         )
     if not steps:
-        size = sum(file.stat().st_size for file in (folder / "queries").rglob("*") if file.is_file())
+        cached_bytes = sum(file.stat().st_size for file in (folder / "queries").rglob("*") if file.is_file())
         yield Row(
             name="memory of the process after these epochs, against the cached queries",
             ours=_resident(),
-            reference=size / 1e6,
+            reference=cached_bytes / 1e6,
             unit="MB",
             device=machine(device),
             dtype="float16",
