@@ -62,6 +62,9 @@ class Backbone(nn.Module):
         if frozen_batchnorm:
             for norm in self._batchnorms():
                 norm.requires_grad_(False)
+                if type(norm) is nn.BatchNorm2d:
+                    # of this type still, as `for_inference` needs it
+                    norm.forward = functools.partial(_frozen_batchnorm, norm)
         self.train()
 
     def _batchnorms(self) -> list[_BatchNorm]:
@@ -80,6 +83,26 @@ class Backbone(nn.Module):
         if self.norms is None:
             return maps
         return [norm(map_).permute(0, 3, 1, 2) for norm, map_ in zip(self.norms, maps, strict=True)]
+
+
+def _frozen_batchnorm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """`norm`, whose parameters and statistics never change, on (B, C, h, w): on a GPU as one product and sum.
+
+    The numbers are those of torch's own kernels, which a CPU uses; on a GPU theirs of the input's gradient is slow: a
+    step of coco-zps-r50 took 0.389 s with it and 0.354 s without (NVIDIA H200). In half precision the factor and the
+    summand are rounded before the product.
+    """
+    if x.device.type == "cpu":
+        return nn.BatchNorm2d.forward(norm, x)
+    return _affine(norm, x)
+
+
+def _affine(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    assert not norm.training and norm.running_mean is not None and norm.running_var is not None
+    factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    summand = norm.bias - norm.running_mean * factor
+    factor, summand = (each.to(x.dtype)[:, None, None] for each in (factor, summand))
+    return torch.addcmul(summand, x, factor)
 
 
 def _create(name: str, weights: str | None) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from small_segmenter import randomise_batchnorm
 from torch import Tensor, nn
 from transformers import SwinBackbone, SwinConfig
 
-from models.backbone import Backbone
+from models.backbone import Backbone, _affine
 from pipeline.bench.reference import Names, renamed
 from storage.checkpoints import save_checkpoint
 
@@ -203,3 +204,27 @@ def test_a_classifier_of_other_categories_is_ignored(tmp_path: Path, classes: in
     backbone = Backbone("convnext_atto", weights=str(path))
     assert backbone.channels[1] == 80
     assert torch.equal(backbone.net.state_dict()["stem_0.weight"], source.state_dict()["stem.0.weight"])
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_frozen_batchnorm_as_a_product_and_sum(dtype: torch.dtype, limit: float) -> None:
+    """The form for a GPU against torch's own: values and the gradient of the input, relative in the 2-norm."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(16).double()
+    randomise_batchnorm(norm)
+    norm.eval().requires_grad_(False)
+    x = torch.randn(2, 16, 5, 7, dtype=torch.float64)
+    norm_type = torch.float64 if dtype == torch.float64 else torch.float32
+    found = []
+    # torch's own in double precision is the reference
+    for kind, forward in (
+        (torch.float64, norm),
+        (dtype, lambda leaf: _affine(copy.deepcopy(norm).to(norm_type), leaf)),
+    ):
+        leaf = x.to(kind, memory_format=torch.channels_last).requires_grad_()
+        out = forward(leaf)
+        out.square().sum().backward()
+        assert leaf.grad is not None and out.dtype == kind
+        found.append((out.detach().double(), leaf.grad.double()))
+    for expected, ours in zip(*found, strict=True):
+        assert (ours - expected).norm() < limit * expected.norm()
