@@ -34,7 +34,7 @@ from pipeline.world.names import SHAPES, stuff_names, thing_names
 from storage.shards import Sample, Segment, decode_ids, decode_image, encode_ids, read_shard, write_shard
 
 HEIGHT, WIDTH = 480, 640
-MODEL = "ViT-B-16"
+MODEL = "ViT-B-16-quickgelu"  # of the COCO presets
 EVERYTHING = Benchmark(
     name="all", categories=(Category(id=1, name="thing", isthing=True),), unseen_ids=(), protocol="none"
 )
