@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _require_command(argv, command_line.commands)
         options, overrides = command_line.parse_known_args(argv)
         _require_known(overrides, options, command_line.commands[options.command])
-        if getattr(options, "skip_bad", False):
+        if options.command in TREE_COMMANDS and options.skip_bad:
             overrides.append("--shard.skip-bad")
         options.overrides = tuple(overrides)
         status = options.run(options)
@@ -311,6 +311,9 @@ def _add_predict_flags(predict: _Parser) -> None:
         help="folder for panoptic.json, panoptic/, panoptic_rle.json and overlay/",
     )
     predict.add_argument("--names", default="", metavar="A,B,C", help="class names beyond the checkpoint's")
+    predict.add_argument(
+        "--skip-bad", action="store_true", help="leave out files that cannot be read, and list them in panoptic.json"
+    )
     _add_teacher_flag(predict, "with --names")
 
 

@@ -122,6 +122,7 @@ def predict_images(options: argparse.Namespace) -> int:
         images=options.images,
         out=options.out,
         names=[name.strip() for name in options.names.split(",") if name.strip()],
+        skip_bad=options.skip_bad,
         teacher_weights=options.teacher,
         store=open_store(options),
         runtime=open_runtime(options),

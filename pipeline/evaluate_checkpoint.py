@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.data.benchmarks import Benchmark, load_benchmark
 from pipeline.data.coco import Entry, read_split
+from pipeline.data.images import read_image
 from pipeline.data.label_maps import LabelledImage, find_split, read_labels, write_labels
-from pipeline.data.samples import panoptic_sample, read_image
+from pipeline.data.samples import panoptic_sample
 from pipeline.inference.model import checkpoint_folder
 from pipeline.runtime import Runtime
 from pipeline.scoring.config import EvaluateConfig
@@ -138,7 +139,7 @@ class _Panoptic:
         for entry in self.entries:
             sample = panoptic_sample(self.root, self.folder, entry)
             if isinstance(sample, str):
-                raise UserError(f"{self.root}: {self.folder} image {entry.image_id} {sample}; re-download it")
+                raise UserError(f"{self.root}: {self.folder} image {entry.image_id} {sample}; replace it")
             yield (entry, sample), channels_first(decode_image(sample))
 
     def score(self, predictor: _Predictor, benchmark: Benchmark, out: Path | None) -> Scored:
@@ -180,12 +181,14 @@ class _Semantic:
         from pipeline.scoring.metrics import ConfusionMatrix, semantic_scores
 
         confusion, pixels = ConfusionMatrix(len(benchmark.categories)), _Pixels()
-        views = ((item, channels_first(read_image(item.image))) for item in self.images)
-        for item, output, logits in predictor(views, len(self.images)):
-            labels = read_labels(item.label, benchmark)
-            if labels.shape != output.original_size:
-                sizes = [f"{width} x {height}" for height, width in (labels.shape, output.original_size)]
-                raise UserError(f"{item.label} is {sizes[0]} pixels, but {item.image} {sizes[1]}; re-download both")
+
+        def views() -> Iterator[tuple[tuple[LabelledImage, np.ndarray], Tensor]]:
+            for item in self.images:
+                labels = read_labels(item.label, benchmark)
+                where = f"in its label map {item.label}"
+                yield (item, labels), channels_first(read_image(item.image, labels.shape[::-1], where))
+
+        for (item, labels), output, logits in predictor(views(), len(self.images)):
             guess = semantic_map(output, logits, predictor.classes, seen_offset=predictor.seen_offset)
             confusion.update(labels, guess, image=item.name)
             pixels.add(labels)

@@ -1,8 +1,9 @@
 """Stage `shard`: every image of both splits, with its annotation, checked and copied into webdataset tars.
 
 Samples are in image-id order, `samples_per_tar` listed images per tar (training shuffles tars, and samples within them,
-later). Files are copied unchanged, except that a label map becomes a map of segments, one per class in it, so that
-later stages read one kind of sample. Unseen classes are kept: shards serve every protocol.
+later). JPEGs, 8-bit RGB PNGs and panoptic PNGs are copied unchanged; any other image, and one that is annotated as its
+orientation shows it, becomes a PNG of its pixels (data/README.md), and a label map a map of segments, one per class in
+it, so that later stages read one kind of sample. Unseen classes are kept: shards serve every protocol.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 STAGE = "shard"
 KIND = "shards"
 VERSION = 2
-CURE = "re-download it or pass --skip-bad"
+CURE = "replace it or pass --skip-bad"
 
 Source = CocoSource | LabelSource | Ref
 """A folder of COCO files, a folder of images with label maps (for a semantic benchmark), or generated scenes (an
@@ -167,7 +168,7 @@ def _shard(
                 )
             if not index[split]:
                 reason = next(bad["reason"] for bad in skipped if bad["split"] == split)
-                raise UserError(f"{root}: no {split} image can be used, the first {reason}; re-download the data")
+                raise UserError(f"{root}: no {split} image can be used, the first {reason}; replace the files")
             build.counts[split] = {
                 **counts,
                 "stuff": counts["segments"] - counts["things"],

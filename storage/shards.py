@@ -1,6 +1,7 @@
-"""Shards: webdataset tars of undecoded samples, `{image_id:012d}.jpg/.json/.png` each.
+"""Shards: webdataset tars of undecoded samples, `{image_id:012d}.jpg/.json/.png` each, or `.image.png/.json/.png`.
 
-JPEG has no checksum of its own, so every JSON holds one over its sample (tars of an older version: none).
+The image is a JPEG or an 8-bit RGB PNG, upright as its ids. JPEG has no checksum of its own, so every JSON holds one
+over its sample (tars of an older version: none).
 The same samples always give the same bytes (mtime 0, one owner, members in order). A tar is read front to back.
 """
 
@@ -24,10 +25,13 @@ from webdataset.writer import TarWriter
 from storage.atomic import replacing, write_text
 from storage.errors import UserError
 from storage.id_colours import colours_of, ids_of
+from storage.images import open_image
 
 INDEX = "index.json"
 _TAR = re.compile(r"(train|val)-\d{6}\.tar")
-_MEMBER = re.compile(r"\d{12}\.(jpg|json|png)")
+_IMAGES = ("jpg", "image.png")
+_PNG = b"\x89PNG\r\n\x1a\n"
+_MEMBER = re.compile(r"\d{12}\.(jpg|image\.png|json|png)")
 _BLOCK = tarfile.BLOCKSIZE
 
 
@@ -43,11 +47,11 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One image, undecoded: its JPEG and PNG files (the PNG as it was, or made of a label map), size in pixels,
-    segments in the annotations' order."""
+    """One image, undecoded: its `image` file (a JPEG or an 8-bit RGB PNG), the `png` of its ids (as it was, or made of
+    a label map), size in pixels, segments in the annotations' order."""
 
     image_id: int
-    jpeg: bytes
+    image: bytes
     png: bytes
     height: int
     width: int
@@ -77,11 +81,11 @@ def _write(file: Any, samples: Iterable[Sample]) -> None:
                 "width": sample.width,
                 "segments": [asdict(segment) for segment in sample.segments],
             }
-            about["crc32"] = _checksum(about, sample.jpeg, sample.png)
+            about["crc32"] = _checksum(about, sample.image, sample.png)
             tar.write(
                 {
                     "__key__": f"{sample.image_id:012d}",
-                    "jpg": sample.jpeg,
+                    "image.png" if sample.image.startswith(_PNG) else "jpg": sample.image,
                     "json": _dumps(about),
                     "png": sample.png,
                 }
@@ -97,8 +101,8 @@ def read_shard(path: Path) -> Iterator[Sample]:
     cure = "find the damage with `zs-seg verify` and rebuild it with `zs-seg run --force shard`"
     try:
         for files in group_by_keys(_members(path)):
-            if not {"jpg", "json", "png"} <= files.keys():
-                raise UserError(f"sample {files['__key__']} lacks its jpg, json or png")
+            if not {"json", "png"} <= files.keys() or len(files.keys() & set(_IMAGES)) != 1:
+                raise UserError(f"sample {files['__key__']} lacks its image, json or png")
             yield _sample(files)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; {cure}") from error
@@ -112,7 +116,7 @@ def _members(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as stream:
         for member in tar_file_iterator(stream, skip_meta=None):  # pyright: ignore[reportArgumentType]
             if not _MEMBER.fullmatch(member["fname"]):
-                raise UserError(f"member {member['fname']!r} is no {{image id}}.jpg, .json or .png")
+                raise UserError(f"member {member['fname']!r} is no {{image id}}.jpg, .image.png, .json or .png")
             size += _BLOCK + -(-len(member["data"]) // _BLOCK) * _BLOCK
             yield {**member, "__url__": str(path)}
     # tarfile takes a cut or damaged header for the end of the archive; the end is two blocks of zeros, nothing behind
@@ -127,8 +131,8 @@ def _dumps(about: dict[str, Any]) -> bytes:
     return json.dumps(about, separators=(",", ":")).encode()
 
 
-def _checksum(about: dict[str, Any], jpeg: bytes, png: bytes) -> int:
-    return zlib.crc32(png, zlib.crc32(jpeg, zlib.crc32(_dumps(about))))
+def _checksum(about: dict[str, Any], image: bytes, png: bytes) -> int:
+    return zlib.crc32(png, zlib.crc32(image, zlib.crc32(_dumps(about))))
 
 
 def _sample(files: dict[str, Any]) -> Sample:
@@ -137,7 +141,7 @@ def _sample(files: dict[str, Any]) -> Sample:
         checksum = about.pop("crc32", None)
         sample = Sample(
             image_id=about["image_id"],
-            jpeg=files["jpg"],
+            image=next(files[kind] for kind in _IMAGES if kind in files),
             png=files["png"],
             height=about["height"],
             width=about["width"],
@@ -145,35 +149,19 @@ def _sample(files: dict[str, Any]) -> Sample:
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"sample {files['__key__']} has a broken json") from error
-    if checksum not in (None, _checksum(about, sample.jpeg, sample.png)):
+    if checksum not in (None, _checksum(about, sample.image, sample.png)):
         raise UserError(f"sample {files['__key__']} is not what its checksum says")
     return sample
 
 
 def decode_image(sample: Sample) -> np.ndarray:
-    """The image, (H, W, 3) uint8 RGB. Raises OSError, SyntaxError or ValueError when the JPEG is damaged."""
-    return np.array(open_image(sample.jpeg, "JPEG").convert("RGB"))
+    """The image, (H, W, 3) uint8 RGB. Raises OSError, SyntaxError or ValueError when the file is damaged."""
+    return np.array(open_image(io.BytesIO(sample.image), ("JPEG", "PNG")).convert("RGB"))
 
 
 def decode_ids(sample: Sample) -> np.ndarray:
     """The segment id of each pixel, (H, W) int32: R + 256 G + 65536 B, 0 = void. Raises as `decode_image`."""
-    return ids_of(np.asarray(open_image(sample.png, "PNG").convert("RGB")))
-
-
-def open_image(data: bytes, kind: str) -> Image.Image:
-    """A "JPEG" or "PNG" whose header is read and whose pixels are not; a file of another kind is refused.
-
-    Raises Image.DecompressionBombError where the header promises more pixels than PIL's limit.
-    """
-    image = Image.open(io.BytesIO(data), formats=[kind])
-    refuse_bomb(image)
-    return image
-
-
-def refuse_bomb(image: Image.Image) -> None:
-    """Raises Image.DecompressionBombError above PIL's limit of pixels; PIL itself only warns, up to twice the limit."""
-    if image.width * image.height > (limit := Image.MAX_IMAGE_PIXELS or 0):
-        raise Image.DecompressionBombError(f"it has {image.width} x {image.height} pixels, more than {limit}")
+    return ids_of(np.asarray(open_image(io.BytesIO(sample.png), ("PNG",)).convert("RGB")))
 
 
 def encode_ids(ids: np.ndarray) -> bytes:

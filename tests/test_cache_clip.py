@@ -208,13 +208,15 @@ def test_who_is_kept_for_training(protocol: Protocol, expected: list[bool]) -> N
     benchmark = replace(BENCHMARK, protocol=protocol)
     for categories, keeps in zip([[seen, seen], [seen, unseen], [unseen], []], expected, strict=True):
         segments = tuple(Segment(id=i + 1, category_id=c, area=1, iscrowd=False) for i, c in enumerate(categories))
-        sample = Sample(image_id=1, jpeg=b"", png=b"", height=1, width=1, segments=segments)
+        sample = Sample(image_id=1, image=b"", png=b"", height=1, width=1, segments=segments)
         assert kept_for_training(sample, benchmark) == keeps
 
 
 def test_an_unseen_crowd_counts_too() -> None:
     crowd = Segment(id=1, category_id=BENCHMARK.unseen_ids[0], area=1, iscrowd=True)
-    assert not kept_for_training(Sample(image_id=1, jpeg=b"", png=b"", height=1, width=1, segments=(crowd,)), BENCHMARK)
+    assert not kept_for_training(
+        Sample(image_id=1, image=b"", png=b"", height=1, width=1, segments=(crowd,)), BENCHMARK
+    )
 
 
 CHANGES: list[dict[str, Any]] = [

@@ -18,7 +18,7 @@ from flows.presets import PRESETS, preset
 ROOT = Path(__file__).parents[1]
 PAPER = "Semantic-Centric Alignment for Zero-Shot Panoptic and Semantic Segmentation"
 CODE = ("flows", "models", "pipeline", "storage", "tests")
-WINGS = ("ablation", "bench", "world")  # those of pipeline/ with a README of their own
+WINGS = ("ablation", "bench", "data", "world")  # those of pipeline/ with a README of their own
 FOLDERS = ("pipeline", *(f"pipeline/{wing}" for wing in WINGS), "models", "storage", "flows", "docker", "tests")
 READMES = ("README.md", *(f"{folder}/README.md" for folder in FOLDERS))
 GUIDES = (*READMES, ".github/CONTRIBUTING.md")  # CHANGELOG.md may name what is gone

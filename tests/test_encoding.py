@@ -61,7 +61,7 @@ def sample(number: int, shape: tuple[int, int], segments: int, *, unseen: bool =
         Segment(id=int(i), category_id=2 if unseen else 1, area=int((ids == i).sum()), iscrowd=False) for i in keep
     )
     return Sample(
-        image_id=number, jpeg=file.getvalue(), png=encode_ids(ids), height=shape[0], width=shape[1], segments=found
+        image_id=number, image=file.getvalue(), png=encode_ids(ids), height=shape[0], width=shape[1], segments=found
     )
 
 

@@ -242,6 +242,38 @@ def test_a_checkpoint_on_the_known_data_sets(run: Run, tmp_path: Path, name: str
         assert values.shape == (HEIGHT, WIDTH) and set(np.unique(values)) <= set(benchmark.index)
 
 
+def test_a_turned_photo_is_scored_as_its_label_map_lies(run: Run, tmp_path: Path) -> None:
+    """Phone photos give the upright ones' maps; where the map's size does not tell how they lie, they are refused."""
+    file = own_semantic(run, tmp_path)
+    (tmp_path / "val2017").unlink()
+    (tmp_path / "val2017").mkdir()
+    for number, path in enumerate(sorted((run.data / "val2017").iterdir())[:3]):
+        with Image.open(path) as image:
+            upright = image.crop((0, 0, 96, 64))
+        exif = Image.Exif()
+        exif[274] = 6
+        upright.save(tmp_path / "val2017" / f"{number}.jpg", format="PNG")
+        stored = upright.transpose(Image.Transpose.ROTATE_90)
+        stored.save(tmp_path / "val2017" / f"{number}_turned.JPG", format="PNG", exif=exif)
+        for name in (f"{number}", f"{number}_turned"):
+            save_labels(tmp_path / "maps" / f"{name}.png", np.full((64, 96), BENCHMARK.categories[0].id, np.uint8))
+    evaluate(run, file, tmp_path, out=str(tmp_path / "out"))
+    for number in range(3):
+        one, other = (np.array(Image.open(tmp_path / "out" / f"{number}{end}.png")) for end in ("", "_turned"))
+        np.testing.assert_array_equal(one, other)
+
+    save_labels(tmp_path / "maps" / "0.png", np.full((64, 95), BENCHMARK.categories[0].id, np.uint8))
+    with pytest.raises(
+        ValueError, match=r"0\.jpg is 96 x 64 pixels, but 95 x 64 in its label map .*0\.png; replace it"
+    ):
+        evaluate(run, file, tmp_path)
+    save_labels(tmp_path / "maps" / "0.png", np.full((64, 96), BENCHMARK.categories[0].id, np.uint8))
+    exif[274] = 3
+    upright.save(tmp_path / "val2017" / "0.jpg", format="PNG", exif=exif)
+    with pytest.raises(ValueError, match=r"0\.jpg states orientation 3, and its size does not tell"):
+        evaluate(run, file, tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------ classes
 
 

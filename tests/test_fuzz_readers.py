@@ -5,6 +5,7 @@ one line.
 from __future__ import annotations
 
 import copy
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -23,8 +24,9 @@ from PIL import Image
 
 from pipeline.data.benchmarks import Benchmark, Category, LabelFiles, load_benchmark
 from pipeline.data.coco import read_split
+from pipeline.data.images import for_shard, read_image
 from pipeline.data.label_maps import read_labels
-from pipeline.data.samples import panoptic_sample, read_image
+from pipeline.data.samples import panoptic_sample
 from pipeline.scoring.pq import read_panoptic
 from pipeline.teacher.text_bank import open_text
 from pipeline.training.curves import read_curves
@@ -42,7 +44,7 @@ FUZZ = examples(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 SAMPLES = [
-    Sample(image_id=i, jpeg=bytes(range(200)) * 4, png=b"p" * 300, height=3, width=4,
+    Sample(image_id=i, image=bytes(range(200)) * 4, png=b"p" * 300, height=3, width=4,
            segments=(Segment(id=7 + i, category_id=1, area=12, iscrowd=False),))
     for i in range(3)
 ]  # fmt: skip
@@ -269,6 +271,25 @@ def test_images_and_label_maps(coco: Path, tmp_path: Path, change: Callable[[byt
         path = tmp_path / name
         path.write_bytes(change(path.read_bytes()))
         attempt(lambda path=path, read=read: read(path))
+
+
+PHOTO = np.kron(np.random.default_rng(0).integers(0, 256, (4, 5, 3)), np.ones((2, 3, 1))).astype(np.uint8)
+
+
+@FUZZ
+@given(change=edits(), kind=st.sampled_from(["JPEG", "PNG", "WEBP", "BMP", "TIFF", "TIFF packed", "TIFF 16"]))
+def test_images_of_every_format(tmp_path: Path, change: Callable[[bytes], bytes], kind: str) -> None:
+    """With EXIF of a turned photo and its thumbnail's place, as cameras write it."""
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[274], exif[305] = 6, "camera"
+    exif.get_ifd(0x8769)[0x9003] = "2026:11:26 10:00:00"
+    picture = Image.fromarray(PHOTO[..., 0].astype(np.uint16) * 257 if kind == "TIFF 16" else PHOTO)
+    packed = {"compression": "tiff_lzw"} if kind == "TIFF packed" else {}
+    picture.save(file, format=kind.split(maxsplit=1)[0], exif=exif, **packed)
+    path = tmp_path / "image"
+    path.write_bytes(change(file.getvalue()))
+    attempt(lambda: read_image(path))
+    attempt(lambda: for_shard(path.read_bytes(), (8, 15), "in the JSON"))
 
 
 @FUZZ

@@ -81,6 +81,27 @@ def test_names_may_hold_subfolders_and_endings(tmp_path: Path) -> None:
     assert found.images[1].label == tmp_path / "maps/north/b_map.png"
 
 
+def test_a_suffix_stands_for_all_its_spellings(tmp_path: Path) -> None:
+    """Cameras and Windows mix them; a name's own dots and the rest of its spelling stay."""
+    names = ("a.JPG", "b.jpeg", "c.v1.2.jpg", "D.JpEg")
+    for name in names:
+        save_labels(tmp_path / "maps" / f"{Path(name).stem}_map.{'PNG' if name == 'a.JPG' else 'png'}", stripes((4,)))
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / f"{Path(name).stem}_photo{Path(name).suffix}").write_bytes(b"")
+    (tmp_path / "photos" / "e_photo.png").write_bytes(b"")
+    (tmp_path / "photos" / "f_PHOTO.jpg").write_bytes(b"")
+    found = find_split(OWN, tmp_path, "val")
+    assert {image.name: image.image.suffix for image in found.images} == {
+        "D": ".JpEg", "a": ".JPG", "b": ".jpeg", "c.v1.2": ".jpg"
+    }  # fmt: skip
+    assert found.images[1].label == tmp_path / "maps/a_map.PNG"
+    (tmp_path / "photos" / "b_photo.jpg").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"b_photo\.\w+ and .*b_photo\.\w+ are two images of one name; remove or rename"
+    ):
+        find_split(OWN, tmp_path, "val")
+
+
 MISSING: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "no folder": ("voc20", lambda d: d.rename(d.parent / "away"), ["--data", "data not found"]),
     "voc images": (
@@ -232,10 +253,10 @@ def test_files_that_are_no_label_maps(tmp_path: Path) -> None:
         read_labels(path, THREE)
     save_labels(path, stripes((2, 4)))
     path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(ValueError, match=r"a\.png cannot be read as a PNG"):
+    with pytest.raises(ValueError, match=r"a\.png is damaged"):
         read_labels(path, THREE)
     Image.fromarray(stripes((2, 4))).save(path, format="JPEG")
-    with pytest.raises(ValueError, match=r"a\.png cannot be read as a PNG"):
+    with pytest.raises(ValueError, match=r"a\.png is no PNG"):
         read_labels(path, THREE)
 
 

@@ -25,8 +25,9 @@ from coco_factory import make_coco
 from models.backbone_weights import read_weights
 from pipeline.data.benchmarks import load_benchmark
 from pipeline.data.coco import read_split
+from pipeline.data.images import read_image
 from pipeline.data.label_maps import find_split, read_labels
-from pipeline.data.samples import panoptic_sample, read_image
+from pipeline.data.samples import panoptic_sample
 from pipeline.runtime import Runtime
 from pipeline.scoring.pq import evaluate
 from pipeline.teacher.cluster import Progress, run_tasks
@@ -176,7 +177,7 @@ def test_image_bombs_are_refused_before_they_go_off(
     before = psutil.Process().memory_info().rss
     found = panoptic_sample(coco, "train2017", entry)
     assert isinstance(found, str)
-    with pytest.raises(ValueError, match=f"{path} cannot be read as an image .*pixels"):
+    with pytest.raises(ValueError, match=f"{path} has more than 89478485 pixels"):
         read_image(path)
     if bomb is png_bomb:
         truth = coco / "annotations" / "panoptic_train2017.json"
@@ -191,7 +192,7 @@ def test_image_bombs_are_refused_before_they_go_off(
 def test_an_image_of_another_kind_under_an_images_name(tmp_path: Path) -> None:
     """PIL would start Ghostscript for this one."""
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
-    with pytest.raises(ValueError, match=r"a\.jpg cannot be read as an image"):
+    with pytest.raises(ValueError, match=r"a\.jpg is no JPEG"):
         read_image(tmp_path / "a.jpg")
 
 

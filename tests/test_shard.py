@@ -52,7 +52,7 @@ def test_good_data_comes_through(coco: Path, store: Store) -> None:
         assert [sample.image_id for sample in read] == sorted(images)
         for sample in read:
             image, annotation = images[sample.image_id], annotations[sample.image_id]
-            assert sample.jpeg == (coco / folder / image["file_name"]).read_bytes()
+            assert sample.image == (coco / folder / image["file_name"]).read_bytes()
             assert sample.png == (coco / "annotations" / f"panoptic_{folder}" / annotation["file_name"]).read_bytes()
             assert decode_image(sample).shape == (image["height"], image["width"], 3)
             segments = [

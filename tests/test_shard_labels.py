@@ -59,7 +59,7 @@ def test_a_map_becomes_a_segment_a_class(data: Path, benchmark: Benchmark, store
         assert [sample.image_id for sample in read] == list(range(first, first + count))
         for sample in read:
             name = f"{split}2017/{sample.image_id:012d}"
-            assert sample.jpeg == (data / f"{name}.jpg").read_bytes()
+            assert sample.image == (data / f"{name}.jpg").read_bytes()
             values, ids = values_of(data / "stuffthingmaps" / f"{name}.png"), decode_ids(sample)
             assert (sample.height, sample.width) == values.shape
             np.testing.assert_array_equal(ids == 0, values == UNLABELLED)
@@ -150,7 +150,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "16 bits": (lambda d: stretch(d / PNG), f"'{PNG}' that has pixels of value "),
     "wrong size": (
         lambda d: save_labels(d / PNG, values_of(d / PNG)[1:].astype(np.uint8)),
-        rf"'{PNG}' that is \d+ x \d+ pixels, but its image is \d+ x \d+",
+        rf"'{JPEG}' that is \d+ x \d+ pixels, but \d+ x \d+ in its label map",
     ),
     "map missing": (lambda d: (d / PNG).unlink(), f"lacks its file '{PNG}'"),
     "image missing": (lambda d: (d / JPEG).unlink(), f"lacks its file '{JPEG}'"),
@@ -158,14 +158,14 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: Image.open(d / PNG).convert("RGB").save(d / PNG),
         r"is a PNG in colours \(mode RGB\)",
     ),
-    "map truncated": (lambda d: (d / PNG).write_bytes((d / PNG).read_bytes()[:60]), "cannot be read as a PNG"),
-    "map is text": (lambda d: (d / PNG).write_text("<html>404</html>"), f"'{PNG}' that cannot be read as a PNG"),
+    "map truncated": (lambda d: (d / PNG).write_bytes((d / PNG).read_bytes()[:60]), f"'{PNG}' that is damaged"),
+    "map is text": (lambda d: (d / PNG).write_text("<html>404</html>"), f"'{PNG}' that is no PNG"),
     "map is a folder": (lambda d: ((d / PNG).unlink(), (d / PNG).mkdir()), f"lacks its file '{PNG}'|cannot be read"),
     "image truncated": (
         lambda d: (d / JPEG).write_bytes((d / JPEG).read_bytes()[:400]),
         f"'{JPEG}' that is damaged",
     ),
-    "image is a png": (lambda d: Image.open(d / JPEG).save(d / JPEG, format="PNG"), f"'{JPEG}' that is no JPEG"),
+    "image is a gif": (lambda d: Image.open(d / JPEG).save(d / JPEG, format="GIF"), f"'{JPEG}' that is no JPEG"),
 }
 
 

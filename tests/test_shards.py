@@ -19,6 +19,7 @@ from storage.shards import (
     Sample,
     Segment,
     Shards,
+    check_shard,
     decode_ids,
     decode_image,
     encode_ids,
@@ -38,7 +39,7 @@ SAMPLES = st.lists(
     st.builds(
         Sample,
         image_id=st.integers(0, 10**12 - 1),
-        jpeg=st.binary(max_size=2000),
+        image=st.binary(max_size=2000),
         png=st.binary(max_size=600),
         height=st.integers(1, 999),
         width=st.integers(1, 999),
@@ -49,7 +50,7 @@ SAMPLES = st.lists(
 )
 SAMPLE = Sample(
     image_id=42,
-    jpeg=b"j" * 700,
+    image=b"j" * 700,
     png=b"p" * 10,
     height=3,
     width=4,
@@ -177,14 +178,29 @@ def test_ids_are_cocos() -> None:
 def test_images_of_any_mode_become_rgb(mode: str) -> None:
     file = io.BytesIO()
     Image.new("RGB", (4, 3), (200, 200, 200)).convert(mode).save(file, format="JPEG", quality=100)
-    pixels = decode_image(replace(SAMPLE, jpeg=file.getvalue()))
+    pixels = decode_image(replace(SAMPLE, image=file.getvalue()))
     assert pixels.shape == (3, 4, 3) and pixels.dtype == np.uint8
     assert abs(pixels.astype(int) - 200).max() <= 2
 
 
 def test_another_file_format_is_refused() -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 3)).save(file, format="BMP")
     with pytest.raises(OSError):
-        decode_image(replace(SAMPLE, jpeg=encode_ids(np.ones((3, 4), np.int64))))
+        decode_image(replace(SAMPLE, image=file.getvalue()))
+
+
+def test_an_image_may_be_a_png(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 3)).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    samples = [SAMPLE, replace(SAMPLE, image_id=43, image=file.getvalue())]
+    write_shard(tmp_path / "a.tar", samples)
+    check_shard(tmp_path / "a.tar")
+    assert list(read_shard(tmp_path / "a.tar")) == samples
+    np.testing.assert_array_equal(decode_image(samples[1]), pixels)
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert tar.getnames()[3:] == [f"{43:012d}.image.png", f"{43:012d}.json", f"{43:012d}.png"]
 
 
 def test_shards_reads_its_index(tmp_path: Path) -> None:

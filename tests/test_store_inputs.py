@@ -108,7 +108,7 @@ def test_an_input_that_is_gone_leaves_what_there_is(store: Store) -> None:
 
 def test_a_piece_that_a_killed_build_left_damaged_is_made_again(tmp_path: Path) -> None:
     """A flipped bit in a JPEG: no format but ours would notice."""
-    sample = Sample(image_id=1, jpeg=b"j" * 2000, png=b"p", height=1, width=1, segments=())
+    sample = Sample(image_id=1, image=b"j" * 2000, png=b"p", height=1, width=1, segments=())
     build, tar = Build(store=Store(tmp_path), recipe=TOKENS, path=tmp_path), tmp_path / "train-000000.tar"
     assert not build.holds(tar, check_shard)
     write_shard(tar, [sample])

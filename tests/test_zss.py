@@ -186,7 +186,7 @@ def test_targets_are_the_seen_classes_with_tokens_of_their_own(run: Run) -> None
 
 def test_what_is_shown_in_training() -> None:
     parts = tuple(Segment(id=i + 1, category_id=i, area=1, iscrowd=False) for i in (0, 7, 20, 24))
-    sample = Sample(image_id=1, jpeg=b"", png=b"", height=2, width=2, segments=parts)
+    sample = Sample(image_id=1, image=b"", png=b"", height=2, width=2, segments=parts)
     categories = load_benchmark("coco-stuff-zss").categories
     protocols: list[tuple[Any, list[int]]] = [
         ("pixel-ignore", [0, 24]), ("image-filter", [0, 7, 20, 24]), ("none", [0, 7, 20, 24]),

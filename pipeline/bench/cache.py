@@ -172,7 +172,7 @@ class _Work:
 
     def decode_with_torchvision(self) -> None:
         for sample in self.samples:
-            jpeg, png = (torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in (sample.jpeg, sample.png))
+            jpeg, png = (torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in (sample.image, sample.png))
             decode_jpeg(jpeg, ImageReadMode.RGB)
             red, green, blue = decode_png(png, ImageReadMode.RGB).int()
             _ = red + 256 * green + 65536 * blue
@@ -199,7 +199,7 @@ def _samples(count: int) -> Iterator[Sample]:
         drawn.append((file.getvalue(), encode_ids(ids), segments))
     for number in range(count):
         jpeg, png, segments = drawn[number % len(drawn)]
-        yield Sample(image_id=number + 1, jpeg=jpeg, png=png, height=HEIGHT, width=WIDTH, segments=segments)
+        yield Sample(image_id=number + 1, image=jpeg, png=png, height=HEIGHT, width=WIDTH, segments=segments)
 
 
 def coco_samples(root: Path, count: int) -> Iterator[Sample]:
@@ -213,7 +213,7 @@ def coco_samples(root: Path, count: int) -> Iterator[Sample]:
         )
         yield Sample(
             image_id=image["id"],
-            jpeg=(root / "val2017" / image["file_name"]).read_bytes(),
+            image=(root / "val2017" / image["file_name"]).read_bytes(),
             png=(root / "annotations" / "panoptic_val2017" / annotation["file_name"]).read_bytes(),
             height=image["height"],
             width=image["width"],

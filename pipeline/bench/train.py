@@ -85,7 +85,7 @@ def _loading(shards: Path, tokens: Path, text: Path, runtime: Runtime, *, images
     kept = [sample for sample, _ in islice(data.plain_samples(), images)]
     with tempfile.TemporaryDirectory() as loose:
         for sample in kept:
-            (Path(loose) / f"{sample.image_id}.jpg").write_bytes(sample.jpeg)
+            (Path(loose) / f"{sample.image_id}.jpg").write_bytes(sample.image)
             (Path(loose) / f"{sample.image_id}.png").write_bytes(sample.png)
         started = time.perf_counter()
         for _ in islice(data.batches(1, start=0), len(kept)):

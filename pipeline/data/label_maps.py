@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.data.benchmarks import Benchmark, LabelFiles
+from pipeline.data.images import annotation_png
 from storage.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
+_SUFFIXES = {"jpeg": "jpg", "tiff": "tif"}  # what stands for the same format
 IGNORED = -1
 _UNKNOWN = -2
 
@@ -176,7 +176,7 @@ def _take(
     and the files need not be `complete`: the pattern with most files."""
     at, most = "", dict[str, str]()
     for pattern in patterns:
-        found = dict(_matching(root, pattern))
+        found = _by_name(root, pattern, what)
         if found and (names is None or found.keys() >= set(names)):
             return pattern, found
         if len(found) > len(most):
@@ -192,18 +192,37 @@ def _take(
     )
 
 
+def _by_name(root: Path, pattern: str, what: str) -> dict[str, str]:
+    """The files that match, by name. Raises UserError for two of one name, such as a.jpg and a.JPEG."""
+    found: dict[str, str] = {}
+    for name, path in _matching(root, pattern):
+        if name in found:
+            raise UserError(f"{found[name]} and {path} are two {what}s of one name; remove or rename one")
+        found[name] = path
+    return found
+
+
 def _matching(root: Path, pattern: str) -> Iterator[tuple[str, str]]:
     """(what `*` stands for, path) of each file below `root` that matches, without hidden files such as those of macOS.
+    A pattern's suffix stands for all spellings of it: ".jpg" also for ".JPG" and ".jpeg".
     Paths are strings, not Path objects, for speed: COCO has 120,000 of them."""
     head, tail = pattern.split("*")
+    tail, suffix = _suffix(tail)
     folder, _, prefix = head.rpartition("/")
     top = str(root / folder)
     for path, _, files in os.walk(top):
         below = "" if path == top else Path(path).relative_to(top).as_posix() + "/"
         for file in files:
-            name = below + file
-            if name.startswith(prefix) and name.endswith(tail) and not file.startswith("."):
+            name, kind = _suffix(below + file)
+            if kind == suffix and name.startswith(prefix) and name.endswith(tail) and not file.startswith("."):
                 yield name[len(prefix) : len(name) - len(tail)], os.path.join(path, file)
+
+
+def _suffix(name: str) -> tuple[str, str]:
+    """("a.b", "jpg") of "a.b.JPEG": what is before the last dot, and what is behind it, spelled in one way."""
+    stem, _, suffix = name.rpartition(".")
+    suffix = suffix.lower()
+    return stem, _SUFFIXES.get(suffix, suffix)
 
 
 def _file(root: Path, pattern: str, name: str) -> Path:
@@ -261,25 +280,14 @@ def _table(index: Mapping[int, int], ignored: Sequence[int], size: int) -> np.nd
 def _values(png: bytes) -> np.ndarray:
     """(H, W) integers as stored."""
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
 
-    from storage.shards import open_image
-
-    try:
-        image = open_image(png, "PNG")
-        mode, bits = image.mode, png[24]  # the header's bit depth
-        values = np.array(image)
-    except UnidentifiedImageError as error:  # its text holds a memory address
-        raise UserError("cannot be read as a PNG") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"has more than {Image.MAX_IMAGE_PIXELS} pixels") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
-        raise UserError(f"cannot be read as a PNG ({' '.join(str(error).split())})") from error
+    image = annotation_png(png)
+    mode, bits = image.mode, png[24]  # the header's bit depth
     if mode not in ("1", "L", "P", "I", "I;16"):
         raise UserError(f"is a PNG in colours (mode {mode}), and a label map is grey or paletted")
     if mode == "L" and bits < 8:  # PIL would stretch its values to 0..255
         raise UserError(f"is a grey PNG of {bits} bits, and a label map has 8 or more")
-    return values.astype(np.int64)
+    return np.array(image).astype(np.int64)
 
 
 def write_labels(path: Path, classes: np.ndarray, benchmark: Benchmark) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.data.benchmarks import Benchmark
 from pipeline.data.coco import Entry
+from pipeline.data.images import annotation_png, for_shard
 from pipeline.data.label_maps import LabelledImage, decode_labels
 from storage.errors import UserError
 
@@ -20,29 +19,32 @@ if TYPE_CHECKING:
     from storage.shards import Sample, Shards
 
 
-# Some of PIL's other formats start external programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-
-
 def panoptic_sample(root: Path, folder: str, entry: Entry) -> Sample | str:
     """The image's sample, checked; or the problem, as text that continues "image 42 "."""
     from storage.shards import Sample, Segment, decode_ids
 
     if entry.problem:
         return entry.problem
-    jpeg_name, png_name = f"{folder}/{entry.image}", f"annotations/panoptic_{folder}/{entry.png}"
-    files = _read(root, jpeg_name, png_name)
+    image_name, png_name = f"{folder}/{entry.image}", f"annotations/panoptic_{folder}/{entry.png}"
+    files = _read(root, image_name, png_name)
     if isinstance(files, str):
         return files
-    jpeg, png = files
     size = entry.width, entry.height
-    for name, data, kind in ((jpeg_name, jpeg, "JPEG"), (png_name, png, "PNG")):
-        if problem := _decoding_problem(data, kind, size):
-            return f"has a file {name!r} that {problem}"
+    try:
+        image = for_shard(files[0], size, "in the JSON")
+    except UserError as error:
+        return f"has a file {image_name!r} that {error}"
+    try:
+        drawn = annotation_png(files[1])
+    except UserError as error:
+        return f"has a file {png_name!r} that {error}"
+    if drawn.size != size:
+        sizes = f"{drawn.width} x {drawn.height} pixels, but {size[0]} x {size[1]}"
+        return f"has a file {png_name!r} that is {sizes} in the JSON"
     sample = Sample(
         image_id=entry.image_id,
-        jpeg=jpeg,
-        png=png,
+        image=image,
+        png=files[1],
         height=entry.height,
         width=entry.width,
         segments=tuple(
@@ -51,6 +53,8 @@ def panoptic_sample(root: Path, folder: str, entry: Entry) -> Sample | str:
         ),
     )
     if problem := _segments_problem(decode_ids(sample), sample):
+        if drawn.mode in ("1", "L", "LA", "I;16"):
+            problem = f"is grey (mode {drawn.mode}), but a panoptic PNG is RGB, with id = R + 256 G + 65536 B"
         return f"has a file {png_name!r} that {problem}"
     return sample
 
@@ -63,28 +67,26 @@ def labelled_sample(root: Path, item: LabelledImage, image_id: int, benchmark: B
     """
     import numpy as np
 
-    from storage.shards import Sample, Segment, encode_ids, open_image
+    from storage.shards import Sample, Segment, encode_ids
 
-    jpeg_name, png_name = (path.relative_to(root).as_posix() for path in (item.image, item.label))
-    files = _read(root, jpeg_name, png_name)
+    image_name, png_name = (path.relative_to(root).as_posix() for path in (item.image, item.label))
+    files = _read(root, image_name, png_name)
     if isinstance(files, str):
         return files
-    jpeg, png = files
-    if problem := _decoding_problem(jpeg, "JPEG"):
-        return f"has a file {jpeg_name!r} that {problem}"
     try:
-        classes = decode_labels(png, benchmark)
+        classes = decode_labels(files[1], benchmark)
     except UserError as error:
         return f"has a file {png_name!r} that {error}"
-    width, height = open_image(jpeg, "JPEG").size
-    if classes.shape != (height, width):
-        size = f"{classes.shape[1]} x {classes.shape[0]}"
-        return f"has a file {png_name!r} that is {size} pixels, but its image is {width} x {height}"
+    height, width = classes.shape
+    try:
+        image = for_shard(files[0], (width, height), "in its label map")
+    except UserError as error:
+        return f"has a file {image_name!r} that {error}"
     values = np.array([category.id for category in benchmark.categories] + [-1])[classes]  # class -1 is the last
     found = zip(*(part.tolist() for part in np.unique(values, return_counts=True)), strict=True)
     return Sample(
         image_id=image_id,
-        jpeg=jpeg,
+        image=image,
         png=encode_ids(values + 1),
         height=height,
         width=width,
@@ -107,26 +109,6 @@ def _read(root: Path, *names: str) -> list[bytes] | str:
     return files
 
 
-def _decoding_problem(data: bytes, kind: str, expected: tuple[int, int] | None = None) -> str:
-    """What is wrong with the file's bytes, "" for nothing. `expected`: (width, height) in the JSON."""
-    from PIL import Image, UnidentifiedImageError
-
-    from storage.shards import open_image
-
-    try:
-        image = open_image(data, kind)
-        if expected and image.size != expected:
-            return f"is {image.width} x {image.height} pixels, but {expected[0]} x {expected[1]} in the JSON"
-        image.load()
-    except UnidentifiedImageError:  # its text holds a memory address
-        return f"is no {kind}"
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return f"has more than {Image.MAX_IMAGE_PIXELS} pixels"
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
-        return f"is damaged ({' '.join(str(error).split())})"
-    return ""
-
-
 def _segments_problem(ids: np.ndarray, sample: Sample) -> str:
     """How the id map (H, W) differs from the JSON's segments or their areas, "" for not at all."""
     import numpy as np
@@ -145,22 +127,6 @@ def _segments_problem(ids: np.ndarray, sample: Sample) -> str:
 
 def _some(ids: list[int]) -> str:
     return ", ".join(map(str, ids[:5])) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
-
-
-def read_image(path: Path) -> np.ndarray:
-    """An image file as (H, W, 3) uint8 RGB. Raises UserError, naming the file, if it is no image or damaged."""
-    import numpy as np
-    from PIL import Image
-
-    from storage.shards import refuse_bomb
-
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            refuse_bomb(image)
-            return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be read as an image ({reason}); replace it or leave it out") from error
 
 
 def samples_with_tokens(shards: Shards, tokens: Path) -> Iterator[tuple[tuple[Sample, Tensor], Tensor]]:

@@ -38,10 +38,7 @@ def write_coco_panoptic(
     name: str = "panoptic",
     rle: bool = False,
 ) -> Path:
-    """Writes predictions in COCO's panoptic format, `<folder>/<name>.json` and `<folder>/<name>/<image>.png`.
-
-    The PNGs hold R + 256 G + 65536 B = segment id. The JSON comes last and at once, so it never names a missing PNG.
-    With `rle` the same segments are written to `<folder>/<name>_rle.json` too, see `rle_results`.
+    """Writes predictions in COCO's panoptic format, see `PanopticWriter`; the JSON only if all of them are there.
 
     Returns:
         The path of the JSON.
@@ -49,40 +46,55 @@ def write_coco_panoptic(
     Raises:
         UserError: two images whose PNGs would have the same name.
     """
-    pngs = folder / name
-    pngs.mkdir(parents=True, exist_ok=True)
-    images, annotations, results, source_of = [], [], [], dict[str, str]()
+    writer = PanopticWriter(folder, name=name, rle=rle)
     for prediction in predictions:
+        writer.add(prediction)
+    return writer.finish(categories)
+
+
+class PanopticWriter:
+    """Predictions in COCO's panoptic format: `<folder>/<name>/<image>.png` one by one, then `<folder>/<name>.json`.
+
+    The PNGs hold R + 256 G + 65536 B = segment id. The JSON comes last and at once, so it never names a missing PNG.
+    With `rle` the same segments are written to `<folder>/<name>_rle.json` too, see `rle_results`.
+    """
+
+    def __init__(self, folder: Path, *, name: str = "panoptic", rle: bool = False) -> None:
+        self.folder, self.name, self.rle = folder, name, rle
+        self.images, self.annotations, self.results = [], [], []
+        self.source_of: dict[str, str] = {}
+        (folder / name).mkdir(parents=True, exist_ok=True)
+
+    def add(self, prediction: ImagePrediction) -> None:
+        """Writes the PNG. Raises UserError where another image's has its name."""
         png = f"{Path(prediction.file_name).stem}.png"
-        if png in source_of:
+        if png in self.source_of:
             raise UserError(
-                f"images {source_of[png]} and {prediction.file_name} would both be written to {png}; "
+                f"images {self.source_of[png]} and {prediction.file_name} would both be written to {png}; "
                 f"rename one of them or predict them into different folders"
             )
-        source_of[png] = prediction.file_name
-        (pngs / png).write_bytes(encode_ids(prediction.ids))
+        self.source_of[png] = prediction.file_name
+        (self.folder / self.name / png).write_bytes(encode_ids(prediction.ids))
         height, width = prediction.ids.shape
-        images.append({"id": prediction.image_id, "file_name": prediction.file_name, "height": height, "width": width})
-        annotations.append(
-            {
-                "image_id": prediction.image_id,
-                "file_name": png,
-                "segments_info": [
-                    _segment_info(prediction.ids == segment.id, segment) for segment in prediction.segments
-                ],
-            }
-        )
-        if rle:
-            results += rle_results(prediction)
-    content = {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": c.id, "name": c.name, "isthing": int(c.isthing)} for c in categories],
-    }
-    if rle:
-        write_text(folder / f"{name}_rle.json", json.dumps(results))
-    write_text(folder / f"{name}.json", json.dumps(content))
-    return folder / f"{name}.json"
+        image = {"id": prediction.image_id, "file_name": prediction.file_name, "height": height, "width": width}
+        segments = [_segment_info(prediction.ids == segment.id, segment) for segment in prediction.segments]
+        if self.rle:
+            self.results += rle_results(prediction)
+        self.images.append(image)
+        self.annotations.append({"image_id": prediction.image_id, "file_name": png, "segments_info": segments})
+
+    def finish(self, categories: Sequence[Category], **more: Any) -> Path:
+        """Writes the JSON, with further fields `more`, and returns its path."""
+        content = {
+            "images": self.images,
+            "annotations": self.annotations,
+            "categories": [{"id": c.id, "name": c.name, "isthing": int(c.isthing)} for c in categories],
+            **more,
+        }
+        if self.rle:
+            write_text(self.folder / f"{self.name}_rle.json", json.dumps(self.results))
+        write_text(self.folder / f"{self.name}.json", json.dumps(content))
+        return self.folder / f"{self.name}.json"
 
 
 def rle_results(prediction: ImagePrediction) -> list[dict[str, Any]]:

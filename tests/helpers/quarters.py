@@ -41,7 +41,7 @@ def sample(ids: np.ndarray, categories: dict[int, int], crowds: set[int] | None 
         Segment(id=i, category_id=c, area=int((ids == i).sum()), iscrowd=i in (crowds or set()))
         for i, c in categories.items()
     )
-    return Sample(image_id=1, jpeg=b"", png=encode_ids(ids), height=HEIGHT, width=WIDTH, segments=segments)
+    return Sample(image_id=1, image=b"", png=encode_ids(ids), height=HEIGHT, width=WIDTH, segments=segments)
 
 
 def quarters(*, crowds: set[int] | None = None) -> Sample:
