@@ -139,14 +139,17 @@ class _Files:
 def find_images(paths: Sequence[str]) -> list[Path]:
     """Every image file that `paths` name, folders opened but not their subfolders, without hidden files in them.
 
+    Warns of a folder's other files, such as HEIC photos.
+
     Raises UserError for a path that is not there, for a folder without images, and for two files of the same stem.
     """
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(
-                file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-            )
+            shown = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+            inside = [file for file in shown if file.suffix.lower() in SUFFIXES]
+            if others := [file.name for file in shown if file.suffix.lower() not in SUFFIXES]:
+                log.warning("predict: %s: %d other files left out, such as %s", path, len(others), others[0])
             if not inside:
                 raise UserError(f"folder {path} holds no image ({', '.join(SUFFIXES)}); pass another --images")
             found += inside

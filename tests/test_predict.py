@@ -145,9 +145,12 @@ def test_what_was_done_is_in_the_json_whatever_fails_later(
     )
 
 
-def test_hidden_files_are_no_images(images: Path) -> None:
+def test_hidden_files_are_no_images_and_other_files_are_named(images: Path, caplog: pytest.LogCaptureFixture) -> None:
     (images / "._a.png").write_bytes(b"\0\5\x16\7")
+    (images / "Photo.HEIC").write_bytes(b"")
     (images / "Thumbs.db").write_bytes(b"")
+    (images / "sub.jpg").mkdir()
     (images / "d.JPEG").write_bytes(b"")
     assert [path.name for path in find_images([str(images)])] == ["a.png", "b.png", "c.png", "d.JPEG"]
+    assert f"{images}: 2 other files left out, such as Photo.HEIC" in caplog.text
     assert [path.name for path in find_images([str(images / "._a.png")])] == ["._a.png"]

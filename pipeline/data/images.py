@@ -23,6 +23,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _DEEP_GREYS = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+# What orientation 2 to 8 asks for, in PIL's names.
+_TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 _ORIENTATION, _BITS, _PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TIFF
 _BROKEN = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
@@ -33,7 +35,7 @@ _BROKEN = (
 def check_header(path: Path) -> None:
     """Raises UserError as `read_image` does, for what the header shows: no image, too large, frames, another mode."""
     try:
-        with path.open("rb") as file, _refusing(FORMATS):
+        with path.open("rb") as file:
             _opened(file, FORMATS)
     except (OSError, UserError) as error:
         raise _named(path, error) from error
@@ -55,10 +57,9 @@ def read_image(path: Path, annotated: tuple[int, int] | None = None, where: str 
 
     try:
         data = path.read_bytes()
-        with _refusing(FORMATS):
-            image, stated = _loaded(data)
-            turn = stated if annotated is None else _turn(image, stated, annotated, where)
-            return np.array(_upright(image, data, turn))
+        image, stated = _loaded(data, FORMATS)
+        turn = stated if annotated is None else _turn(image, stated, annotated, where)
+        return np.array(_upright(image, data, turn))
     except (OSError, UserError) as error:
         raise _named(path, error) from error
 
@@ -73,15 +74,14 @@ def for_shard(data: bytes, annotated: tuple[int, int], where: str) -> bytes:
     Raises UserError, with a message that continues the file's name: as `read_image` does, for another size, and for an
     orientation that leaves the size as it is, so that the size does not decide.
     """
-    with _refusing(FORMATS):
-        image, stated = _loaded(data)
-        turn = _turn(image, stated, annotated, where)
-        plain = image.format in ("JPEG", "MPO") or (image.format == "PNG" and image.mode == "RGB" and data[24] == 8)
-        if plain and turn == 1:
-            return data
-        file = io.BytesIO()
-        _upright(image, data, turn).save(file, format="PNG")
-        return file.getvalue()
+    image, stated = _loaded(data, FORMATS)
+    turn = _turn(image, stated, annotated, where)
+    plain = image.format in ("JPEG", "MPO") or (image.format == "PNG" and image.mode == "RGB" and data[24] == 8)
+    if plain and turn == 1:
+        return data
+    file = io.BytesIO()
+    _upright(image, data, turn).save(file, format="PNG")
+    return file.getvalue()
 
 
 def annotation_png(data: bytes) -> Image.Image:
@@ -90,12 +90,10 @@ def annotation_png(data: bytes) -> Image.Image:
     Raises UserError, with a message that continues the file's name: no PNG, damaged, too large, animated, or with an
     orientation, as an annotation's pixels are where they are stored.
     """
-    with _refusing(("PNG",)):
-        image = _opened(io.BytesIO(data), ("PNG",))
-        image.load()
-        if (stated := _orientation(image)) != 1:
-            raise UserError(f"states orientation {stated}, which a map of labels must not have (remove the tag)")
-        return image
+    image, stated = _loaded(data, ("PNG",))
+    if stated != 1:
+        raise UserError(f"states orientation {stated}, which a map of labels must not have (remove the tag)")
+    return image
 
 
 @contextmanager
@@ -105,8 +103,6 @@ def _refusing(formats: Sequence[str]) -> Iterator[None]:
 
     try:
         yield
-    except UserError:
-        raise
     except UnidentifiedImageError as error:  # its text holds a memory address
         known = ", ".join(formats[:-1]) + " or " * (len(formats) > 1) + formats[-1]
         raise UserError(f"is no {known}, or its header is damaged") from error
@@ -123,24 +119,27 @@ def _named(path: Path, error: OSError | UserError) -> UserError:
 
 def _opened(file: IO[bytes], formats: Sequence[str]) -> Image.Image:
     """The image with its header read and checked, its pixels not decoded."""
-    image = open_image(file, formats)
-    # The further frames of an MPO, a JPEG as phones and stereo cameras write it, are previews or other views.
-    if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
+    with _refusing(formats):
+        image = open_image(file, formats)
+        # The further frames of an MPO, a JPEG as phones and stereo cameras write it, are previews or other views.
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if frames > 1:
         raise UserError(f"has {frames} frames (save the one that is meant as a file of its own)")
     if image.mode not in (*_EIGHT_BITS, *_DEEP_GREYS):
         raise UserError(f"has colours of mode {image.mode} (save it as RGB)")
     return image
 
 
-def _loaded(data: bytes) -> tuple[Image.Image, int]:
-    """The decoded image and the orientation that its file states, 1 to 8. A TIFF is already turned by PIL."""
-    image = _opened(io.BytesIO(data), FORMATS)
-    if image.format == "TIFF":
-        stated = _orientation(image)
-        image.load()
-    else:
-        image.load()
-        stated = _orientation(image)
+def _loaded(data: bytes, formats: Sequence[str]) -> tuple[Image.Image, int]:
+    """The decoded image and the orientation that its file states, 1 to 8. PIL has already turned a TIFF."""
+    image = _opened(io.BytesIO(data), formats)
+    with _refusing(formats):
+        if image.format == "TIFF":
+            stated = _orientation(image)
+            image.load()
+        else:
+            image.load()
+            stated = _orientation(image)
     return image, stated
 
 
@@ -173,17 +172,8 @@ def _upright(image: Image.Image, data: bytes, turn: int) -> Image.Image:
     """The image in RGB, turned by the orientation `turn`."""
     from PIL.Image import Transpose
 
-    turns = (
-        Transpose.FLIP_LEFT_RIGHT,
-        Transpose.ROTATE_180,
-        Transpose.FLIP_TOP_BOTTOM,
-        Transpose.TRANSPOSE,
-        Transpose.ROTATE_270,
-        Transpose.TRANSVERSE,
-        Transpose.ROTATE_90,
-    )  # of orientation 2 to 8; fmt: skip
     rgb = _rgb(image, data)
-    return rgb if turn == 1 or image.format == "TIFF" else rgb.transpose(turns[turn - 2])
+    return rgb if turn == 1 or image.format == "TIFF" else rgb.transpose(Transpose[_TURNS[turn - 2]])
 
 
 def _rgb(image: Image.Image, data: bytes) -> Image.Image:
