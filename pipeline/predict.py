@@ -44,7 +44,8 @@ def run(
     Returns the path of `<out>/panoptic.json`. Raises UserError where an input is missing, broken or does not fit.
     """
     # mistakes before the slow imports
-    files, weights = _Files(find_images(images), skip_bad=skip_bad), checkpoint_folder(store, checkpoint)
+    found, weights = find_images(images), checkpoint_folder(store, checkpoint)
+    files = _Files(found, skip_bad=skip_bad)
 
     from models.folding import for_inference
     from pipeline.data.transforms import channels_first
@@ -69,10 +70,10 @@ def run(
     thresholds = model.meta.thresholds
 
     views = (((file, image), channels_first(image)) for file, image in files.readable())
-    image_ids, writer = number(files.found), PanopticWriter(folder, rle=True)
+    image_ids, writer = number(found), PanopticWriter(folder, rle=True)
     done = set[Path]()
     try:
-        with runtime.bar(len(files.found) - len(files.bad), "predicting", "image") as bar:
+        with runtime.bar(len(found) - len(files.bad), "predicting", "image") as bar:
             for (file, image), output in outputs(for_inference(model.segmenter), views, model.meta.resize, batch=1):
                 logits = model.logits(output.features, classes.text)
                 ids, segments = panoptic_map(output, logits, classes, thresholds)
@@ -85,7 +86,7 @@ def run(
         index = writer.finish(vocabulary.categories, **files.report(done))
     files.require()
     if files.bad:
-        log.warning("predict: %d of %d images left out; %s lists them", len(files.bad), len(files.found), index)
+        log.warning("predict: %d of %d images left out; %s lists them", len(files.bad), len(found), index)
     return index
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
-def open_image(file: IO[bytes], formats: Sequence[str]) -> Image.Image:
+def open_image(file: IO[bytes], formats: tuple[str, ...]) -> Image.Image:
     """An image whose header is read and whose pixels are not; a file of another format than `formats` is refused.
 
     Raises OSError or SyntaxError for what is no such image, and Image.DecompressionBombError where the header promises

@@ -350,7 +350,7 @@ def test_interrupt_is_status_130_and_the_build_goes_on_later(tmp_path: Path) -> 
 
 
 def test_a_file_that_the_system_refuses_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"")
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
     long = "x" * 300
     message = fails(
         capsys, "predict", "--checkpoint", long, "--images", str(tmp_path / "a.png"), "--out", str(tmp_path)
@@ -380,7 +380,7 @@ def test_what_the_user_can_mend_is_told_and_a_bug_is_not_hidden(error: Exception
 def test_predict_refuses_a_folder_that_is_no_checkpoint(
     facts: str | None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "a.png").write_bytes(b"")
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
     folder = tmp_path / "text"
     folder.mkdir()
     if facts is not None:

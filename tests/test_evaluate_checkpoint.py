@@ -247,11 +247,10 @@ def test_a_turned_photo_is_scored_as_its_label_map_lies(run: Run, tmp_path: Path
     file = own_semantic(run, tmp_path)
     (tmp_path / "val2017").unlink()
     (tmp_path / "val2017").mkdir()
-    for number, path in enumerate(sorted((run.data / "val2017").iterdir())[:3]):
-        with Image.open(path) as image:
-            upright = image.crop((0, 0, 96, 64))
-        exif = Image.Exif()
-        exif[274] = 6
+    exif = Image.Exif()
+    exif[274] = 6
+    photos = [Image.open(path).crop((0, 0, 96, 64)) for path in sorted((run.data / "val2017").iterdir())[:3]]
+    for number, upright in enumerate(photos):
         upright.save(tmp_path / "val2017" / f"{number}.jpg", format="PNG")
         stored = upright.transpose(Image.Transpose.ROTATE_90)
         stored.save(tmp_path / "val2017" / f"{number}_turned.JPG", format="PNG", exif=exif)
@@ -269,7 +268,7 @@ def test_a_turned_photo_is_scored_as_its_label_map_lies(run: Run, tmp_path: Path
         evaluate(run, file, tmp_path)
     save_labels(tmp_path / "maps" / "0.png", np.full((64, 96), BENCHMARK.categories[0].id, np.uint8))
     exif[274] = 3
-    upright.save(tmp_path / "val2017" / "0.jpg", format="PNG", exif=exif)
+    photos[0].save(tmp_path / "val2017" / "0.jpg", format="PNG", exif=exif)
     with pytest.raises(ValueError, match=r"0\.jpg states orientation 3, and its size does not tell"):
         evaluate(run, file, tmp_path)
 
@@ -345,7 +344,9 @@ def test_mistakes_are_one_line_and_status_2(run: Run, tmp_path: Path, capsys: py
     save_labels(data / layout[1] / "a_1.png", stripes((1, 21)))
     assert f"{layout[1]}/a_1.png has pixels of value 21" in fails(capsys, run, *good)
     save_labels(data / layout[1] / "a_1.png", stripes((1,))[1:])
-    assert f"a_1.png is {WIDTH} x {HEIGHT - 1} pixels, but " in fails(capsys, run, *good)
+    assert f"a_1.jpg is {WIDTH} x {HEIGHT} pixels, but {WIDTH} x {HEIGHT - 1} in its label map" in fails(
+        capsys, run, *good
+    )
 
 
 def test_a_panoptic_image_that_cannot_be_used_is_named(

@@ -159,13 +159,13 @@ def from_shard(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("orientation", SHOWN)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "orientation"),
+    [(mode, o) for mode in MODES for o in SHOWN if o == 1 or not mode.startswith("bmp")],  # BMP states none
+)
 def test_modes_and_orientations(tmp_path: Path, mode: str, orientation: int) -> None:
     """Read alone: as shown. With an annotation: as shown or as stored, whichever has its size."""
     write, stored, levels = MODES[mode]
-    if mode.startswith("bmp") and orientation > 1:
-        pytest.skip("BMP states no orientation")
     data, shown = write(orientation), as_shown(stored, orientation)
     path = tmp_path / "image"
     path.write_bytes(data)
@@ -212,16 +212,25 @@ def test_other_orientations_are_none(tmp_path: Path, value: int) -> None:
 
 
 def test_exif_in_disorder_states_nothing(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(saved(IMAGE, "JPEG", quality=100)(6).replace(b"MM\0*", b"MM\0+"))
+    data = saved(IMAGE, "JPEG", quality=100)(6)
+    assert data.count(b"MM\0*") == 1
+    (tmp_path / "a.jpg").write_bytes(data.replace(b"MM\0*", b"XX\0*"))
     assert read_image(tmp_path / "a.jpg").shape == (HEIGHT, WIDTH, 3)
 
 
 def test_of_a_phones_mpo_the_first_frame_counts(tmp_path: Path) -> None:
-    IMAGE.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[PICTURE.convert("RGB")], quality=100)
-    near(read_image(tmp_path / "a.jpg"), RGB, 8)
+    IMAGE.save(
+        tmp_path / "a.jpg",
+        format="MPO",
+        save_all=True,
+        append_images=[PICTURE.convert("RGB")],
+        quality=100,
+        subsampling=0,
+    )
+    near(read_image(tmp_path / "a.jpg"), RGB, 2)
     data = (tmp_path / "a.jpg").read_bytes()
     assert for_shard(data, (WIDTH, HEIGHT), "") == data
-    near(from_shard(data, RGB.shape), RGB, 8)
+    near(from_shard(data, RGB.shape), RGB, 2)
 
 
 def frames(kind: str) -> bytes:

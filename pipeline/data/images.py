@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -97,7 +97,7 @@ def annotation_png(data: bytes) -> Image.Image:
 
 
 @contextmanager
-def _refusing(formats: Sequence[str]) -> Iterator[None]:
+def _refusing(formats: tuple[str, ...]) -> Iterator[None]:
     """What PIL raises, as a UserError whose message continues the file's name."""
     from PIL import Image, UnidentifiedImageError
 
@@ -117,7 +117,7 @@ def _named(path: Path, error: OSError | UserError) -> UserError:
     return UserError(f"{path} {problem}; replace it or leave it out")
 
 
-def _opened(file: IO[bytes], formats: Sequence[str]) -> Image.Image:
+def _opened(file: IO[bytes], formats: tuple[str, ...]) -> Image.Image:
     """The image with its header read and checked, its pixels not decoded."""
     with _refusing(formats):
         image = open_image(file, formats)
@@ -130,7 +130,7 @@ def _opened(file: IO[bytes], formats: Sequence[str]) -> Image.Image:
     return image
 
 
-def _loaded(data: bytes, formats: Sequence[str]) -> tuple[Image.Image, int]:
+def _loaded(data: bytes, formats: tuple[str, ...]) -> tuple[Image.Image, int]:
     """The decoded image and the orientation that its file states, 1 to 8. PIL has already turned a TIFF."""
     image = _opened(io.BytesIO(data), formats)
     with _refusing(formats):
