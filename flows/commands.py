@@ -88,9 +88,11 @@ def _walk(request: Request, runtime: Runtime, first: str, last: str, force: Sequ
         raise UserError(
             f"under torchrun only `{request.command('stage', v2c.STAGE)}` runs; start the others without it"
         )
-    stages, store = line(configure(request)), request.open_store()
+    config, store = configure(request), request.open_store()
+    stages = line(config)
     selected = runs.select(stages, first=first, last=last)
     again = runs.forced(selected, force)
+    runs.require_shares(config, selected, runtime.devices)
     runs.require_inputs(request, store, stages, selected, again)
     with runs.noted(request, stages, store):
         runs.remove(store, again)

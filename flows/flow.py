@@ -97,8 +97,10 @@ def zs_seg(
         "--device", device, "--devices", str(devices), "--dask", dask or os.environ.get("ZS_SEG_DASK") or "local",
         "--checkpoint-every", str(checkpoint_every),
     ]  # fmt: skip
-    stages, artefacts = line(configure(request)), request.open_store()
+    config, artefacts = configure(request), request.open_store()
+    stages = line(config)
     selected = runs.select(stages, first=from_stage or "", last=until_stage)
+    runs.require_shares(config, selected, devices)
     runs.require_inputs(request, artefacts, stages, selected)
     built: dict[Ref, Ref] = {}  # what earlier tasks returned: Prefect draws its graph from these very objects
     with runs.noted(request, stages, artefacts):

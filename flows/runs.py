@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.request import Request
-from pipeline.line import Stage
+from pipeline import v2c
+from pipeline.line import Config, Stage
 from pipeline.runtime import Runtime, duration, torchrun_rank
 from storage.errors import UserError, did_you_mean
 from storage.keys import Ref
@@ -84,6 +85,15 @@ def require_inputs(
                     f"stage {stage.name} reads what stage {name} makes, and {ref} is {state} in {store.root}; "
                     f"make it with `{request.command('run', '--until', name)}`"
                 )
+
+
+def require_shares(config: Config, selected: Sequence[Stage], devices: int) -> None:
+    """Check before anything is built that stage 1, if it is selected, can split its batches over `devices` devices.
+
+    Raises UserError where it cannot.
+    """
+    if any(stage.name == v2c.STAGE for stage in selected):
+        config.v2c.share(devices)
 
 
 def noted(request: Request, stages: Sequence[Stage], store: Store) -> contextlib.AbstractContextManager[None]:

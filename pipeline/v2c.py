@@ -105,6 +105,7 @@ def train_model(
     from pipeline.training.loader import TrainingData
     from pipeline.training.loop import parameter_groups, train
 
+    config.share(ranks.world)
     device = runtime.torch_device()
     bank = open_text(text, text_key)
     data = TrainingData(shards, tokens, bank, config.augment, seed=config.seed, workers=runtime.decoders)
@@ -130,7 +131,7 @@ def train_model(
                 "projector.bias": config.scale_lr,
             },
         ),
-        batches=lambda start: data.batches(config.batch, start=start, ranks=ranks),
+        batches=lambda start: data.batches(config.batch, start=start, ranks=ranks, device=device),
         losses=V2CCriterion(
             network,
             model.projector,

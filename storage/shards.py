@@ -12,14 +12,14 @@ import json
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from webdataset.tariterators import group_by_keys, tar_file_iterator
+from webdataset.tariterators import group_by_keys
 from webdataset.writer import TarWriter
 
 from storage.atomic import replacing, write_text
@@ -92,15 +92,16 @@ def _write(file: Any, samples: Iterable[Sample]) -> None:
             )
 
 
-def read_shard(path: Path) -> Iterator[Sample]:
-    """The samples of a tar, in its order.
+def read_shard(path: Path, rows: Collection[int] | None = None) -> Iterator[Sample]:
+    """The samples of a tar in its order, or those at `rows`, counted from 0; the rest of the tar is then not read,
+    except for its headers.
 
     Raises UserError, naming the tar, when it is missing, cut off or damaged, or holds anything but samples; a tar cut
     between two samples shows only after the last of them.
     """
     cure = "find the damage with `zs-seg verify` and rebuild it with `zs-seg run --force shard`"
     try:
-        for files in group_by_keys(_members(path)):
+        for files in group_by_keys(_members(path, rows)):
             if not {"json", "png"} <= files.keys() or len(files.keys() & set(_IMAGES)) != 1:
                 raise UserError(f"sample {files['__key__']} lacks its image, json or png")
             yield _sample(files)
@@ -110,20 +111,32 @@ def read_shard(path: Path) -> Iterator[Sample]:
         raise UserError(f"{path} is damaged: {error}; {cure}") from error
 
 
-def _members(path: Path) -> Iterator[dict[str, Any]]:
-    """The tar's files for webdataset's `group_by_keys`. Raises UserError for a foreign name or a missing end."""
-    size = 0
-    with path.open("rb") as stream:
-        for member in tar_file_iterator(stream, skip_meta=None):  # pyright: ignore[reportArgumentType]
-            if not _MEMBER.fullmatch(member["fname"]):
-                raise UserError(f"member {member['fname']!r} is no {{image id}}.jpg, .image.png, .json or .png")
-            size += _BLOCK + -(-len(member["data"]) // _BLOCK) * _BLOCK
-            yield {**member, "__url__": str(path)}
-    # tarfile takes a cut or damaged header for the end of the archive; the end is two blocks of zeros, nothing behind
-    with path.open("rb") as stream:
-        stream.seek(size)
-        end = stream.read()
-    if len(end) < 2 * _BLOCK or any(end):
+def _members(path: Path, rows: Collection[int] | None) -> Iterator[dict[str, Any]]:
+    """The tar's files, or those of the samples at `rows`, for webdataset's `group_by_keys`.
+
+    Raises UserError for a foreign name or a missing end.
+    """
+    end, row, key = 0, -1, ""
+    with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        for member in tar:
+            if not _MEMBER.fullmatch(member.name):
+                raise UserError(f"member {member.name!r} is no {{image id}}.jpg, .image.png, .json or .png")
+            # What is no plain file, and sizes that no file has, would lead past the next header.
+            if not member.isreg() or member.offset_data != end + _BLOCK or member.size < 0:
+                raise UserError(f"the header of member {member.name!r} is broken")
+            end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+            if (prefix := member.name.partition(".")[0]) != key:
+                row, key = row + 1, prefix
+            if rows is None or row in rows:
+                stream.seek(member.offset_data)
+                if len(data := stream.read(member.size)) < member.size:
+                    raise UserError("the archive is cut off")
+                yield {"fname": member.name, "data": data, "__url__": str(path)}
+        # tarfile takes a cut or damaged header for the end of the archive; the end is two blocks of zeros, nothing
+        # behind
+        stream.seek(end)
+        rest = stream.read()
+    if len(rest) < 2 * _BLOCK or any(rest):
         raise UserError("the archive is cut off or a header is broken")
 
 

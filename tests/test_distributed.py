@@ -27,7 +27,7 @@ from pipeline.training.config import V2CConfig
 from pipeline.training.criteria import V2CCriterion
 from pipeline.training.curves import MEASURED, read_curves
 from pipeline.training.distributed import ALONE, GlobalBatchNorm2d, Ranks, launch, share_batch_statistics
-from pipeline.training.loader import Batch, TrainingData
+from pipeline.training.loader import CPU, Batch, TrainingData
 from pipeline.training.loop import parameter_groups, train
 from storage.checkpoints import load_checkpoint
 from storage.errors import UserError
@@ -126,8 +126,8 @@ class Doubled(TrainingData):
     full size.
     """
 
-    def batches(self, size: int, *, start: int, ranks: Ranks = ALONE) -> Iterator[Batch]:
-        for batch in super().batches(size, start=start, ranks=ranks):
+    def batches(self, size: int, *, start: int, ranks: Ranks = ALONE, device: torch.device = CPU) -> Iterator[Batch]:
+        for batch in super().batches(size, start=start, ranks=ranks, device=device):
             yield replace(
                 batch, images=batch.images.double(), instance_tokens=[t.double() for t in batch.instance_tokens]
             )
@@ -240,9 +240,40 @@ def test_under_torchrun_only_stage_1_runs(monkeypatch: pytest.MonkeyPatch, capsy
     assert "under torchrun only `zs-seg stage v2c --preset demo` runs" in capsys.readouterr().err
 
 
-def test_a_batch_that_cannot_be_split_is_refused(cached: tuple[Store, dict[str, Stage]]) -> None:
-    store, steps = cached
-    shards, tokens, text = (store.path(steps[stage].recipe.ref) for stage in ("shard", "cache-clip", "text"))
-    data = TrainingData(shards, tokens, open_text(text, ""), tiny_config().v2c.augment, seed=0, workers=1)
-    with pytest.raises(ValueError, match="v2c: batch 4 cannot be split over 3 devices; choose a multiple of it"):
-        next(data.batches(4, start=0, ranks=Ranks(world=3)))
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "devices", "cure"),
+    [
+        (
+            4,
+            1,
+            3,
+            "batch 4 cannot be split over 3 devices; choose a multiple of it with --v2c.batch, or pass --devices 2",
+        ),
+        (16, 4, 8, "batch 16 over 8 devices gives each 2 .* into 4 parts; pass --v2c.accumulate 2"),
+        (12, 4, 2, "batch 12 over 2 devices gives each 6 .* into 4 parts; pass --v2c.accumulate 3"),
+        (16, 16, 16, "batch 16 over 16 devices gives each 1 .* into 16 parts; pass --v2c.accumulate 1"),
+    ],
+)
+def test_a_batch_that_cannot_be_split_is_refused_with_the_cure(
+    batch: int, accumulate: int, devices: int, cure: str
+) -> None:
+    with pytest.raises(UserError, match=f"^v2c: {cure}$"):
+        V2CConfig(batch=batch, accumulate=accumulate).share(devices)
+
+
+def test_every_other_batch_is_split_into_equal_parts() -> None:
+    for devices, accumulate, share in ((1, 1, 16), (1, 16, 1), (4, 2, 2), (8, 2, 1), (16, 1, 1)):
+        images = V2CConfig(batch=16, accumulate=accumulate).share(devices)
+        assert images == share * accumulate and devices * images == 16
+
+
+def test_a_split_that_fails_is_refused_before_anything_is_built(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--preset", "demo", "--store", str(tmp_path / "store"), "--devices", "8", "--v2c.accumulate", "4"]
+    for words in (["run", "--until", "v2c"], ["run"], ["stage", "v2c"]):
+        assert main([*words, *flags]) == 2
+        assert "pass --v2c.accumulate 2" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+    assert main(["stage", "g2s", *flags]) == 2  # which reads queries, trains on one device, and finds no input
+    assert "stage g2s reads what stage queries makes" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +14,15 @@ import numpy as np
 import pytest
 import torch
 from tiny import build, tiny_config
+from whole_views import whole_item, whole_items, whole_test_view
 
 from pipeline.data.config import AugmentConfig, ResizeConfig
+from pipeline.data.transforms import Placement
 from pipeline.teacher.text_bank import TextBank, open_text
 from pipeline.training import loader
-from pipeline.training.loader import TrainingData
-from storage.shards import Shards, read_shard
+from pipeline.training.distributed import Ranks
+from pipeline.training.loader import SHIPPED, Batch, TrainingData, View, collate
+from storage.shards import Sample, Shards, decode_ids, decode_image, read_shard
 from storage.store import Store
 from storage.tokens import read_tokens, write_tokens
 
@@ -32,6 +36,115 @@ def parts(shared_store: Store) -> tuple[Path, Path, TextBank]:
 
 def data(parts: tuple[Path, Path, TextBank], *, seed: int = 0, workers: int = 1, size: int = 96) -> TrainingData:
     return TrainingData(*parts, AugmentConfig(size=size, jitter=(0.5, 1.5)), seed=seed, workers=workers)
+
+
+def fingerprint(batch: Batch) -> list[object]:
+    """Every byte of a batch, with shapes and types."""
+    tensors = [batch.images, batch.global_rows, *batch.labels, *batch.masks, *batch.instance_tokens]
+    return [batch.image_ids, *((t.dtype, t.shape, t.is_contiguous(), t.numpy().tobytes()) for t in tensors)]
+
+
+@pytest.mark.parametrize(("jitter", "side"), [((0.1, 2.0), 96), ((2.0, 5.0), 64)])
+@pytest.mark.parametrize("world", [1, 2])
+def test_batches_are_byte_for_byte_those_of_the_plain_way(
+    parts: tuple[Path, Path, TextBank],
+    jitter: tuple[float, float],
+    side: int,
+    world: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Over more than one epoch of several windows, from the beginning and resumed, for one process and for two."""
+    monkeypatch.setattr(loader, "WINDOW", 2)
+    source = TrainingData(*parts, AugmentConfig(size=side, jitter=jitter), seed=3, workers=2)
+    size, count = 6, len(source) // 6 + 3
+    stream = whole_items(source, window=2)
+    expected = [collate(list(itertools.islice(stream, size))) for _ in range(count)]
+    assert any(len(batch.labels[0]) for batch in expected)
+    for start in (0, 2, count - 2):
+        ranks = [source.batches(size, start=start, ranks=Ranks(rank=rank, world=world)) for rank in range(world)]
+        for whole in expected[start:]:
+            for own, part in zip(ranks, whole.split(world), strict=True):
+                assert fingerprint(next(own)) == fingerprint(part)
+
+
+def test_one_tars_views_are_byte_for_byte_those_of_the_plain_way(parts: tuple[Path, Path, TextBank]) -> None:
+    source, resize = data(parts, workers=3), ResizeConfig(short=70, longest=130)
+    every = enumerate(read_shard(source.tars[1]))
+    samples = [(row, sample) for row, sample in every if source.groups[1].kept[row]]
+    for item, (_, sample) in zip(source.items(1, view=0, resize=resize), samples, strict=True):
+        image, ids = torch.from_numpy(decode_image(sample)).permute(2, 0, 1), torch.from_numpy(decode_ids(sample))
+        image, ids = whole_test_view(image, ids, resize)
+        masks = [ids == segment.id for segment in sample.segments]
+        assert item.image_id == sample.image_id and torch.equal(item.image, image)
+        assert item.segments.tolist() == [i for i, mask in enumerate(masks) if mask.any()]
+        assert torch.equal(item.masks, torch.stack([mask for mask in masks if mask.any()]))
+    for item, (row, sample) in zip(source.items(1, view=2, resize=resize), samples, strict=True):
+        expected = whole_item(source, 2, 1, row, sample)
+        assert torch.equal(item.segments, expected.segments)
+        assert fingerprint(collate([item])) == fingerprint(collate([expected]))
+
+
+def test_a_rank_reads_its_own_samples_and_no_other(
+    parts: tuple[Path, Path, TextBank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one epoch the ranks read every sample that the protocol leaves once, together, and none that it leaves out."""
+    source, read = data(parts), Counter()
+    real = loader.read_shard
+
+    def noted(path: Path, rows: set[int]) -> Iterator[Sample]:
+        read.update((path, row) for row in rows)
+        return real(path, rows)
+
+    monkeypatch.setattr(loader, "read_shard", noted)
+    world = 4
+    size = len(source) // world * world
+    for rank in range(world):
+        windows = source._read(size, 0, Ranks(rank=rank, world=world))
+        own = list(itertools.islice(itertools.chain.from_iterable(windows), size // world))
+        assert len(own) == size // world
+    kept = {(tar, int(row)) for tar, rows in zip(source.tars, source.kept, strict=True) for row in rows}
+    assert len(kept) < sum(Shards(parts[0]).counts("train"))
+    assert set(read) <= kept and len(kept) - len(read) <= len(source) - size
+
+
+def test_what_is_shipped_to_a_device_is_the_image_and_one_map(parts: tuple[Path, Path, TextBank]) -> None:
+    """Images and masks are computed there, here without any number ("meta"); counts stay at hand on the CPU."""
+    source, meta = data(parts), torch.device("meta")
+    here, there = (next(source.batches(8, start=1, device=device)) for device in (torch.device("cpu"), meta))
+    assert here.image_ids == there.image_ids and torch.equal(here.global_rows, there.global_rows)
+    assert there.images.device == meta and there.images.shape == here.images.shape
+    for masks, same in zip(there.masks, here.masks, strict=True):
+        assert masks.device == meta and masks.shape == same.shape and masks.dtype == same.dtype == torch.bool
+    for name in ("labels", "instance_tokens"):
+        assert all(torch.equal(a, b) for a, b in zip(getattr(there, name), getattr(here, name), strict=True))
+    epoch, tar, row, sample = next(iter(source._read(8, 1, Ranks())))[0]
+    view = source._view(epoch, tar, row, sample)
+    shipped = sum(getattr(view, name).nbytes for name in SHIPPED)
+    height, width = sample.height, sample.width
+    assert shipped == 4 * height * width + 8 * (len(view.rows) + len(view.columns)) + len(view.labels)
+    moved = view.to(meta)
+    assert {name for name in ("labels", "segments", "instance_tokens") if getattr(moved, name).device == meta} == set()
+
+
+@pytest.mark.parametrize(("count", "dtype"), [(255, torch.uint8), (256, torch.int32), (700, torch.int32)])
+def test_any_number_of_targets_keeps_its_masks(count: int, dtype: torch.dtype) -> None:
+    ids = np.random.default_rng(0).permutation(np.r_[np.arange(1, 901), 2**24 - 1, np.zeros(99)]).reshape(25, 40)
+    ids = ids.astype(np.int32)
+    segments = [2**24 - 1, *range(900, 901 - count, -1)]
+    assert len(segments) == count
+    targets = torch.from_numpy(loader._targets(ids, segments))
+    assert targets.dtype == dtype
+    placement = Placement(size=(25, 40), view=(32, 64), mirrored=True)
+    numbers = torch.arange(1, count + 1).to(dtype)
+    rows, columns = placement.sources(25, 40)
+    nothing = torch.zeros(0)
+    item = View(
+        image_id=1, placement=placement, image=torch.zeros(3, 25, 40, dtype=torch.uint8), targets=targets, rows=rows,
+        columns=columns, numbers=numbers, labels=nothing, segments=nothing, instance_tokens=nothing, global_row=0,
+    ).item()  # fmt: skip
+    expected = torch.from_numpy(np.stack([ids == segment for segment in segments])).flip(-1)
+    assert torch.equal(item.masks[:, :25, :40], expected)
+    assert item.masks.sum() == expected.sum() == count
 
 
 def test_each_sample_comes_exactly_once_an_epoch(
@@ -74,7 +187,6 @@ def test_tokens_labels_and_masks_belong_together(parts: tuple[Path, Path, TextBa
     """A segment's token must be the nearest to the teacher's token of that very segment, made anew here."""
     from pipeline.runtime import Runtime
     from pipeline.teacher.config import TeacherConfig
-    from storage.shards import decode_ids, decode_image
 
     teacher = TeacherConfig(name="small", pretrained="shipped", fill="mean").load(Runtime(device="cpu"))
     source = data(parts)

@@ -66,6 +66,33 @@ def test_what_is_written_comes_back(tmp_path: Path, samples: list[Sample]) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(samples=SAMPLES, rows=st.sets(st.integers(0, 5)))
+def test_some_rows_are_those_of_all(tmp_path: Path, samples: list[Sample], rows: set[int]) -> None:
+    write_shard(tmp_path / "a.tar", samples)
+    assert list(read_shard(tmp_path / "a.tar", rows)) == [s for i, s in enumerate(samples) if i in rows]
+
+
+def test_of_other_rows_only_the_headers_are_read(tmp_path: Path) -> None:
+    """A flipped byte of a sample shows where that sample is read; a broken header and a missing end show anyway."""
+    path = tmp_path / "a.tar"
+    write_shard(path, [replace(SAMPLE, image_id=i) for i in range(4)])
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        second = tar.getmembers()[3]  # the JPEG of the second sample
+    damaged = bytearray(whole)
+    damaged[second.offset_data] ^= 1
+    path.write_bytes(damaged)
+    assert [sample.image_id for sample in read_shard(path, {0, 2})] == [0, 2]
+    with pytest.raises(ValueError, match="sample 000000000001 is not what its checksum says"):
+        list(read_shard(path, {1}))
+    damaged[second.offset + 150] ^= 1  # within the header's checksum
+    for content in (bytes(damaged), whole[: second.offset]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.tar is damaged.*zs-seg verify"):
+            list(read_shard(path, {0}))
+
+
 def test_same_samples_same_bytes_and_fixed_members(tmp_path: Path) -> None:
     samples = [SAMPLE, replace(SAMPLE, image_id=5)]
     write_shard(tmp_path / "a.tar", samples)

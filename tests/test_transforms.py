@@ -8,15 +8,17 @@ import torch
 from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from whole_views import whole_view
 
 from pipeline.data.transforms import (
     PIXEL_MEAN,
     PIXEL_STD,
     AugmentConfig,
+    Placement,
     ResizeConfig,
-    augment,
     normalise,
-    place_ids,
+    place_for_training,
     resize_for_test,
 )
 
@@ -29,6 +31,31 @@ def picture(height: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch
     blocks = rng.integers(1, 5, (-(-height // 16), -(-width // 16)))
     ids = torch.from_numpy(np.kron(blocks, np.ones((16, 16), int))[:height, :width]).int()
     return torch.stack([ids * 60 - 30] * 3).to(torch.uint8), ids
+
+
+def augment(image: Tensor, ids: Tensor, config: AugmentConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor, bool]:
+    placement = place_for_training(*ids.shape, config, rng)
+    return placement.image(image), placement.ids(ids, *placement.sources(*ids.shape)), placement.mirrored
+
+
+@examples(40)
+@given(
+    st.integers(1, 90), st.integers(1, 90), st.integers(0, 10**6), st.floats(0.05, 3.0), st.sampled_from([32, 64]),
+    st.sampled_from([torch.uint8, torch.int16, torch.int32]),
+)  # fmt: skip
+def test_a_view_is_the_whole_image_resized_mirrored_cut_and_padded(
+    height: int, width: int, seed: int, scale: float, side: int, dtype: torch.dtype
+) -> None:
+    """Byte for byte: of image and ids, bool of the flip, and the generator's state after it."""
+    rng = np.random.default_rng(seed)
+    image = torch.from_numpy(rng.integers(0, 256, (3, height, width), np.uint8))
+    ids = torch.from_numpy(rng.integers(0, 9, (height, width))).to(dtype)
+    config = AugmentConfig(size=side, jitter=(scale, 1.3 * scale), flip=bool(seed % 4))
+    one, other = (np.random.default_rng(seed) for _ in range(2))
+    found, expected = augment(image, ids, config, one), whole_view(image, ids, config, other)
+    for tensor, same in zip(found[:2], expected[:2], strict=True):
+        assert tensor.dtype == same.dtype and tensor.numpy().tobytes() == same.numpy().tobytes()
+    assert found[2] == expected[2] and one.bit_generator.state == other.bit_generator.state
 
 
 @examples(40)
@@ -60,7 +87,9 @@ def test_a_flip_happens_half_of_the_time_and_a_view_depends_on_its_generator_alo
 
 def test_large_ids_survive_resizing() -> None:
     ids = torch.tensor([[2**24 - 1, 2**24 - 3]], dtype=torch.int32).repeat(2, 1)
-    assert set(place_ids(ids, (4, 8), (32, 32)).unique().tolist()) == {0, 2**24 - 1, 2**24 - 3}
+    placement = Placement(size=(4, 8), view=(32, 32))
+    placed = placement.ids(ids, *placement.sources(2, 2))
+    assert set(placed.unique().tolist()) == {0, 2**24 - 1, 2**24 - 3}
 
 
 @pytest.mark.parametrize(

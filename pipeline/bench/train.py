@@ -1,4 +1,5 @@
-"""The speed of training data: the loader alone, waiting for data per step, stages 2 and 3 against a pass over images.
+"""The speed of training data: the loader alone, the cores that feed a GPU, waiting for data per step, stages 2 and 3
+against a pass over images.
 
 Images are those of the folder `COCO_ROOT`, if that is set, else generated scenes.
 """
@@ -27,7 +28,7 @@ from models.segmenter import build_segmenter
 from models.teacher import Teacher
 from pipeline.bench.harness import Row, machine
 from pipeline.data.config import AugmentConfig, CocoConfig, ShardConfig
-from pipeline.data.transforms import augment
+from pipeline.data.transforms import place_for_training
 from pipeline.line import Config, line
 from pipeline.runtime import Runtime
 from pipeline.teacher.config import TeacherConfig
@@ -46,6 +47,7 @@ from storage.shards import Sample
 from storage.store import Store
 
 COCO_IMAGES = 118_287  # COCO's training images
+FED = 25  # images a second that a GPU may take at 1024 px, an estimate
 QUERIES, DIM, TEXT_DIM = 100, 256, 512
 SEEN, UNSEEN = 119, 14
 
@@ -55,6 +57,7 @@ def rows(runtime: Runtime, *, full: bool = False) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         shards, tokens, text = _cached(Path(folder), runtime)
         yield _loading(shards, tokens, text, runtime, images=100 if full else 8)
+        yield from _preparing(shards, tokens, text, images=200 if full else 16)
         yield _waiting(shards, tokens, text, Path(folder), runtime, steps=10 if full else 4)
         yield from epochs(Path(folder), runtime, views=COCO_IMAGES if full else 2000, steps=0 if full else 100)
 
@@ -105,11 +108,35 @@ def _loading(shards: Path, tokens: Path, text: Path, runtime: Runtime, *, images
     )
 
 
+def _preparing(shards: Path, tokens: Path, text: Path, *, images: int) -> Iterator[Row]:
+    """Seconds of one core, over all threads, to prepare a training view at 1024 px: of the CPU's part where a GPU computes
+    the view, and of the whole view. Reference: the time a GPU takes for an image at `FED` images a second; the ratio is
+    the number of cores that feed it.
+    """
+    data = TrainingData(shards, tokens, open_text(text, ""), AugmentConfig(), seed=0, workers=1)
+    for what, device in (("for a GPU", torch.device("meta")), ("on the CPU alone", torch.device("cpu"))):
+        batches = data.batches(1, start=0, device=device)
+        next(batches)
+        started = time.process_time()
+        for _ in islice(batches, images):
+            pass
+        yield Row(
+            name=f"preparing a view at 1024 px {what}, one core, against {FED} images a second ({images} of them)",
+            ours=(time.process_time() - started) / images,
+            reference=1 / FED,
+            unit="s",
+            device=machine(torch.device("cpu")),
+            dtype="float32",
+        )
+
+
 def _load_online(folder: Path, sample: Sample, teacher: Teacher, device: torch.device) -> Tensor:
     image = torch.from_numpy(np.array(Image.open(folder / f"{sample.image_id}.jpg").convert("RGB"))).permute(2, 0, 1)
     colours = np.array(Image.open(folder / f"{sample.image_id}.png").convert("RGB"), np.int32)
     ids = torch.from_numpy(colours[..., 0] + 256 * colours[..., 1] + 65536 * colours[..., 2])
-    view = augment(image, ids, AugmentConfig(), np.random.default_rng(0))[0]
+    placement = place_for_training(*ids.shape, AugmentConfig(), np.random.default_rng(0))
+    placement.ids(ids, *placement.sources(*ids.shape))
+    view = placement.image(image)
     prepared = teacher.prepare(image.to(device))
     teacher.encode_images(prepared[None])
     for segment in sample.segments:

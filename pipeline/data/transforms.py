@@ -1,8 +1,13 @@
-"""Transforms of an image and its segment ids: large-scale jitter, flip, crop and pad to train, a resize to test."""
+"""Views of an image and its segment ids: large-scale jitter, flip, crop and pad to train, a resize to test.
+
+Where an image lies in its view is decided from its size and random numbers alone; the pixels are computed apart from
+that, on whichever device the image lies.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -23,25 +28,66 @@ def channels_first(image: np.ndarray) -> Tensor:
 
 def normalise(image: Tensor) -> Tensor:
     """An image (3, H, W) in 0..255, minus ImageNet's mean, over ImageNet's standard deviation; float32."""
-    return (image.float() - PIXEL_MEAN) / PIXEL_STD
+    mean, std = _statistics(image.device)
+    return (image.float() - mean) / std
 
 
-def augment(image: Tensor, ids: Tensor, config: AugmentConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor, bool]:
-    """One training view of an image (3, H, W) uint8 and its segment ids (H, W).
+@cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    return PIXEL_MEAN.to(device), PIXEL_STD.to(device)
 
-    Returns the normalised image (3, S, S), ids (S, S) int32, and whether the view is mirrored. Padding is 0 in both:
-    the mean colour, and no segment.
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where an image lies in a view, sizes as (height, width) in pixels.
+
+    The image is resized to `size` and mirrored or not; of that the view shows the window of size `view` whose first
+    pixel is (`top`, `left`), padded at the right and the bottom where the image ends.
     """
-    height, width = ids.shape
+
+    size: tuple[int, int]
+    view: tuple[int, int]
+    top: int = 0
+    left: int = 0
+    mirrored: bool = False
+
+    def image(self, image: Tensor) -> Tensor:
+        """The view (3, *view) float32, normalised, of an image (3, H, W) uint8. Padding is 0, the mean colour."""
+        scaled = _resize(normalise(image), self.size)
+        scaled = scaled.flip(-1) if self.mirrored else scaled
+        return _pad(scaled[:, *self._window], self.view)
+
+    def sources(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """The rows and the columns of an image of that size which the view's rows and columns show, nearest neighbours:
+        int64, each as long as the part of the view that is no padding."""
+        rows, columns = (_nearest(old, new) for old, new in zip((height, width), self.size, strict=True))
+        columns = columns.flip(0) if self.mirrored else columns
+        return rows[self._window[0]], columns[self._window[1]]
+
+    def ids(self, ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """The view (*view) of integers (H, W), given their `sources`: exact for large ids, which a float image would
+        round. Padding is 0, no segment."""
+        return _pad(ids.index_select(1, columns).index_select(0, rows), self.view)
+
+    @property
+    def _window(self) -> tuple[slice, slice]:
+        return slice(self.top, self.top + self.view[0]), slice(self.left, self.left + self.view[1])
+
+
+def place_for_training(height: int, width: int, config: AugmentConfig, rng: np.random.Generator) -> Placement:
+    """A random square view of an image of that size."""
     factor = rng.uniform(*config.jitter) * config.size / max(height, width)
     size = (max(round(height * factor), 1), max(round(width * factor), 1))
-    scaled, scaled_ids = _resize(normalise(image), size), _resize_ids(ids, size)
     mirrored = config.flip and bool(rng.random() < 0.5)
-    if mirrored:
-        scaled, scaled_ids = scaled.flip(-1), scaled_ids.flip(-1)
     top, left = (int(rng.integers(max(s - config.size, 0) + 1)) for s in size)
-    crop = (slice(top, top + config.size), slice(left, left + config.size))
-    return _pad(scaled[:, *crop], config.size, config.size), _pad(scaled_ids[crop], config.size, config.size), mirrored
+    return Placement(size=size, view=(config.size, config.size), top=top, left=left, mirrored=mirrored)
+
+
+def place_for_test(height: int, width: int, config: ResizeConfig) -> Placement:
+    """The test view of an image of that size: resized, padded right and below to a multiple of 32."""
+    factor = min(config.short / min(height, width), config.longest / max(height, width))
+    size = (max(round(height * factor), 1), max(round(width * factor), 1))
+    return Placement(size=size, view=(-(-size[0] // STRIDE) * STRIDE, -(-size[1] // STRIDE) * STRIDE))
 
 
 def resize_for_test(image: Tensor, config: ResizeConfig) -> tuple[Tensor, tuple[int, int]]:
@@ -49,16 +95,8 @@ def resize_for_test(image: Tensor, config: ResizeConfig) -> tuple[Tensor, tuple[
 
     Returns the input (3, H', W') and the (height, width) of the image inside it.
     """
-    height, width = image.shape[-2:]
-    factor = min(config.short / min(height, width), config.longest / max(height, width))
-    size = (max(round(height * factor), 1), max(round(width * factor), 1))
-    padded = [-(-s // STRIDE) * STRIDE for s in size]
-    return _pad(_resize(normalise(image), size), *padded), size
-
-
-def place_ids(ids: Tensor, size: tuple[int, int], padded: Sequence[int]) -> Tensor:
-    """Segment ids (H, W) in the geometry of `resize_for_test`: resized to `size`, then padded with 0."""
-    return _pad(_resize_ids(ids, size), *padded)
+    placement = place_for_test(image.shape[-2], image.shape[-1], config)
+    return placement.image(image), placement.size
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -67,13 +105,12 @@ def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
 
 
-def _resize_ids(ids: Tensor, size: tuple[int, int]) -> Tensor:
-    """Nearest neighbour by indexing: exact for large ids, which a float image would round."""
-    if ids.shape == size:
-        return ids
-    rows, columns = (((torch.arange(new) + 0.5) * old / new).long() for new, old in zip(size, ids.shape, strict=True))
-    return ids[rows[:, None], columns]
+def _nearest(old: int, new: int) -> Tensor:
+    """(new,) int64: of `old` pixels the nearest to each of `new`."""
+    if old == new:
+        return torch.arange(new)
+    return ((torch.arange(new) + 0.5) * old / new).long()
 
 
-def _pad(image: Tensor, height: int, width: int) -> Tensor:
-    return F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2]))
+def _pad(image: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.pad(image, (0, size[1] - image.shape[-1], 0, size[0] - image.shape[-2]))

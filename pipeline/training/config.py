@@ -231,6 +231,29 @@ class V2CConfig(Schedule):
         if self.tau <= 0 or self.bank < 1 or self.points < 1 or self.calibration_images < 1:
             raise UserError("v2c: tau must be above 0; bank, points and calibration_images at least 1")
 
+    def share(self, devices: int) -> int:
+        """Images of a batch for each of `devices` devices, which computes them in `accumulate` parts.
+
+        Raises UserError where these are no whole numbers, with ones that would be.
+        """
+        share, rest = divmod(self.batch, devices)
+        if rest:
+            raise UserError(
+                f"v2c: batch {self.batch} cannot be split over {devices} devices; choose a multiple of it with "
+                f"--v2c.batch, or pass --devices {_divisor(self.batch, devices)}"
+            )
+        if share % self.accumulate:
+            raise UserError(
+                f"v2c: batch {self.batch} over {devices} devices gives each {share} of its images, which cannot be cut "
+                f"into {self.accumulate} parts; pass --v2c.accumulate {_divisor(share, self.accumulate)}"
+            )
+        return share
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is not above `most`."""
+    return max(n for n in range(1, most + 1) if number % n == 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class QueriesConfig:

@@ -2,30 +2,35 @@
 
 An epoch permutes the tars, takes them in windows, and permutes the samples of each window; each sample occurs exactly
 once. Batches are cut from the endless stream of epochs, so batch s always starts at sample s * batch, and resuming
-skips to it without decoding. Threads decode ahead of the training and keep the order.
+skips to it without decoding.
+
+Threads read the next window, decode, and put batches together while the training computes. What leaves the CPU for
+another device is a `View`: the image as decoded and one map of its segments, about 1.3 MB for a COCO image, where the
+normalised view of 1024 x 1024 pixels with its masks has 24 MB. The device computes one from the other.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.data.ahead import ahead, mapped
 from pipeline.data.config import AugmentConfig, ResizeConfig
-from pipeline.data.transforms import augment, place_ids, resize_for_test
+from pipeline.data.transforms import Placement, channels_first, place_for_test, place_for_training
 from pipeline.teacher.text_bank import TextBank
 from pipeline.training.distributed import ALONE, Ranks
-from storage.errors import UserError
+from storage.id_colours import MAX_SEGMENT_ID
 from storage.shards import Sample, Shards, decode_ids, decode_image, read_shard
 from storage.tokens import read_tokens
 
 WINDOW = 4  # tars whose undecoded samples are shuffled together, and held in memory
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +48,61 @@ class Item:
 
 
 @dataclass(frozen=True, kw_only=True)
+class View:
+    """A view that is still to be computed: the image (3, h, w) uint8, and where it will lie.
+
+    `targets` (h, w) uint8, or int32 for more than 255 of them, is the number of each pixel's target, or 0; `rows` and
+    `columns` are those of it that the view shows, see `Placement.sources`. `numbers` (O,) are the visible targets, in
+    the order of the rest, which is an `Item`'s.
+    """
+
+    image_id: int
+    placement: Placement
+    image: Tensor
+    targets: Tensor
+    rows: Tensor
+    columns: Tensor
+    numbers: Tensor
+    labels: Tensor
+    segments: Tensor
+    instance_tokens: Tensor
+    global_row: int
+
+    def item(self) -> Item:
+        """The item, image and masks computed on the view's device."""
+        targets = self.placement.ids(self.targets, self.rows, self.columns)
+        return Item(
+            image_id=self.image_id,
+            image=self.placement.image(self.image),
+            labels=self.labels,
+            segments=self.segments,
+            masks=targets == self.numbers.view(-1, 1, 1),
+            instance_tokens=self.instance_tokens,
+            global_row=self.global_row,
+        )
+
+    def to(self, device: torch.device) -> View:
+        """The view with image and masks still to be computed on `device`; labels and tokens stay where they are."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True), *SHIPPED)
+
+    def pinned(self) -> View:
+        """The view in page-locked memory, which a GPU reads beside its computations."""
+        return self._each(Tensor.pin_memory, *SHIPPED, "labels", "instance_tokens")
+
+    def _each(self, change: Callable[[Tensor], Tensor], *names: str) -> View:
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
+
+
+SHIPPED = ("image", "targets", "rows", "columns", "numbers")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """B items: images (B, 3, S, S), global rows (B,), and lists of B tensors of labels, masks and instance tokens."""
+    """B items: images (B, 3, S, S), global rows (B,), and lists of B tensors of labels, masks and instance tokens.
+
+    As the loader makes it, images and masks lie on the training's device and the rest on the CPU, where its counts are
+    known without waiting for the device; `to` moves the rest.
+    """
 
     image_ids: list[int]
     images: Tensor
@@ -61,12 +119,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         def move(tensors: list[Tensor]) -> list[Tensor]:
-            return [t.to(device) for t in tensors]
+            return [t.to(device, non_blocking=True) for t in tensors]
 
+        images, global_rows = move([self.images, self.global_rows])
         return Batch(
             image_ids=self.image_ids,
-            images=self.images.to(device),
-            global_rows=self.global_rows.to(device),
+            images=images,
+            global_rows=global_rows,
             labels=move(self.labels),
             masks=move(self.masks),
             instance_tokens=move(self.instance_tokens),
@@ -112,29 +171,38 @@ class TrainingData:
                 if group.kept[row]:
                     yield sample, _image(sample)
 
-    def batches(self, size: int, *, start: int, ranks: Ranks = ALONE) -> Iterator[Batch]:
-        """Endless global batches of `size` samples, from batch `start` on; each rank decodes and gets its own part of
-        each.
+    def batches(self, size: int, *, start: int, ranks: Ranks = ALONE, device: torch.device = CPU) -> Iterator[Batch]:
+        """Endless global batches of `size` samples, from batch `start` on; each rank reads, decodes and gets its own
+        part of each, `size` / `ranks.world` samples, for which `size` must be a multiple of it.
 
-        Raises UserError when `size` is no multiple of the number of ranks.
+        Images and masks are computed on `device`: on a CPU by the threads that decode, elsewhere from views that are
+        copied to it.
         """
-        if size % ranks.world:
-            raise UserError(f"v2c: batch {size} cannot be split over {ranks.world} devices; choose a multiple of it")
-        share = size // ranks.world
-        with self._pool() as pool:
-            pending: deque[Future[Item]] = deque()
-            ready: list[Item] = []
-            for place, (epoch, tar, row, sample) in enumerate(self._stream(start * size)):
-                if place % size // share == ranks.rank:
-                    pending.append(pool.submit(self._item, epoch, tar, row, sample))
-                if len(pending) > 2 * share:
-                    ready.append(pending.popleft().result())
-                if len(ready) == share:
-                    yield collate(ready)
-                    ready = []
+        share, rest = divmod(size, ranks.world)
+        assert rest == 0, (size, ranks)
+        own = chain.from_iterable(ahead(self._read(size, start, ranks)))
+        if device.type == "cpu":
+            items = mapped(lambda entry: self._view(*entry).item(), own, workers=self.workers, count=2 * share)
+            return ahead(map(collate, zip(*[items] * share, strict=True)))
+        views = mapped(lambda entry: self._view(*entry), own, workers=self.workers, count=2 * share)
+        groups = zip(*[views] * share, strict=True)
+        placed = _on_gpu(groups, device) if device.type == "cuda" else _on_device(ahead(groups), device)
+        return (collate([view.item() for view in group]) for group in placed)
 
-    def _stream(self, skip: int) -> Iterator[tuple[int, int, int, Sample]]:
-        """Endless (epoch, tar, row, sample) without the first `skip`; wholly skipped windows are not read."""
+    def _read(self, size: int, start: int, ranks: Ranks) -> Iterator[list[tuple[int, int, int, Sample]]]:
+        """(epoch, tar, row, sample) of a rank's part of every batch, window by window, endlessly."""
+        share, place = size // ranks.world, 0
+        for epoch, window in self._order(start * size):
+            own = [entry for at, entry in enumerate(window, place) if at % size // share == ranks.rank]
+            place += len(window)
+            samples: dict[tuple[int, int], Sample] = {}
+            for tar in {tar for tar, _ in own}:
+                rows = sorted(row for other, row in own if other == tar)
+                samples |= zip(((tar, row) for row in rows), read_shard(self.tars[tar], set(rows)), strict=True)
+            yield [(epoch, *entry, samples[entry]) for entry in own]
+
+    def _order(self, skip: int) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+        """Window by window its epoch and its samples as (tar, row), endlessly, without the first `skip` samples."""
         epoch, skip = divmod(skip, len(self))
         while True:
             rng = np.random.default_rng([self.seed, epoch])
@@ -142,79 +210,104 @@ class TrainingData:
             for window in (tars[i : i + WINDOW] for i in range(0, len(tars), WINDOW)):
                 entries = [(int(t), int(r)) for t in window for r in self.kept[t]]
                 order = rng.permutation(len(entries))
-                if skip >= len(entries):
-                    skip -= len(entries)
-                    continue
-                samples = {
-                    (int(t), r): s
-                    for t in window
-                    for r, s in enumerate(read_shard(self.tars[t]))
-                    if self.groups[t].kept[r]
-                }
-                for place in order[skip:]:
-                    yield epoch, *entries[place], samples[entries[place]]
-                skip = 0
+                if skip < len(entries):
+                    yield epoch, [entries[place] for place in order[skip:]]
+                skip = max(skip - len(entries), 0)
             epoch += 1
 
     def items(self, tar: int, *, view: int, resize: ResizeConfig) -> Iterator[Item]:
         """One tar's kept images in order: view 0 is the test view, view v > 0 the training view of epoch v."""
 
-        def item(row: int, sample: Sample) -> Item:
+        def item(entry: tuple[int, Sample]) -> Item:
+            row, sample = entry
             if view:
-                return self._item(view, tar, row, sample)
-            image, size = resize_for_test(_image(sample), resize)
-            return self._targets(tar, row, sample, image, place_ids(_ids(sample), size, image.shape[-2:]))
+                return self._view(view, tar, row, sample).item()
+            image = _image(sample)
+            return self._placed(
+                tar, row, sample, image, place_for_test(image.shape[-2], image.shape[-1], resize)
+            ).item()
 
-        samples = [(row, s) for row, s in enumerate(read_shard(self.tars[tar])) if self.groups[tar].kept[row]]
-        with self._pool() as pool:
-            # A few at a time, so that memory stays bounded.
-            for start in range(0, len(samples), 4 * self.workers):
-                yield from pool.map(lambda pair: item(*pair), samples[start : start + 4 * self.workers])
+        rows = self.kept[tar].tolist()
+        samples = zip(rows, read_shard(self.tars[tar], set(rows)), strict=True)
+        return mapped(item, samples, workers=self.workers, count=2 * self.workers)
 
-    def _pool(self) -> ThreadPoolExecutor:
-        """Decoding threads with one torch thread each: a view is small, and nested threads would only contend."""
-        return ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
-
-    def _item(self, epoch: int, tar: int, row: int, sample: Sample) -> Item:
+    def _view(self, epoch: int, tar: int, row: int, sample: Sample) -> View:
         """The training view of a sample in an epoch; random draws depend on seed, epoch and image id alone."""
         rng = np.random.default_rng([self.seed, epoch, sample.image_id])
-        return self._targets(tar, row, sample, *augment(_image(sample), _ids(sample), self.augment, rng))
+        image = _image(sample)
+        return self._placed(
+            tar, row, sample, image, place_for_training(image.shape[-2], image.shape[-1], self.augment, rng)
+        )
 
-    def _targets(self, tar: int, row: int, sample: Sample, image: Tensor, ids: Tensor, mirrored: bool = False) -> Item:
+    def _placed(self, tar: int, row: int, sample: Sample, image: Tensor, placement: Placement) -> View:
         """The view with its visible targets: segments of seen classes that are no crowds, with tokens of the mirrored
         image if the view is mirrored. Under pixel-ignore only segments of seen classes have tokens."""
         group = self.groups[tar]
-        first_row = self.first_row[tar] + (len(self) if mirrored and self.token_views == 2 else 0)
-        tokens = group.view(mirrored=mirrored)[1]
+        first_row = self.first_row[tar] + (len(self) if placement.mirrored and self.token_views == 2 else 0)
+        tokens = group.view(mirrored=placement.mirrored)[1]
         own = group.rows(row)
         token_row = {int(segment): i for i, segment in enumerate(group.segment_id[own], own.start)}
         labels = [self.class_index[segment.category_id] for segment in sample.segments]
         places = [i for i, s in enumerate(sample.segments) if not s.iscrowd and self.seen[labels[i]]]
-        rows = [token_row[sample.segments[i].id] for i in places]
-        masks = ids == torch.tensor([sample.segments[i].id for i in places], dtype=ids.dtype).view(-1, 1, 1)
-        visible = masks.flatten(1).any(1)
-        return Item(
+        token_rows = [token_row[sample.segments[i].id] for i in places]
+        targets = _targets(decode_ids(sample), [sample.segments[i].id for i in places])
+        rows, columns = placement.sources(*targets.shape)
+        shown = np.zeros(len(places) + 1, bool)
+        shown[targets[np.ix_(np.unique(rows), np.unique(columns))]] = True
+        visible = shown[1:].nonzero()[0]
+        return View(
             image_id=sample.image_id,
+            placement=placement,
             image=image,
-            labels=torch.tensor([labels[i] for i in places], dtype=torch.int64)[visible],
-            segments=torch.tensor(places, dtype=torch.int64)[visible],
-            masks=masks[visible],
-            instance_tokens=torch.from_numpy(tokens[rows]).float()[visible],
+            targets=torch.from_numpy(targets),
+            rows=rows,
+            columns=columns,
+            numbers=torch.from_numpy((visible + 1).astype(targets.dtype)),
+            labels=torch.tensor([labels[places[i]] for i in visible], dtype=torch.int64),
+            segments=torch.tensor([places[i] for i in visible], dtype=torch.int64),
+            instance_tokens=torch.from_numpy(tokens[[token_rows[i] for i in visible]]).float(),
             global_row=int(first_row + np.searchsorted(self.kept[tar], row)),
         )
 
 
 def _image(sample: Sample) -> Tensor:
     """(3, H, W) uint8."""
-    return torch.from_numpy(decode_image(sample)).permute(2, 0, 1)
+    return channels_first(decode_image(sample))
 
 
-def _ids(sample: Sample) -> Tensor:
-    """(H, W) int32."""
-    return torch.from_numpy(decode_ids(sample))
+def _targets(ids: np.ndarray, targets: list[int]) -> np.ndarray:
+    """(H, W): 1 + the index in `targets` of each pixel's segment id, or 0; uint8, or int32 for more than 255 targets."""
+    # A table of all ids: the system gives its memory page by page where it is written or read, so it costs little.
+    number = np.zeros(MAX_SEGMENT_ID + 1, np.uint8 if len(targets) < 256 else np.int32)
+    number[targets] = np.arange(1, len(targets) + 1)
+    return number.take(ids)
 
 
-def collate(items: list[Item]) -> Batch:
+def _on_device(groups: Iterator[tuple[View, ...]], device: torch.device) -> Iterator[list[View]]:
+    """The views on `device`."""
+    for group in groups:
+        yield [view.to(device) for view in group]
+
+
+def _on_gpu(groups: Iterator[tuple[View, ...]], device: torch.device) -> Iterator[list[View]]:
+    """The views on a GPU, copied by a thread on a stream of its own while the batch before is computed."""
+    stream = torch.cuda.Stream(device)
+
+    def copied(group: tuple[View, ...]) -> tuple[list[View], torch.cuda.Event]:
+        with torch.cuda.stream(stream):
+            return [view.pinned().to(device) for view in group], stream.record_event()
+
+    for views, event in ahead(map(copied, groups)):
+        current = torch.cuda.current_stream(device)
+        current.wait_event(event)
+        for view in views:
+            for name in SHIPPED:
+                # Its memory is not used for another copy before the work that reads it has run.
+                getattr(view, name).record_stream(current)
+        yield views
+
+
+def collate(items: Sequence[Item]) -> Batch:
     return Batch(
         image_ids=[i.image_id for i in items],
         images=torch.stack([i.image for i in items]),
