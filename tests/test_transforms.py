@@ -34,7 +34,7 @@ def picture(height: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch
 
 
 def augment(image: Tensor, ids: Tensor, config: AugmentConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor, bool]:
-    placement = place_for_training(*ids.shape, config, rng)
+    placement = place_for_training(ids.shape[0], ids.shape[1], config, rng)
     return placement.image(image), placement.ids(ids, *placement.sources(*ids.shape)), placement.mirrored
 
 

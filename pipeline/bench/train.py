@@ -134,7 +134,7 @@ def _load_online(folder: Path, sample: Sample, teacher: Teacher, device: torch.d
     image = torch.from_numpy(np.array(Image.open(folder / f"{sample.image_id}.jpg").convert("RGB"))).permute(2, 0, 1)
     colours = np.array(Image.open(folder / f"{sample.image_id}.png").convert("RGB"), np.int32)
     ids = torch.from_numpy(colours[..., 0] + 256 * colours[..., 1] + 65536 * colours[..., 2])
-    placement = place_for_training(*ids.shape, AugmentConfig(), np.random.default_rng(0))
+    placement = place_for_training(ids.shape[0], ids.shape[1], AugmentConfig(), np.random.default_rng(0))
     placement.ids(ids, *placement.sources(*ids.shape))
     view = placement.image(image)
     prepared = teacher.prepare(image.to(device))

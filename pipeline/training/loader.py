@@ -29,7 +29,8 @@ from storage.id_colours import MAX_SEGMENT_ID
 from storage.shards import Sample, Shards, decode_ids, decode_image, read_shard
 from storage.tokens import read_tokens
 
-WINDOW = 4  # tars whose undecoded samples are shuffled together, and held in memory
+# Tars whose undecoded samples are shuffled together, and held in memory; while they are in use the next are read.
+WINDOW = 4
 CPU = torch.device("cpu")
 
 
@@ -186,8 +187,11 @@ class TrainingData:
             return ahead(map(collate, zip(*[items] * share, strict=True)))
         views = mapped(lambda entry: self._view(*entry), own, workers=self.workers, count=2 * share)
         groups = zip(*[views] * share, strict=True)
-        placed = _on_gpu(groups, device) if device.type == "cuda" else _on_device(ahead(groups), device)
-        return (collate([view.item() for view in group]) for group in placed)
+        if device.type == "cuda":
+            sent = _on_gpu(groups, device)
+        else:
+            sent = ([view.to(device) for view in group] for group in ahead(groups))
+        return (collate([view.item() for view in group]) for group in sent)
 
     def _read(self, size: int, start: int, ranks: Ranks) -> Iterator[list[tuple[int, int, int, Sample]]]:
         """(epoch, tar, row, sample) of a rank's part of every batch, window by window, endlessly."""
@@ -283,23 +287,19 @@ def _targets(ids: np.ndarray, targets: list[int]) -> np.ndarray:
     return number.take(ids)
 
 
-def _on_device(groups: Iterator[tuple[View, ...]], device: torch.device) -> Iterator[list[View]]:
-    """The views on `device`."""
-    for group in groups:
-        yield [view.to(device) for view in group]
-
-
 def _on_gpu(groups: Iterator[tuple[View, ...]], device: torch.device) -> Iterator[list[View]]:
     """The views on a GPU, copied by a thread on a stream of its own while the batch before is computed."""
     stream = torch.cuda.Stream(device)
 
     def copied(group: tuple[View, ...]) -> tuple[list[View], torch.cuda.Event]:
         with torch.cuda.stream(stream):
-            return [view.pinned().to(device) for view in group], stream.record_event()
+            views, done = [view.pinned().to(device) for view in group], torch.cuda.Event()
+            done.record()
+        return views, done
 
-    for views, event in ahead(map(copied, groups)):
+    for views, done in ahead(map(copied, groups)):
         current = torch.cuda.current_stream(device)
-        current.wait_event(event)
+        current.wait_event(done)
         for view in views:
             for name in SHIPPED:
                 # Its memory is not used for another copy before the work that reads it has run.

@@ -61,7 +61,8 @@ def whole_items(data: TrainingData, *, window: int = WINDOW) -> Iterator[Item]:
             entries = [(int(t), int(r)) for t in some for r in data.kept[t]]
             samples = {(int(t), r): s for t in some for r, s in enumerate(read_shard(data.tars[t]))}
             for place in rng.permutation(len(entries)):
-                yield whole_item(data, epoch, *entries[place], samples[entries[place]])
+                tar, row = entries[place]
+                yield whole_item(data, epoch, tar, row, samples[tar, row])
         epoch += 1
 
 
