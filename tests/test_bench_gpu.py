@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from flows.presets import preset
 from models import deformable_torch
 from pipeline.bench import gpu
 
@@ -23,6 +25,11 @@ def test_every_section_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (tmp_path / "rows.profile.txt").stat().st_size
     said = capsys.readouterr().err
     assert all(f"{name}: at " in said for name in gpu.SECTIONS)
+
+
+@pytest.mark.parametrize("name", gpu.PRESETS)
+def test_stage_1_is_that_of_the_presets(name: str) -> None:
+    assert replace(preset(name).v2c, steps=1) == gpu.PRESETS[name]
 
 
 def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
