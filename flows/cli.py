@@ -297,6 +297,11 @@ def _add_store_commands(add: Callable[..., _Parser]) -> _Parser:
     verify.add_argument(
         "--seed", type=int, metavar="N", help="of the drawn files (default: a new one) and rows (default: 0)"
     )
+    verify.add_argument(
+        "--set-aside",
+        action="store_true",
+        help="rename damaged artefacts, so that the next run makes them anew, and nothing that was made of them",
+    )
     _add_teacher_flag(verify, "with --rows")
     return verify
 

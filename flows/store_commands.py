@@ -13,7 +13,7 @@ from flows.tables import age, print_table, print_tree, size
 from pipeline.line import STAGES
 from storage.collect import collect, survey
 from storage.differences import differences
-from storage.errors import UserError
+from storage.errors import UserError, anew
 from storage.keys import Ref
 from storage.lineage import Lineage, Node
 from storage.runs import Runs
@@ -115,7 +115,7 @@ def show_artefact(options: argparse.Namespace) -> int:
         from pipeline.teacher.checks import summary
 
         print("\nrows")
-        print_tree(summary(artefact.path), "  ")
+        print_tree(summary(artefact.folders(".zarr")), "  ")
     return 0
 
 
@@ -168,19 +168,32 @@ def verify_artefacts(options: argparse.Namespace) -> int:
                 teacher_weights=options.teacher,
                 runtime=open_runtime(options),
             )
+        if strays := store.strays(ref):
+            message = "; ".join(filter(None, (message, f"not part of it, and never read: {', '.join(strays)}")))
         if problems or message or drawn is None:
             print(f"{ref!s:<28} {'; '.join(problems) or 'intact'}{message and f'; {message}'}", flush=True)
         if problems:
             damaged.append(ref)
     if damaged:
+        if options.set_aside:
+            return _set_aside(store, damaged)
         named = ", ".join(map(str, damaged))
-        raise UserError(
-            f"{len(damaged)} of {len(refs)} artefacts are damaged ({named}); rebuild with `zs-seg run --force STAGE`"
-        )
+        raise UserError(f"{len(damaged)} of {len(refs)} artefacts are damaged ({named}); {anew()}")
     if drawn is None:
         print(f"{len(refs)} artefacts in {store.root} are intact")
     else:
         print(f"{len(refs)} artefacts in {store.root} have all their files, in their sizes; the drawn ones are intact")
+    return 0
+
+
+def _set_aside(store: Store, damaged: Sequence[Ref]) -> int:
+    """Raises UserError for an artefact that is being built."""
+    for ref in damaged:
+        try:
+            for folder in store.set_aside(ref, store.path(ref)):
+                print(f"{ref} is set aside as {folder}; the next run makes it anew")
+        except BlockingIOError:
+            raise UserError(f"{ref} is being built by {store.holder(ref)}; wait for that, then try again") from None
     return 0
 
 

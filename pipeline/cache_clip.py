@@ -64,7 +64,7 @@ def build(
     """
     from storage.atomic import clean
     from storage.shards import Shards
-    from storage.tokens import check_tokens
+    from storage.tokens import check_tokens, token_files
 
     opened = Shards(build.open("shards").path)
     jobs = [
@@ -94,6 +94,7 @@ def build(
         devices, workers = run_tasks(_encode, missing, runtime, progress=progress)
     _load.cache_clear()
     clean(build.path)  # unfinished files of lost workers
+    build.add(*(file for job in jobs for file in token_files(job.group)))
     for split in SPLITS:
         build.counts[split] = _counts(split, [job for job in jobs if job.hide == (split == "train")], benchmark)
     build.provenance |= {"device": ", ".join(sorted(set(devices))), "workers": workers}
@@ -127,6 +128,7 @@ def _encode(job: Job, runtime: Runtime, progress: Progress) -> str:
             )
     from pipeline.teacher.encode import encode_tar
     from storage.atomic import delete
+    from storage.inputs import vouch
 
     device = str(runtime.torch_device())
     if job.group.exists():
@@ -137,6 +139,7 @@ def _encode(job: Job, runtime: Runtime, progress: Progress) -> str:
     own = job.group.with_name(f".{job.group.name}.{uuid.uuid4().hex}.writing")
     encode_tar(teacher, job.tar, own, job.config, job.benchmark, hide=job.hide, progress=progress)
     _return_freed_memory()
+    vouch(job.group.parent)
     try:
         own.rename(job.group)
     except OSError:

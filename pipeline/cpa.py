@@ -39,9 +39,10 @@ def build(build: Build, config: CPAConfig, runtime: Runtime) -> None:
     from pipeline.inference.model import load_model, require_same_classes, save_model
     from pipeline.teacher.text_bank import open_text
     from pipeline.training.criteria import CPACriterion, freeze
+    from pipeline.training.curves import add_training
     from pipeline.training.loop import parameter_groups, train
     from pipeline.training.query_loader import query_batches
-    from storage.checkpoints import load_checkpoint, remove_training_state
+    from storage.checkpoints import load_checkpoint
     from storage.queries import read_queries
 
     device = runtime.torch_device()
@@ -51,7 +52,7 @@ def build(build: Build, config: CPAConfig, runtime: Runtime) -> None:
         raise UserError("cpa: the benchmark has no unseen class to make features for; stop with `--until v2c`")
     model = load_model(build.open("checkpoint").path, device)
     require_same_classes(model.meta.classes, bank)
-    cached = read_queries(build.open("queries").path)
+    cached = read_queries(build.open("queries").folders(".zarr"))
     weights, meta = load_checkpoint(build.open("generator").path)
     generator = build_generator(**meta["architecture"])
     generator.load_state_dict(weights)
@@ -70,7 +71,7 @@ def build(build: Build, config: CPAConfig, runtime: Runtime) -> None:
         runtime=runtime,
     )
     save_model(build.path, replace(model, meta=replace(model.meta, stage=STAGE)))
-    remove_training_state(build.path)
+    add_training(build)
     build.provenance["device"] = str(device)
     build.counts |= {
         "views": len(cached.image_id),

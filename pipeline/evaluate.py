@@ -88,7 +88,7 @@ def build(build: Build, config: EvaluateConfig, runtime: Runtime, *, benchmark: 
     report = evaluator.report(bank.teacher)
     trained = {"v2c": "inductive", "g2s": "generator", "cpa": "transductive"}
     curves = {stage: read_curves(build.open(name).path) for stage, name in trained.items()}
-    write_report(build.path, report, curves=curves, pictures=pictures)
+    build.add(*write_report(build.path, report, curves=curves, pictures=pictures))
     left_out = report.left_out
     log.info(
         "ceilings leave out %d crowd segments; %d segments have no query over them",

@@ -31,9 +31,10 @@ def build(build: Build, config: G2SConfig, runtime: Runtime) -> None:
     from pipeline.inference.model import load_model, require_same_classes
     from pipeline.teacher.text_bank import open_text
     from pipeline.training.criteria import G2SCriterion, freeze
+    from pipeline.training.curves import add_training
     from pipeline.training.loop import parameter_groups, train
     from pipeline.training.query_loader import query_batches
-    from storage.checkpoints import remove_training_state, save_checkpoint
+    from storage.checkpoints import save_checkpoint
     from storage.queries import read_queries
 
     device = runtime.torch_device()
@@ -42,7 +43,7 @@ def build(build: Build, config: G2SConfig, runtime: Runtime) -> None:
     model = load_model(build.open("checkpoint").path, device)
     require_same_classes(model.meta.classes, bank)
     assert isinstance(model.projector, Projector)
-    cached = read_queries(build.open("queries").path)
+    cached = read_queries(build.open("queries").folders(".zarr"))
     freeze(model.projector)
     torch.manual_seed(config.seed)
     architecture = {
@@ -72,6 +73,6 @@ def build(build: Build, config: G2SConfig, runtime: Runtime) -> None:
         "config": asdict(config),
     }
     save_checkpoint(build.path, generator.state_dict(), meta)
-    remove_training_state(build.path)
+    add_training(build)
     build.provenance["device"] = str(device)
     build.counts |= {"views": len(cached.image_id), "steps": config.steps}

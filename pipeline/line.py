@@ -76,8 +76,9 @@ class StageModule(Protocol):
 
     `STAGE` is its name, `VERSION` is raised when the meaning of its output changes. `recipe(config, **given)` computes
     the key and reads no artefact. `build(build, config, runtime, **given)` does the work: it opens the recipe's inputs
-    by name from `build` (a `storage.store.Build`), writes into `build.path` and counts in `build.counts`; of `given` it
-    receives what is no input.
+    by name from `build` (a `storage.store.Build`), writes into `build.path`, names its files with `build.add` and counts
+    in `build.counts`; before it saves what a later attempt may go on with, it calls `storage.inputs.vouch`. Of `given`
+    it receives what is no input.
     """
 
     @property

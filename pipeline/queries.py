@@ -34,7 +34,7 @@ def build(build: Build, config: QueriesConfig, runtime: Runtime) -> None:
     from pipeline.inference.model import load_model, require_same_classes
     from pipeline.teacher.text_bank import open_text
     from pipeline.training.loader import TrainingData
-    from storage.queries import check_queries
+    from storage.queries import check_queries, query_files
 
     text = build.open("text")
     bank = open_text(text.path, text.ref.key)
@@ -53,6 +53,7 @@ def build(build: Build, config: QueriesConfig, runtime: Runtime) -> None:
             group = build.path / f"{tar.stem}.zarr"
             if not build.holds(group, check_queries):
                 _write_group(group, number, data, model, bank, config)
+            build.add(*query_files(group))
             bar.update(len(data.kept[number]) * config.views)
     build.provenance["device"] = str(runtime.torch_device())
     build.counts |= {"images": len(data), "views": len(data) * config.views, "queries_a_view": model.query_shape[0]}
@@ -67,6 +68,7 @@ def _write_group(path: Path, tar: int, data: TrainingData, model: Model, bank: T
     from pipeline.training.criteria import seen_rows
     from pipeline.training.loader import collate
     from pipeline.training.loop import image_generator
+    from storage.inputs import vouch
     from storage.queries import write_queries
 
     device = next(model.projector.parameters()).device
@@ -106,6 +108,7 @@ def _write_group(path: Path, tar: int, data: TrainingData, model: Model, bank: T
         "image_id": (0,),
         "view": (0,),
     }
+    vouch(path.parent)
     write_queries(path, **{name: np.stack(rows) if rows else np.zeros(empty[name]) for name, rows in columns.items()})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from pipeline.data.benchmarks import Benchmark, Category
@@ -56,17 +55,18 @@ def build(build: Build, config: ScenesConfig, runtime: Runtime) -> None:
     classes = benchmark(config)
     with runtime.bar(config.train_images + config.val_images, "drawing scenes", "image") as bar:
         for split, count in (("train2017", config.train_images), ("val2017", config.val_images)):
-            build.counts[split] = _draw_split(build.path, split, count, config, classes, bar)
+            build.counts[split] = _draw_split(build, split, count, config, classes, bar)
 
 
 def _draw_split(
-    folder: Path, split: str, count: int, config: ScenesConfig, classes: Benchmark, bar: Any
+    build: Build, split: str, count: int, config: ScenesConfig, classes: Benchmark, bar: Any
 ) -> dict[str, int]:
     import numpy as np
     from PIL import Image
 
     from pipeline.world.draw import draw_scene
 
+    folder = build.path
     (folder / split).mkdir(exist_ok=True)
     (folder / "annotations" / f"panoptic_{split}").mkdir(parents=True, exist_ok=True)
     by_name = {c.name: c for c in classes.categories}
@@ -91,9 +91,11 @@ def _draw_split(
         everything = split == "val2017" or bool(rng.random() < config.unseen_share)
         scene = draw_scene(rng, size=config.size, layout=config.layout, **pools[everything])
         stem = f"{number:012d}"
-        Image.fromarray(scene.image).save(folder / split / f"{stem}.jpg", quality=92)
+        jpeg, png = folder / split / f"{stem}.jpg", folder / "annotations" / f"panoptic_{split}" / f"{stem}.png"
+        Image.fromarray(scene.image).save(jpeg, quality=92)
         rgb = np.stack([scene.ids, np.zeros_like(scene.ids), np.zeros_like(scene.ids)], axis=-1).astype(np.uint8)
-        Image.fromarray(rgb).save(folder / "annotations" / f"panoptic_{split}" / f"{stem}.png")
+        Image.fromarray(rgb).save(png)
+        build.add(jpeg, png)
         images.append({"id": number, "file_name": f"{stem}.jpg", "height": config.size, "width": config.size})
         segments = [
             {"id": i, "category_id": by_name[name].id, "area": int((scene.ids == i).sum()), "iscrowd": 0}
@@ -103,5 +105,7 @@ def _draw_split(
         bar.update()
     categories = [{"id": c.id, "name": c.name, "isthing": int(c.isthing)} for c in classes.categories]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "annotations" / f"panoptic_{split}.json").write_text(json.dumps(content))
+    listing = folder / "annotations" / f"panoptic_{split}.json"
+    listing.write_text(json.dumps(content))
+    build.add(listing)
     return {"images": count, "segments": sum(len(a["segments_info"]) for a in annotations)}

@@ -25,6 +25,7 @@ from pipeline.data.label_maps import LabelSource, fingerprint_labels, image_ids,
 from pipeline.data.samples import labelled_sample, panoptic_sample
 from pipeline.runtime import Runtime
 from storage.errors import UserError
+from storage.inputs import vouch
 from storage.keys import Recipe, Ref
 from storage.store import Build
 
@@ -126,7 +127,7 @@ def _shard(
 ) -> None:
     from PIL import Image
 
-    from storage.shards import check_shard, read_shard, write_index, write_shard
+    from storage.shards import INDEX, check_shard, read_shard, write_index, write_shard
 
     items = {split: everything[: config.limit or None] for split, everything in listed.items()}
     index: dict[str, list[dict[str, Any]]] = {split: [] for split in items}
@@ -157,6 +158,7 @@ def _shard(
                     continue
                 # Equal ids: a killed build has already written this tar.
                 if [sample.image_id for sample in samples] != list(done):
+                    vouch(build.path)
                     write_shard(path, samples)
                 held = [segment for sample in samples for segment in sample.segments]
                 index[split].append({"tar": path.name, "samples": len(samples), "segments": len(held)})
@@ -177,6 +179,7 @@ def _shard(
             log.info("%s: %s %s", STAGE, split, ", ".join(f"{n} {what}" for what, n in build.counts[split].items()))
     build.counts["skipped"] = skipped
     write_index(build.path, index)
+    build.add(build.path / INDEX, *(build.path / tar["tar"] for tars in index.values() for tar in tars))
 
 
 def _chunks(items: list[Item], size: int) -> Iterator[list[Item]]:

@@ -40,7 +40,7 @@ def recipe(config: TextConfig, *, teacher: TeacherConfig, benchmark: Benchmark) 
 
 def build(build: Build, config: TextConfig, runtime: Runtime, *, teacher: TeacherConfig, benchmark: Benchmark) -> None:
     """Encode the benchmark's class names, seen and unseen, or import their rows."""
-    from storage.checkpoints import save_checkpoint
+    from storage.checkpoints import FILES, save_checkpoint
 
     clip = teacher.load(runtime)
     if config.embeddings:
@@ -58,6 +58,7 @@ def build(build: Build, config: TextConfig, runtime: Runtime, *, teacher: Teache
         "clean_names": config.clean_names,
     }
     save_checkpoint(build.path, {"embedding": embedding.cpu()}, meta)
+    build.add(*(build.path / name for name in FILES))
     build.counts |= {"classes": len(embedding), "seen": sum(benchmark.seen), "templates": len(templates)}
 
 

@@ -58,9 +58,9 @@ def build(build: Build, config: V2CConfig, runtime: Runtime) -> None:
     """
     from pipeline.inference.model import load_model, save_model
     from pipeline.teacher.text_bank import open_text
+    from pipeline.training.curves import add_training
     from pipeline.training.distributed import launch
     from pipeline.training.loader import TrainingData
-    from storage.checkpoints import remove_training_state
 
     shards, tokens, text = (build.open(name).path for name in ("shards", "tokens", "text"))
     key = build.recipe.inputs["text"].key
@@ -73,7 +73,7 @@ def build(build: Build, config: V2CConfig, runtime: Runtime) -> None:
     model = load_model(build.path, device)
     threshold, trials = choose_threshold(model, bank, data, config, runtime)
     save_model(build.path, replace(model, meta=replace(model.meta, object_threshold=threshold)))
-    remove_training_state(build.path)
+    add_training(build)
     build.provenance |= {"device": str(device), "devices": runtime.devices}
     build.counts |= {
         "images": len(data),

@@ -18,11 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from storage.atomic import replacing, write_text
-from storage.errors import UserError
+from storage.errors import UserError, anew
 
 WEIGHTS = "weights.safetensors"
 META = "meta.json"
 STATE = "training.safetensors"
+FILES = (WEIGHTS, META)
 
 
 def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
@@ -41,10 +42,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
         return load_file(folder / WEIGHTS), json.loads((folder / META).read_bytes())
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"checkpoint {folder} is missing or damaged ({reason}); find it with `zs-seg verify` and rebuild it "
-            "with `zs-seg run --force STAGE`"
-        ) from error
+        raise UserError(f"checkpoint {folder} is missing or damaged ({reason}); {anew()}") from error
 
 
 def save_training_state(folder: Path, state: Mapping[Any, Any]) -> None:
@@ -77,15 +75,14 @@ def load_training_state(folder: Path) -> Any | None:
         raise UserError(f"training state {path} is damaged; delete it to train from the start") from error
 
 
-def remove_training_state(folder: Path) -> None:
-    """Training is over: the state does not become part of the artefact."""
-    (folder / STATE).unlink(missing_ok=True)
-
-
 def _save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         try:
             save_file(dict(tensors), temporary, metadata=metadata)
+            # safetensors puts a file of mode 600 in its place, whatever the umask
+            temporary.chmod(mode)
         except SafetensorError as error:
             # a full disk and similar faults as the OSError that callers handle
             if number := re.search(r"os error (\d+)", str(error)):

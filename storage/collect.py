@@ -15,7 +15,7 @@ from storage.errors import UserError
 from storage.keys import KEY_LENGTH, Ref
 from storage.lineage import Lineage
 from storage.runs import RunRecord, Runs
-from storage.store import MANIFEST, REMOVED, Store
+from storage.store import ASIDE, MANIFEST, REMOVED, Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def survey(store: Store, *, keep: int = 1, forget: Collection[str] = (), partial
 
     Of every name the last `keep` lines count, names in `forget` do not; runs under way and builds under way always do.
     What a killed build left goes when nothing in it was written for `partial_age` seconds; if a named run needs it,
-    never.
+    never. What was set aside goes after that time in any case.
 
     Raises UserError when no run is recorded, when a name to forget is not, or when a record is damaged.
     """
@@ -78,6 +78,7 @@ def survey(store: Store, *, keep: int = 1, forget: Collection[str] = (), partial
             waste.append(Waste(path=path, ref=ref, name=str(ref), bytes=size, reason=reason))
     waste += _broken(store, reached | set(complete))
     waste += _partials(store, reached, partial_age)
+    waste += _asides(store, partial_age)
     for path in sorted(store.root.glob(f"*/.*{REMOVED}")):
         waste.append(
             Waste(
@@ -109,7 +110,7 @@ def collect(store: Store, *, keep: int = 1, forget: Collection[str] = (), partia
         runs.sweep()
         for one in found.waste:
             try:
-                aside += store.set_aside(one.ref, one.path) if one.ref else [one.path]
+                aside += store.set_aside(one.ref, one.path, suffix=REMOVED) if one.ref else [one.path]
                 gone.append(one)
             except BlockingIOError:  # its build has begun since
                 continue
@@ -143,13 +144,31 @@ def _partials(store: Store, reached: Collection[Ref], age: float) -> list[Waste]
     found = []
     for path in sorted(store.root.glob(f"*/.{'[0-9a-f]' * KEY_LENGTH}.partial")):
         ref = Ref(kind=path.parent.name, key=path.name[1 : KEY_LENGTH + 1])
-        if (
-            ref not in reached
-            and (idle := time.time() - max((stat.st_mtime for stat in _stats(path)), default=time.time())) > age
-        ):
+        if ref not in reached and (idle := _idle(path)) > age:
             reason = f"cut off, untouched for {idle / 86400:.0f} days"
             found.append(Waste(path=path, ref=ref, name=f"{ref} (partial)", bytes=_size(path), reason=reason))
     return found
+
+
+def _asides(store: Store, age: float) -> list[Waste]:
+    """What was set aside long ago, and nobody has fetched back."""
+    return [
+        Waste(
+            path=path,
+            ref=None,
+            name=f"{path.parent.name}/{path.name}",
+            bytes=_size(path),
+            reason=f"set aside, untouched for {idle / 86400:.0f} days",
+        )
+        for path in sorted(store.root.glob(f"*/.*{ASIDE}"))
+        # its own st_ctime is that of the rename, when what is in it may have been old
+        if (idle := _idle(path, path.stat().st_ctime)) > age
+    ]
+
+
+def _idle(folder: Path, *times: float) -> float:
+    """Seconds since the last write in it, or since the last of `times`."""
+    return time.time() - max((*times, *(stat.st_mtime for stat in _stats(folder))), default=time.time())
 
 
 def _size(folder: Path) -> int:

@@ -13,6 +13,12 @@ class UserError(ValueError):
     """
 
 
+def anew(key: str = "") -> str:
+    """What mends the damaged artefact of that key, "" = whichever it is, at no cost of what was made of it."""
+    command, what = (f"verify {key}", "it") if key else ("verify", "what is damaged")
+    return f"`zs-seg {command} --set-aside` sets {what} aside, and the next run makes it anew"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The known word that is closest to this one, as " (did you mean 'x'?)"; "" where none is close."""
     close = get_close_matches(word, list(known), n=1)

@@ -6,7 +6,8 @@ each array stands its CRC-32C, which `read_group` checks; groups of an older ver
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
 from storage.atomic import replacing
-from storage.errors import UserError
+from storage.errors import UserError, anew
 
 
 def write_group(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -38,34 +39,48 @@ def _fill(group: zarr.Group, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def check_group(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Compare every file with what writing `arrays`, as read from there, makes. Raises UserError where one differs."""
+    """Compare every file of the group with what writing `arrays`, as read from there, makes. Raises UserError where one
+    differs. Files that are none of the group's are not looked at."""
     expected: dict[str, Any] = {}
     _fill(zarr.open_group(MemoryStore(expected), mode="w", zarr_format=3), arrays)
-    found = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
-    names = sorted(found.keys() | expected.keys())
-    for name in names:
-        if name not in found or name not in expected or found[name].read_bytes() != expected[name].to_bytes():
+    for name in sorted(expected):
+        if not (path / name).is_file() or (path / name).read_bytes() != expected[name].to_bytes():
             raise UserError(f"{path}: {name} is not what was written")
 
 
-def map_array(path: Path, name: str, dtype: np.dtype | type, *, stage: str) -> np.ndarray:
+def group_files(path: Path, names: Iterable[str]) -> list[Path]:
+    """The files of a group with arrays of those names: of each its metadata and, unless it is empty, its only chunk."""
+    files = [path / "zarr.json"]
+    for name in names:
+        files.append(path / name / "zarr.json")
+        shape = json.loads(files[-1].read_bytes())["shape"]
+        if all(shape):
+            files.append(_chunk(path, name, len(shape)))
+    return files
+
+
+def _chunk(path: Path, name: str, ndim: int) -> Path:
+    return path / name / "c" / "/".join("0" * ndim)
+
+
+def map_array(path: Path, name: str, dtype: np.dtype | type) -> np.ndarray:
     """One array of a group, mapped into memory and not read: its only chunk begins with the array, byte for byte.
 
     Raises UserError as `read_group` does; wrong bytes in the data go unnoticed.
     """
-    with _damage_named(path, name, stage):
+    with _damage_named(path, name):
         array, chunk = _open(path, name, dtype)
         return np.memmap(chunk, array.dtype, "r", shape=array.shape) if array.size else np.empty(array.shape, dtype)
 
 
-def read_group(path: Path, dtypes: Mapping[str, np.dtype | type], *, stage: str) -> dict[str, np.ndarray]:
-    """The arrays of those names; `stage` made them.
+def read_group(path: Path, dtypes: Mapping[str, np.dtype | type]) -> dict[str, np.ndarray]:
+    """The arrays of those names.
 
     Raises UserError, naming the group, when one is missing, damaged or of another dtype.
     """
     arrays = {}
     for name, dtype in dtypes.items():
-        with _damage_named(path, name, stage):
+        with _damage_named(path, name):
             arrays[name] = np.asarray(_open(path, name, dtype)[0][...])
     return arrays
 
@@ -73,7 +88,7 @@ def read_group(path: Path, dtypes: Mapping[str, np.dtype | type], *, stage: str)
 def _open(path: Path, name: str, dtype: np.dtype | type) -> tuple[zarr.Array, Path]:
     """An array and its only chunk, which is of the right size: where none is, zarr would read zeros."""
     array = zarr.open_array(path / name, mode="r", zarr_format=3)
-    chunk = path / name / "c" / "/".join("0" * array.ndim)
+    chunk = _chunk(path, name, array.ndim)
     if array.dtype != dtype:
         raise UserError(f"it is {array.dtype}, not {np.dtype(dtype)}")
     if array.size:
@@ -85,10 +100,9 @@ def _open(path: Path, name: str, dtype: np.dtype | type) -> tuple[zarr.Array, Pa
 
 
 @contextmanager
-def _damage_named(path: Path, name: str, stage: str) -> Iterator[None]:
+def _damage_named(path: Path, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # zarr and its codecs raise many unrelated types
         what = f"{path}: array {name} is missing or damaged" if path.is_dir() else f"{path} is missing"
-        cure = f"find the damage with `zs-seg verify` and rebuild it with `zs-seg run --force {stage}`"
-        raise UserError(f"{what} ({' '.join(str(error).split())}); {cure}") from error
+        raise UserError(f"{what} ({' '.join(str(error).split())}); {anew()}") from error

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.errors import UserError
-from storage.groups import check_group, map_array, read_group, write_group
+from storage.errors import UserError, anew
+from storage.groups import check_group, group_files, map_array, read_group, write_group
 
 _DTYPES = {"feature": np.float16, "segment": np.int32, "category": np.int32, "image_id": np.int64, "view": np.int8}
 
@@ -76,30 +76,34 @@ def write_queries(
 
 def check_queries(path: Path) -> None:
     """Read one group, every byte of it. Raises UserError when it is damaged."""
-    arrays = read_group(path, _DTYPES, stage="queries")
+    arrays = read_group(path, _DTYPES)
     QueryBank(**arrays)
     check_group(path, arrays)
 
 
-def read_queries(folder: Path) -> QueryBank:
-    """All groups of a queries artefact one after the other, in name order.
+def query_files(path: Path) -> list[Path]:
+    """The files of one group."""
+    return group_files(path, _DTYPES)
+
+
+def read_queries(paths: Sequence[Path]) -> QueryBank:
+    """The groups of a queries artefact one after the other, in the order given.
 
     Raises UserError when there is none, or one is damaged or does not fit the others.
     """
-    paths = sorted(folder.glob("*.zarr"))
     if not paths:
-        raise UserError(f"{folder} holds no queries; rebuild it with `zs-seg run --force queries`")
+        raise UserError(f"an artefact holds no queries; {anew()}")
     small = {name: dtype for name, dtype in _DTYPES.items() if name != "feature"}
-    labels = [read_group(path, small, stage="queries") for path in paths]
+    labels = [read_group(path, small) for path in paths]
     features = []
     for path, arrays in zip(paths, labels, strict=True):
-        part = map_array(path, "feature", _DTYPES["feature"], stage="queries")
+        part = map_array(path, "feature", _DTYPES["feature"])
         try:
             QueryBank(feature=part, **arrays)
         except UserError as error:
-            raise UserError(f"{path}: {error}; rebuild it with `zs-seg run --force queries`") from error
+            raise UserError(f"{path}: {error}; {anew()}") from error
         if features and part.shape[1:] != features[0].shape[1:]:
-            raise UserError(f"{path} and {paths[0]} differ in shape; rebuild with `zs-seg run --force queries`")
+            raise UserError(f"{path} and {paths[0]} differ in shape; {anew()}")
         features.append(part)
     small_arrays = {name: np.concatenate([arrays[name] for arrays in labels]) for name in small}
     return QueryBank(feature=MappedRows(features), **small_arrays)

@@ -23,7 +23,7 @@ from webdataset.tariterators import group_by_keys
 from webdataset.writer import TarWriter
 
 from storage.atomic import replacing, write_text
-from storage.errors import UserError
+from storage.errors import UserError, anew
 from storage.id_colours import colours_of, ids_of
 from storage.images import open_image
 
@@ -99,16 +99,15 @@ def read_shard(path: Path, rows: Collection[int] | None = None) -> Iterator[Samp
     Raises UserError, naming the tar, when it is missing, cut off or damaged, or holds anything but samples; a tar cut
     between two samples shows only after the last of them.
     """
-    cure = "find the damage with `zs-seg verify` and rebuild it with `zs-seg run --force shard`"
     try:
         for files in group_by_keys(_members(path, rows)):
             if not {"json", "png"} <= files.keys() or len(files.keys() & set(_IMAGES)) != 1:
                 raise UserError(f"sample {files['__key__']} lacks its image, json or png")
             yield _sample(files)
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; {cure}") from error
+        raise UserError(f"{path} is missing; {anew()}") from error
     except (tarfile.TarError, EOFError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}; {cure}") from error
+        raise UserError(f"{path} is damaged: {error}; {anew()}") from error
 
 
 def _members(path: Path, rows: Collection[int] | None) -> Iterator[dict[str, Any]]:
@@ -205,9 +204,7 @@ class Shards:
             if strange := [tar["tar"] for tars in index.values() for tar in tars if not _TAR.fullmatch(tar["tar"])]:
                 raise UserError(f"{strange[0]!r} is no name of a tar")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-            raise UserError(
-                f"{folder / INDEX} is missing or damaged; rebuild with `zs-seg run --force shard`"
-            ) from error
+            raise UserError(f"{folder / INDEX} is missing or damaged; {anew()}") from error
 
     def tars(self, split: str) -> list[Path]:
         """The split's tars, in image-id order."""

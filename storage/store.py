@@ -2,6 +2,10 @@
 
 Work happens in `<root>/<kind>/.<key>.partial/`, under a lock that dies with its owner; the manifest is written last,
 then one rename makes the artefact appear. A killed build finds its partial folder again and goes on.
+
+What belongs to an artefact is what its manifest lists, and the manifest lists what the build has named (`Build.add`).
+Any other file in its folder, such as those that editors and desktops leave, is never read, hashed or listed. What is
+no longer used and was not asked to go is renamed (`ASIDE`) and never deleted.
 """
 
 from __future__ import annotations
@@ -14,14 +18,15 @@ import pwd
 import re
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from storage.atomic import clean, delete, fsync, write_text
-from storage.errors import UserError
+from storage.errors import UserError, anew
+from storage.inputs import NOTE, Inputs
 from storage.keys import KEY_LENGTH, Recipe, Ref, canonical, recipe_key, sha256_file
 from storage.lock import Lock
 from storage.provenance import provenance
@@ -31,6 +36,7 @@ log = logging.getLogger(__name__)
 State = Literal["fresh", "partial", "missing", "locked"]
 MANIFEST = "manifest.json"
 REMOVED = ".removed"  # the end of a folder's name that is on its way out
+ASIDE = ".aside"  # the same of one that no build uses, until `zs-seg gc` or a person deletes it
 LARGE = 10**9  # bytes that take seconds to hash
 
 
@@ -73,18 +79,24 @@ class Build:
     """A build of `recipe` under way: what it reads, where it writes, and what goes into the manifest.
 
     `path` is the partial folder; it may already hold what a killed build of the same recipe left, each file whole if it
-    was written with `storage.atomic`.
+    was written with `storage.atomic`. `files` become the artefact; `scratch` is deleted once that is complete.
     """
 
     store: Store
     recipe: Recipe
     path: Path
+    files: list[Path] = field(default_factory=list)
+    scratch: list[Path] = field(default_factory=list)
     counts: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def open(self, name: str) -> Artefact:
         """The recipe's input of that name. Raises UserError as `Store.open`."""
         return self.store.open(self.recipe.inputs[name])
+
+    def add(self, *files: Path) -> None:
+        """Name files below `path` as the artefact's. What else lies there is not part of it."""
+        self.files += files
 
     def holds(self, piece: Path, read: Callable[[Path], object]) -> bool:
         """Whether a killed build left this file or folder whole. A damaged one, for which `read` raises UserError, is
@@ -107,6 +119,11 @@ class Artefact:
     ref: Ref
     path: Path
     manifest: Manifest
+
+    def folders(self, suffix: str) -> list[Path]:
+        """Its folders of files whose names end so, such as zarr groups, in order."""
+        names = {name.partition("/")[0] for name in self.manifest.files if "/" in name}
+        return [self.path / name for name in sorted(names) if name.endswith(suffix)]
 
 
 class Store:
@@ -167,27 +184,23 @@ class Store:
 
     def _build(self, recipe: Recipe, work: Callable[[Build], None]) -> None:
         ref, partial, started = recipe.ref, self.partial(recipe.ref), time.monotonic()
-        resumed = partial.is_dir()
-        log.info("%s: %s %s", recipe.stage, "going on with" if resumed else "building", ref)
         inputs = self._check_inputs(recipe)
+        resumed = self._made_of(inputs, recipe)
+        log.info("%s: %s %s", recipe.stage, "going on with" if resumed else "building", ref)
         partial.mkdir(exist_ok=True)
         (partial / MANIFEST).unlink(missing_ok=True)
         clean(partial)
+        inputs.write(partial)
         build = self.under_way(recipe)
         try:
             work(build)
         except Exception:
             self._check_inputs(recipe)  # a damaged input is the better reason
             raise
-        if self._check_inputs(recipe) != inputs:
-            delete(partial)
-            raise UserError(f"an input of {ref} was rebuilt meanwhile, with other bytes; run again")
-        written, files = _files(partial), {}
-        if (size := sum(file.stat().st_size for file in written)) > LARGE:
-            log.info("%s: hashing %.1f GB", recipe.stage, size / 1e9)
-        for file in written:
-            fsync(file)
-            files[file.relative_to(partial).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        if self._check_inputs(recipe).hashes != inputs.hashes:
+            left = self._spare(recipe)
+            raise UserError(f"an input of {ref} was rebuilt meanwhile, with other bytes; run again ({left})")
+        files = self._list(build)
         manifest = Manifest(
             kind=ref.kind,
             key=ref.key,
@@ -205,29 +218,85 @@ class Store:
             },
         )
         write_text(partial / MANIFEST, manifest.dumps())
-        delete(self.path(ref))  # a folder that lost its manifest is no artefact
+        if self.path(ref).exists():
+            aside = self._rename(ref, self.path(ref), ASIDE)
+            log.warning("%s had lost its %s; what was left of it is set aside as %s", ref, MANIFEST, aside)
         os.rename(partial, self.path(ref))
         fsync(self.path(ref).parent)
+        # Only now, so that a kill a moment earlier costs no training.
+        for file in (partial / NOTE, *build.scratch):
+            delete(self.path(ref) / file.relative_to(partial))
         log.info("%s: %s complete, %d files, %.1f MB", recipe.stage, ref, len(files), manifest.bytes / 1e6)
 
-    def _check_inputs(self, recipe: Recipe) -> list[dict[str, Any]]:
+    def _list(self, build: Build) -> dict[str, dict[str, Any]]:
+        """The files that a build has named, flushed to the disk and hashed, for its manifest; others are logged."""
+        names = sorted({file.relative_to(build.path).as_posix() for file in build.files})
+        if (size := sum((build.path / name).stat().st_size for name in names)) > LARGE:
+            log.info("%s: hashing %.1f GB", build.recipe.stage, size / 1e9)
+        ours = {MANIFEST, NOTE, *names, *(file.relative_to(build.path).as_posix() for file in build.scratch)}
+        strays = [name for name in _names(build.path) if name not in ours]
+        assert names or not strays, f"stage {build.recipe.stage} writes files and names none with Build.add"
+        if strays:
+            log.info("%s: not part of %s: %s", build.recipe.stage, build.recipe.ref, ", ".join(strays))
+        files = {}
+        for name in names:
+            fsync(build.path / name)
+            size = (build.path / name).stat().st_size
+            files[name] = {"bytes": size, "sha256": sha256_file(build.path / name)}
+        return files
+
+    def _made_of(self, inputs: Inputs, recipe: Recipe) -> bool:
+        """Whether a killed build has left something that was made of the same bytes. What was made of others, or of
+        nobody knows what, is set aside."""
+        if not (partial := self.partial(recipe.ref)).is_dir():
+            return False
+        note = Inputs.read(partial)
+        if note and note.hashes != inputs.hashes:
+            changed = sorted(name for name in inputs.hashes if note.hashes.get(name) != inputs.hashes[name])
+            why = f"{changed[0]} had other bytes then" if changed and note.hashes else f"its {NOTE} is damaged"
+            log.warning("%s: %s (%s)", recipe.stage, self._spare(recipe), why)
+            return False
+        return True
+
+    def _check_inputs(self, recipe: Recipe) -> Inputs:
         """Hash all inputs of a build, before it and after it: nothing becomes complete that was made from a changed
         byte.
 
-        Returns each input's files. Raises UserError as `require_intact`; what was made of a damaged input goes with it.
+        Raises UserError as `require_intact`, with what becomes of what the build has made: it was vouched for and stays
+        where it is, to go on when the input is back with the same bytes.
         """
-        checked: list[Manifest] = []
-        started = time.monotonic()
+        found, size, started = Inputs(), 0, time.monotonic()
         for ref in recipe.inputs.values():
             try:
-                checked.append(self.require_intact(ref))
-            except UserError:
+                manifest = self.open(ref).manifest
+            except UserError as error:
                 if self.state(ref) == "fresh":  # damaged, and not just gone
-                    delete(self.partial(recipe.ref))
+                    raise self._with_fate(error, recipe, ()) from error
                 raise
-        if (size := sum(manifest.bytes for manifest in checked)) > LARGE:
+            found.look(self.root, ref, manifest.files)
+            if problems := self._problems(manifest):
+                raise self._with_fate(_damaged(manifest, problems), recipe, (f"{ref}/{name}" for name in problems))
+            size += manifest.bytes
+        if size > LARGE:
             log.info("%s: checked %.1f GB of inputs in %.0f s", recipe.stage, size / 1e9, time.monotonic() - started)
-        return [manifest.files for manifest in checked]
+        return found
+
+    def _with_fate(self, error: UserError, recipe: Recipe, damaged: Iterable[str]) -> UserError:
+        """The error over a damaged input, and what becomes of what the build has made."""
+        if not (partial := self.partial(recipe.ref)).is_dir():
+            return error
+        if (note := Inputs.read(partial)) and note.touched(self.root, damaged):
+            return UserError(f"{error}; {recipe.stage} then goes on where it was, if the bytes are the same")
+        return UserError(f"{error}; {self._spare(recipe)}")
+
+    def _spare(self, recipe: Recipe) -> str:
+        """Set aside what a build has made; the text for the user where it is, and how to go on with it."""
+        partial = self.partial(recipe.ref)
+        aside = self._rename(recipe.ref, partial, ASIDE)
+        return (
+            f"what {recipe.stage} had made is set aside as {aside}; to go on with it nevertheless, rename it to "
+            f"{partial.name} and delete its {NOTE}"
+        )
 
     def open(self, ref: Ref) -> Artefact:
         """The complete artefact, its files present and of the right size.
@@ -265,7 +334,7 @@ class Store:
     def require_intact(self, ref: Ref) -> Manifest:
         """Read every byte of a complete artefact. Raises UserError as `open`, and when a byte has changed."""
         manifest = self.open(ref).manifest
-        if problems := self.verify(ref):
+        if problems := self._problems(manifest):
             raise _damaged(manifest, problems)
         return manifest
 
@@ -298,28 +367,37 @@ class Store:
             return []
 
     def verify(self, ref: Ref, *, files: Collection[str] | None = None) -> list[str]:
-        """Compare with the manifest: which files there are, their sizes, and every byte of those in `files` (None = of
-        all).
+        """Compare with the manifest: which of its files are there, their sizes, and every byte of those in `files`
+        (None = of all).
 
-        One line a problem, [] = intact.
+        One line a problem, [] = intact; `strays` has what else is there.
         """
         try:
             manifest = self._manifest(ref)
         except UserError as error:
             return [str(error)]
-        path = self.path(ref)
+        return [f"{name} {problem}" for name, problem in self._problems(manifest, files=files).items()]
+
+    def _problems(self, manifest: Manifest, *, files: Collection[str] | None = None) -> dict[str, str]:
+        """File of the artefact -> what is wrong with it."""
+        path = self.path(manifest.ref)
         problems = _size_problems(path, manifest)
         if (path / MANIFEST).read_text(encoding="utf-8") != manifest.dumps():
-            problems.append(f"{MANIFEST} was edited")
-        there = {file.relative_to(path).as_posix(): file for file in _files(path)}
-        problems += [
-            f"{name} does not belong to it" for name in sorted(there.keys() - manifest.files.keys() - {MANIFEST})
-        ]
+            problems[MANIFEST] = "was edited"
         for name, entry in manifest.files.items():
-            file = there.get(name) if files is None or name in files else None
-            if file and file.stat().st_size == entry["bytes"] and sha256_file(file) != entry["sha256"]:
-                problems.append(f"{name} has changed (sha256 differs)")
+            if (
+                (files is None or name in files)
+                and name not in problems
+                and sha256_file(path / name) != entry["sha256"]
+            ):
+                problems[name] = "has changed (sha256 differs)"
         return problems
+
+    def strays(self, ref: Ref) -> list[str]:
+        """The files in the artefact's folder that do not belong to it, which nothing reads; [] when its manifest cannot
+        be used."""
+        listed = {MANIFEST, *self.file_names(ref)}
+        return [name for name in _names(self.path(ref)) if name not in listed] if len(listed) > 1 else []
 
     def remove(self, ref: Ref) -> None:
         """Remove the artefact and what a killed build of it left; nothing happens when there is neither.
@@ -328,28 +406,28 @@ class Store:
         """
         with self.mistakes_as_user_errors(ref):
             try:
-                for path in self.set_aside(ref, self.partial(ref), self.path(ref)):
+                for path in self.set_aside(ref, self.partial(ref), self.path(ref), suffix=REMOVED):
                     delete(path)
             except BlockingIOError:
                 raise UserError(
                     f"{ref} is being built by {self.holder(ref)}; wait for that or stop it, then try again"
                 ) from None
 
-    def set_aside(self, ref: Ref, *paths: Path) -> list[Path]:
-        """Rename folders of the artefact that are there, each in one step: from then on nobody finds them, and the
-        returned ones can be deleted at leisure.
+    def set_aside(self, ref: Ref, *paths: Path, suffix: str = ASIDE) -> list[Path]:
+        """Rename folders of the artefact that are there, each in one step, to a hidden name that ends with `suffix`:
+        from then on nobody finds them. Those of `REMOVED` can be deleted at leisure.
 
         Raises BlockingIOError while it is being built, UserError when the store cannot be written.
         """
         if not any(path.exists() for path in paths):
             return []
-        aside = []
         with self.mistakes_as_user_errors(ref), self._lock(ref, wait=False):
-            for path in paths:
-                if path.exists():
-                    aside.append(path.with_name(f".{ref.key}.{secrets.token_hex(4)}{REMOVED}"))
-                    os.rename(path, aside[-1])
-        return aside
+            return [self._rename(ref, path, suffix) for path in paths if path.exists()]
+
+    def _rename(self, ref: Ref, path: Path, suffix: str) -> Path:
+        hidden = path.with_name(f".{ref.key}.{secrets.token_hex(4)}{suffix}")
+        os.rename(path, hidden)
+        return hidden
 
     def partial(self, ref: Ref) -> Path:
         return self.root / ref.kind / f".{ref.key}.partial"
@@ -367,7 +445,7 @@ class Store:
                 raise UserError("it has been edited")
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             reason = f"{ref} is damaged, its {MANIFEST} cannot be used"
-            raise UserError(f"{reason}; delete the folder {path.parent} and run again") from error
+            raise UserError(f"{reason}; {anew(ref.key)}") from error
         return manifest
 
     @contextmanager
@@ -396,18 +474,17 @@ class Store:
             ) from error
 
 
-def _damaged(manifest: Manifest, problems: list[str]) -> UserError:
-    reason = f"{manifest.ref} is damaged ({problems[0]})"
-    return UserError(f"{reason}; rebuild it with `zs-seg run --force {manifest.stage}`")
+def _damaged(manifest: Manifest, problems: Mapping[str, str]) -> UserError:
+    name, problem = next(iter(problems.items()))
+    return UserError(f"{manifest.ref} is damaged ({name} {problem}); {anew(manifest.key)}")
 
 
 def _closed(path: Path) -> str:
-    """The folder that this user may not write, and its owner, as text."""
-    there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
-    shut = there.parent if os.access(there, os.W_OK) else there
-    return (
-        f": {shut} belongs to {user_name(shut.stat().st_uid)}, who must let the group write (umask 002, chmod -R g+w)"
-    )
+    """The file or folder that this user may not use, and its owner, as text."""
+    there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    shut = there.parent if os.access(there, os.R_OK | os.W_OK) else there
+    owner = user_name(shut.lstat().st_uid)
+    return f": {shut} belongs to {owner}, who must let the group read and write (umask 002, chmod -R g+rwX)"
 
 
 def user_name(number: int) -> str:
@@ -418,18 +495,20 @@ def user_name(number: int) -> str:
         return f"user {number}"
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file())
+def _names(folder: Path) -> list[str]:
+    """Everything below a folder that is no folder, by its path from there; folders that may not be read are left out."""
+    found = (os.path.join(path, name) for path, _, names in os.walk(folder) for name in names)
+    return sorted(Path(path).relative_to(folder).as_posix() for path in found)
 
 
-def _size_problems(path: Path, manifest: Manifest) -> list[str]:
-    problems = []
+def _size_problems(path: Path, manifest: Manifest) -> dict[str, str]:
+    problems = {}
     for name, entry in manifest.files.items():
         try:
             size = (path / name).stat().st_size
         except (FileNotFoundError, NotADirectoryError):
-            problems.append(f"{name} is missing")
+            problems[name] = "is missing"
         else:
             if size != entry["bytes"]:
-                problems.append(f"{name} has {size} bytes instead of {entry['bytes']}")
+                problems[name] = f"has {size} bytes instead of {entry['bytes']}"
     return problems

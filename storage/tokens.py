@@ -10,8 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.errors import UserError
-from storage.groups import check_group, read_group, write_group
+from storage.errors import UserError, anew
+from storage.groups import check_group, group_files, read_group, write_group
+
+_DTYPES = {
+    **dict.fromkeys(("global", "instance", "mirrored_global", "mirrored_instance"), np.float16),
+    "offsets": np.int64,
+    "segment_id": np.int32,
+    "kept": np.bool_,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,13 +126,16 @@ def write_tokens(
 
 def read_tokens(path: Path) -> TokenGroup:
     """The tokens of a tar. Raises UserError, naming the group, when it is missing, damaged or its arrays disagree."""
-    tokens = dict.fromkeys(("global", "instance", "mirrored_global", "mirrored_instance"), np.float16)
-    dtypes = {**tokens, "offsets": np.int64, "segment_id": np.int32, "kept": np.bool_}
-    arrays = read_group(path, dtypes, stage="cache-clip")
+    arrays = read_group(path, _DTYPES)
     try:
         return TokenGroup(global_=arrays.pop("global"), **arrays)
     except UserError as error:
-        raise UserError(f"{path}: {error}; rebuild it with `zs-seg run --force cache-clip`") from error
+        raise UserError(f"{path}: {error}; {anew()}") from error
+
+
+def token_files(path: Path) -> list[Path]:
+    """The files of one group."""
+    return group_files(path, _DTYPES)
 
 
 def check_tokens(path: Path) -> None:

@@ -15,7 +15,6 @@ from torch import nn
 from storage.checkpoints import (
     load_checkpoint,
     load_training_state,
-    remove_training_state,
     save_checkpoint,
     save_training_state,
 )
@@ -90,8 +89,6 @@ def test_a_nested_state_comes_back(tmp_path: Path) -> None:
     save_training_state(tmp_path, state)
     assert same(load_training_state(tmp_path), state)
     assert [path.name for path in tmp_path.iterdir()] == ["training.safetensors"]
-    remove_training_state(tmp_path)
-    assert load_training_state(tmp_path) is None
 
 
 @pytest.mark.parametrize("value", [object(), np.float32(1), np.zeros(2), {1.5: 2}, {True: 1}, b"x", {1, 2}])

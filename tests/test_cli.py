@@ -261,7 +261,7 @@ def test_force_removes_nothing_when_an_input_is_missing(tmp_path: Path, capsys: 
     store, steps = Store(tmp_path), line(small_config())
     shards, tokens = steps[1], steps[3]
     for step in steps[:4]:
-        store.build(step.recipe, lambda build: (build.path / "x").touch())
+        store.build(step.recipe, lambda build: None)
     store.remove(shards.recipe.ref)
     words = ("run", *SMALL, "--store", str(tmp_path), "--from", "cache-clip", "--until", "cache-clip")
     assert main(words) == 0

@@ -150,7 +150,7 @@ def damage(shards: tuple[Store, Ref], root: Path, tar: str) -> tuple[Store, Ref]
 
 def test_a_damaged_tar_is_told_in_one_line(shards: tuple[Store, Ref], existing: Path, tmp_path: Path) -> None:
     damaged = damage(shards, tmp_path / "damaged", "train-000000.tar")
-    with pytest.raises(ValueError, match=r"shards/\w+ is damaged \(train-000000.tar .*--force shard") as caught:
+    with pytest.raises(ValueError, match=r"shards/\w+ is damaged \(train-000000.tar .*--set-aside") as caught:
         encode(damaged, tmp_path / "store", str(existing))
     one_line(caught)
 

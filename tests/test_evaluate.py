@@ -30,10 +30,11 @@ from pipeline.scoring.published import marks
 from pipeline.scoring.records import read_report
 from pipeline.scoring.rows import GroundTruth, Row
 from pipeline.teacher.text_bank import ClassList, TextBank, open_text
+from storage.checkpoints import FILES
 from storage.keys import Recipe, Ref
 from storage.shards import Sample, Shards, decode_ids, decode_image, read_shard
 from storage.store import Build, Store
-from storage.tokens import read_tokens, write_tokens
+from storage.tokens import read_tokens, token_files, write_tokens
 
 SCORES = ["sPQ", "uPQ", "hPQ", "sIoU", "uIoU", "hIoU", "PQ", "SQ", "RQ", "PQ_th", "PQ_st"]
 
@@ -351,6 +352,7 @@ def judged(
             group = read_tokens(path)
             arrays = {**group.arrays(), "instance": group.instance[np.arange(len(group.instance)) // 2 * 2]}
             write_tokens(build.path / path.name, global_=arrays.pop("global"), **arrays)
+            build.add(*token_files(build.path / path.name))
 
     bad = store.build(Recipe(kind="tokens", stage="cache-clip", version=0, config={}, inputs={}), work)
     ref = evaluate_again(world, tokens=bad)
@@ -422,6 +424,11 @@ def test_checkpoints_of_different_runs_are_refused(world: tuple[Store, dict[str,
     with torch.no_grad():
         next(model.segmenter.parameters()).mul_(1.01)
     recipe = Recipe(kind="checkpoint", stage="v2c", version=0, config={}, inputs={})
-    strange = store.build(recipe, lambda build: save_model(build.path, model))
+
+    def work(build: Build) -> None:
+        save_model(build.path, model)
+        build.add(*(build.path / name for name in FILES))
+
+    strange = store.build(recipe, work)
     with pytest.raises(ValueError, match="different segmenters"):
         evaluate_again(world, inductive=strange)

@@ -26,7 +26,7 @@ from store_processes import hold_build, hold_run
 from storage.collect import collect, survey
 from storage.keys import Recipe, Ref
 from storage.runs import RunRecord, Runs
-from storage.store import Build, Store
+from storage.store import REMOVED, Build, Store
 
 DAY = 86400.0
 
@@ -37,6 +37,7 @@ def recipe(number: int, **inputs: Ref) -> Recipe:
 
 def work(build: Build) -> None:
     (build.path / "a.txt").write_text("first")
+    build.add(build.path / "a.txt")
 
 
 def cut_off(store: Store, one: Recipe, *, age: float) -> Path:
@@ -160,7 +161,9 @@ def test_a_removal_cut_off_and_a_folder_without_manifest_are_cleared(tmp_path: P
     store = Store(tmp_path)
     store.build(recipe(0), work)
     record(store, "demo", recipe(0).ref)
-    (aside,) = store.set_aside(recipe(1).ref, store.path(store.build(recipe(1), work)))  # and the process dies here
+    (aside,) = store.set_aside(
+        recipe(1).ref, store.path(store.build(recipe(1), work)), suffix=REMOVED
+    )  # and the process dies here
     store.build(recipe(2), work)
     (store.path(recipe(2).ref) / "manifest.json").unlink()
     assert {one.reason for one in collect(store).waste} == {"an interrupted removal", "has no manifest"}
@@ -239,6 +242,7 @@ def test_a_reader_finds_all_of_an_artefact_or_nothing(tmp_path: Path) -> None:
     def many_files(build: Build) -> None:
         for number in range(20):
             (build.path / f"{number}.txt").write_text("x")
+            build.add(build.path / f"{number}.txt")
 
     def read() -> None:
         nonlocal opened

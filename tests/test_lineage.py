@@ -54,6 +54,7 @@ def test_the_quick_look_says_what_the_manifest_says(text: str, sizes: dict[str, 
     def work(build: Build) -> None:
         for name, size in sizes.items():
             (build.path / name).write_bytes(bytes(size))
+            build.add(build.path / name)
         build.counts[text or "files"] = {"files": [config]}
 
     with tempfile.TemporaryDirectory() as folder:

@@ -118,6 +118,29 @@ def test_verify_of_a_sample_reads_what_its_seed_draws(copied: Store, capsys: pyt
     assert "--sample" in says(capsys, copied, "verify", "--sample", "-1", status=2)[-1]
 
 
+def test_verify_names_stray_files_and_sets_damage_aside(copied: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    shards, tokens = (copied.find(keys()[stage]) for stage in ("shard", "cache-clip"))
+    for name in (".DS_Store", "manifest.json~"):
+        (copied.path(shards) / name).write_text("x")
+    row = next(row for row in says(capsys, copied, "verify") if row.startswith(str(shards)))
+    assert row.endswith("intact; not part of it, and never read: .DS_Store, manifest.json~")
+    assert not any("not part" in row for row in says(capsys, copied, "verify") if not row.startswith(str(shards)))
+    assert "not part of it" in "\n".join(says(capsys, copied, "verify", "--sample", "3"))
+    next(copied.path(tokens).glob("*.tar")).write_text("damaged")
+    (copied.path(shards) / "manifest.json").write_text("{")
+    last = says(capsys, copied, "verify", status=2)[-1]
+    assert "2 of 14 artefacts are damaged" in last and "`zs-seg verify --set-aside`" in last and "--force" not in last
+    rows = [row for row in says(capsys, copied, "verify", "--set-aside") if "is set aside as" in row]
+    assert len(rows) == 2 and copied.state(shards) == copied.state(tokens) == "missing"
+    assert len(list(copied.root.glob("*/.*.aside"))) == 2
+    assert "12 artefacts" in says(capsys, copied, "verify", "--set-aside")[-1]
+    assert not any("set aside" in row for row in says(capsys, copied, "gc", "--partial-age", "1"))
+    rows = [
+        row for row in says(capsys, copied, "gc", "--partial-age", "0", "--delete") if "set aside, untouched" in row
+    ]
+    assert len(rows) == 2 and not list(copied.root.glob("*/.*.aside"))
+
+
 def test_diff_of_keys_and_runs(copied: Store, capsys: pytest.CaptureFixture[str]) -> None:
     head, row, total = says(capsys, copied, "diff", keys()["evaluate"], keys(100)["evaluate"])
     assert head.split() == ["field", f"report/{keys()['evaluate']}", f"report/{keys(100)['evaluate']}"]

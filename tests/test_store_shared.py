@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 from children import ENVIRONMENT, command
 from store_processes import SHARED, build_as
+from tiny import build as build_line
+from tiny import tiny_config
 
+from storage.checkpoints import STATE
 from storage.store import Store
 
 REF = SHARED.ref
@@ -66,9 +69,13 @@ def as_user(store: Path, number: int, then: str = "", *, umask: int = 0o002) -> 
 def test_a_user_goes_on_with_the_partial_build_of_another_of_the_group(shared: Path) -> None:
     assert as_user(shared / "store", 64001, "die")[0] == 9
     partial = Store(shared / "store").partial(REF)
+    assert oct((partial / STATE).stat().st_mode & 0o777) == "0o664"
     assert (partial.stat().st_uid, (partial / "log.txt").read_text()) == (64001, "x")
     assert as_user(shared / "store", 64002) == (0, f"cache-clip: going on with {REF}\n" + as_told(shared / "store"))
     assert Store(shared / "store").verify(REF) == []
+    files = [path for path in (shared / "store").rglob("*") if path.is_file()]
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o664"} and len(files) > 8
+    assert not (Store(shared / "store").path(REF) / STATE).exists()
     assert (Store(shared / "store").path(REF) / "log.txt").read_text() == "xx"
     assert as_user(shared / "store", 64003) == (0, "")
 
@@ -83,7 +90,7 @@ def test_a_user_whom_the_other_keeps_out_is_told_who_and_where(shared: Path) -> 
     status, message = as_user(shared / "store", 64002)
     *warned, last = message.splitlines()
     assert status == 1 and last.startswith(f"refused: store {shared}/store cannot be used: {shared}/store")
-    assert "belongs to user 64001, who must let the group write" in last and "--store" in last
+    assert "belongs to user 64001, who must let the group read and write" in last and "--store" in last
     assert len(warned) == 1 and "this run is not noted" in warned[0]
 
 
@@ -91,3 +98,30 @@ def test_who_may_only_read_uses_what_is_complete(shared: Path) -> None:
     assert as_user(shared / "store", 64001, umask=0o022)[0] == 0
     status, message = as_user(shared / "store", 64002)
     assert status == 0 and message.startswith("this run is not noted, so that `zs-seg gc` does not know of it")
+
+
+def test_a_file_that_its_owner_keeps_to_himself_is_named_and_a_stray_one_is_nobodys_business(shared: Path) -> None:
+    """A listed file of mode 600 stops the reader in one line; a stray one of mode 0 is not even opened."""
+    assert as_user(shared / "store", 64001)[0] == 0
+    store = Store(shared / "store")
+    stray = store.path(REF) / ".DS_Store"
+    stray.write_text("x")
+    stray.chmod(0)
+    assert as_user(shared / "store", 64002, "read")[0] == 0
+    kept = store.path(REF) / "meta.json"
+    kept.chmod(0o600)
+    os.chown(kept, 64001, GROUP)
+    status, message = as_user(shared / "store", 64002, "read again")
+    assert status == 1 and message.startswith(
+        f"refused: store {shared}/store cannot be used: {kept} belongs to user 64001"
+    )
+    assert message.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_every_file_of_a_whole_line_follows_the_umask(shared_store: Store) -> None:
+    build_line(shared_store, tiny_config())
+    os.umask(mask := os.umask(0o022))
+    odd = {str(path.relative_to(shared_store.root)): oct(path.stat().st_mode & 0o777) for path in
+           shared_store.root.rglob("*") if path.is_file() and path.stat().st_mode & 0o777 != 0o666 & ~mask}  # fmt: skip
+    assert odd == {}

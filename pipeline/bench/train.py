@@ -182,7 +182,7 @@ def epochs(
     device = runtime.torch_device()
     bank = _bank()
     _write_queries(folder / "queries", views)
-    cached = read_queries(folder / "queries")
+    cached = read_queries(sorted((folder / "queries").glob("*.zarr")))
     projector = Projector(dim=DIM, text_dim=TEXT_DIM, hidden=512, layers=3).to(device)
     generator = Generator(dim=DIM, text_dim=TEXT_DIM, hidden=512, text_scale=1.0).to(device)
     segmenter = for_inference(build_segmenter(**asdict(SegmenterConfig(backbone_weights=None))).to(device).eval())

@@ -29,7 +29,7 @@ def write_report(
     *,
     curves: Mapping[str, Sequence[Mapping[str, float]]],
     pictures: Sequence[Picture],
-) -> None:
+) -> list[Path]:
     """Writes `report.json`, `report.html`, `per_class.csv` and `preview.jpg` into `folder`, which must exist.
 
     The preview shows the first `PREVIEW_ROWS` pictures; without pictures there is none.
@@ -43,16 +43,22 @@ def write_report(
         curves: training stage -> rows with `step`, `total` and the stage's other losses by name (`lr` is not drawn).
         pictures: shown in this order.
 
+    Returns:
+        The files that were written.
+
     Raises:
         ValueError: the report holds NaN or infinite numbers.
     """
+    files = [folder / name for name in ("report.json", "per_class.csv", "report.html")]
     write_text(folder / "report.json", report.to_json())
     write_text(folder / "per_class.csv", _class_csv(report))
     rows = [picture.panels() for picture in pictures]
     write_text(folder / "report.html", page(report, curves=curves, pictures=rows))
     if rows:
         preview = sheet(TITLES, rows[:PREVIEW_ROWS], side=PREVIEW_SIDE)
-        _write_bytes(folder / PREVIEW, encoded(preview, "jpeg"))
+        files.append(folder / PREVIEW)
+        _write_bytes(files[-1], encoded(preview, "jpeg"))
+    return files
 
 
 def publish(source: Path, target: Path, *, preset: str, lineage: Mapping[str, Mapping[str, Any]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +21,17 @@ AGREE = 0.999  # least cosine between a stored row, which is half precision, and
 PLAIN = {"crop": "full", "method": "pixels"}  # the options under which a row is one masked image through the teacher
 
 
-def summary(folder: Path) -> dict[str, dict[str, Any]]:
-    """Statistics by split and kind of row, such as "train images".
+def summary(groups: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Statistics of a tokens artefact's groups, by split and kind of row, such as "train images".
 
     Each has `rows`, `norm` (least, mean, largest), the number of `zero` rows and of `duplicates` (rows that equal an
     earlier one of that split and kind in every bit); images also have `left_out`, those that the protocol drops.
     """
     result: dict[str, dict[str, Any]] = {}
     for split in ("train", "val"):
-        groups = sorted(folder.glob(f"{split}-*.zarr"))
         for kind in ("images", "instances"):
             norms, seen, rows, left_out = [np.zeros(0, np.float32)], set(), 0, 0
-            for path in groups:
+            for path in (path for path in groups if path.name.startswith(f"{split}-")):
                 group = read_tokens(path)
                 tokens = group.global_[group.kept] if kind == "images" else group.instance
                 norms.append(np.linalg.norm(tokens.astype(np.float32), axis=1))

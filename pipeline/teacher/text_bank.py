@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.teacher.prompts import synonyms
-from storage.errors import UserError
+from storage.errors import UserError, anew
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +77,7 @@ def open_text(folder: Path, key: str) -> TextBank:
     try:
         return TextBank(key=key, embedding=tensors["embedding"], **meta)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{folder} holds no text bank ({error}); rebuild it with `zs-seg run --force text`") from error
+        raise UserError(f"{folder} holds no text bank ({error}); {anew()}") from error
 
 
 def embed_names(

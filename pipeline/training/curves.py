@@ -7,12 +7,16 @@ import logging
 import os
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.runtime import Runtime
 from pipeline.training.config import Schedule
 from storage.atomic import write_text
-from storage.errors import UserError
+from storage.checkpoints import FILES, STATE
+from storage.errors import UserError, anew
+
+if TYPE_CHECKING:
+    from storage.store import Build
 
 CURVES, TENSORBOARD = "curves.jsonl", "tensorboard"
 EVERY = 10  # steps per row; a row is the mean over them
@@ -97,10 +101,18 @@ class Record:
         self.bar.update()
 
 
+def add_training(build: Build) -> None:
+    """Name what a training stage leaves, the network and the curves of all its attempts, as the artefact's. The state
+    to resume from goes once that is complete."""
+    build.add(*(build.path / name for name in (*FILES, CURVES)))
+    build.add(*sorted((build.path / TENSORBOARD).glob("events.out.tfevents.*")))
+    build.scratch.append(build.path / STATE)
+
+
 def read_curves(folder: Path) -> list[dict[str, float]]:
     """The curves of a finished training stage. Raises UserError, naming the file, when it is missing or damaged."""
     path = folder / CURVES
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}); rebuild with `zs-seg run --force STAGE`") from error
+        raise UserError(f"{path} is missing or damaged ({error}); {anew()}") from error

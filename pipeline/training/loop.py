@@ -28,6 +28,7 @@ from pipeline.training.curves import Record
 from pipeline.training.distributed import ALONE, Ranks
 from storage.checkpoints import load_training_state, save_training_state
 from storage.errors import UserError
+from storage.inputs import vouch
 
 UNDECAYED = (nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -99,7 +100,7 @@ def train(
     `precision` "float16" scales the losses; steps that overflow count, but change no weights. SIGTERM saves the state
     before it takes effect.
 
-    Raises UserError when a loss or the gradient is not finite; the last saved state stays.
+    Raises UserError when a loss or the gradient is not finite, and as `vouch`; the last saved state stays.
     """
     parameters = [p for group in groups for p in group["params"]]
     device = parameters[0].device
@@ -122,6 +123,7 @@ def train(
 
     def save(done: int) -> None:
         if ranks.rank == 0:
+            vouch(folder)
             weights = {key: module.state_dict() for key, module in modules.items()}
             save_training_state(
                 folder,

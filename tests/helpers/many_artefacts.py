@@ -36,7 +36,9 @@ def fill(store: Store, steps: list[Stage], *, files: int = 1) -> None:
 
     def work(stage: str, build: Build) -> None:
         for number in range(files):
-            (build.path / f"train-{number:06d}.tar").write_bytes(b"%d" % number)
+            file = build.path / f"train-{number:06d}.tar"
+            file.write_bytes(b"%d" % number)
+            build.add(file)
         build.counts.update(COUNTS.get(stage, {}))
 
     for step in steps:
