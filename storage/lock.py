@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -12,7 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from storage.errors import UserError
+
 log = logging.getLogger(__name__)
+
+# What flock answers where there are no locks: an NFS without its lock service, Lustre without -o flock, FUSE.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Lock:
@@ -20,6 +26,9 @@ class Lock:
 
     The file holds its owner as JSON, for people to read: host, pid, since when, and `note`. The lock itself is the
     system's (flock). With `wait` false, entering raises BlockingIOError while another process holds it.
+
+    `path` lies in a folder of the store. Entering and `held` raise UserError where the store's file system has no
+    working locks.
     """
 
     def __init__(self, path: Path, *, what: str, note: Mapping[str, Any] | None = None, wait: bool = True) -> None:
@@ -33,7 +42,7 @@ class Lock:
         except (FileNotFoundError, NotADirectoryError):
             return False
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            self._flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         finally:
@@ -59,20 +68,24 @@ class Lock:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask
             try:
                 try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     if not self.wait:
                         raise
                     if not logged:
                         log.info("waiting for %s, held by %s", self.what, self.holder())
                         logged = True
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+                    self._flock(descriptor, fcntl.LOCK_EX)
                 if self._is_current(descriptor):
                     owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%FT%T%z")}
                     os.ftruncate(descriptor, 0)
                     os.pwrite(descriptor, json.dumps({**owner, **self.note}).encode(), 0)
                     self._descriptor = descriptor
                     return self
+            except UserError:
+                self.path.unlink(missing_ok=True)  # nobody can hold it
+                os.close(descriptor)
+                raise
             except BaseException:
                 os.close(descriptor)
                 raise
@@ -82,6 +95,18 @@ class Lock:
         self.path.unlink(missing_ok=True)
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # closing is not enough while a forked worker still has it open
         os.close(self._descriptor)
+
+    def _flock(self, descriptor: int, operation: int) -> None:
+        try:
+            fcntl.flock(descriptor, operation)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            raise UserError(
+                f"store {self.path.parents[1]} lies on a file system without working locks ({error.strerror}), and two "
+                "runs would write the same files; mount it with locks (Lustre: -o flock, NFS: with its lock service, no "
+                "nolock), or pass another --store"
+            ) from error
 
     def _is_current(self, descriptor: int) -> bool:
         try:

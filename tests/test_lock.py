@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -60,3 +64,38 @@ def test_an_exception_frees_the_lock(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), Lock(tmp_path / "x.lock", what="x"):
         raise RuntimeError
     assert not Lock(tmp_path / "x.lock", what="x").held()
+
+
+WITHOUT_LOCKS = """
+#include <errno.h>
+#include <stdlib.h>
+int flock(int file, int operation) { errno = atoi(getenv("FLOCK_ERRNO")); return -1; }
+"""
+
+
+@pytest.fixture(scope="module")
+def no_locks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library under which every flock fails, as on a file system that has none."""
+    if not (compiler := shutil.which("cc")):
+        pytest.skip("no C compiler to make a file system without locks with")
+    source = tmp_path_factory.mktemp("flock") / "flock.c"
+    source.write_text(WITHOUT_LOCKS)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", source.with_suffix(".so"), source], check=True)
+    return source.with_suffix(".so")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize(
+    "words", [("run", "--preset", "demo", "--until", "scenes"), ("gc", "--delete")], ids=["run", "gc"]
+)
+def test_a_file_system_without_locks(no_locks: Path, number: int, words: tuple[str, ...], tmp_path: Path) -> None:
+    """One line that names the store and the cure, and no artefact."""
+    environment = {**os.environ, "LD_PRELOAD": str(no_locks), "FLOCK_ERRNO": str(number)}
+    command = [sys.executable, "-m", "flows.cli", *words, "--store", str(tmp_path / "store")]
+    done = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"zs-seg: store {tmp_path / 'store'} lies on a file system without working locks (")
+    assert os.strerror(number) in done.stderr and "--store" in done.stderr and done.stderr.count("\n") == 1
+    assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
