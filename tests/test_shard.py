@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import subprocess
@@ -13,14 +14,15 @@ from typing import Any
 import pytest
 from children import start
 from coco_factory import edit_json, make_coco
-from sharding import BENCHMARK, CONFIG, JPEG, QUIET, samples, shard, tree
+from sharding import BENCHMARK, CONFIG, JPEG, PNG, QUIET, samples, shard, tree
 from stage_processes import shard_until
 
 from pipeline import shard as stage
-from pipeline.data.coco import CocoSource, coco_source
+from pipeline.data.coco import CocoSource, coco_source, fingerprint_coco
 from pipeline.data.config import ShardConfig
 from pipeline.line import Stage
 from pipeline.shard import recipe
+from storage.inputs import NOTE
 from storage.keys import Recipe, Ref
 from storage.shards import Shards, decode_ids, decode_image
 from storage.store import Build, Store
@@ -111,17 +113,43 @@ def test_what_is_in_the_key_and_what_is_not(coco: Path) -> None:
 
 def test_the_fingerprint_sees_annotations_names_and_sizes(coco: Path) -> None:
     seen = {coco_source(coco).fingerprint}
-    (coco / "train2017" / "extra.jpg").write_bytes(b"1")
-    seen.add(coco_source(coco).fingerprint)
-    (coco / "train2017" / "extra.jpg").write_bytes(b"12")
-    seen.add(coco_source(coco).fingerprint)
-    (coco / "train2017" / "extra.jpg").rename(coco / "val2017" / "extra.jpg")
-    seen.add(coco_source(coco).fingerprint)
-    (coco / "annotations" / "panoptic_val2017" / "extra.png").write_bytes(b"1")
-    seen.add(coco_source(coco).fingerprint)
+    for file in (coco / JPEG, coco / PNG):
+        file.write_bytes(file.read_bytes() + b"1")
+        seen.add(coco_source(coco).fingerprint)
+        file.unlink()
+        seen.add(coco_source(coco).fingerprint)
     edit_json(coco, lambda data: data["annotations"][0]["segments_info"][0].update(area=1), "val2017")
     seen.add(coco_source(coco).fingerprint)
     assert len(seen) == 6
+
+
+def test_the_fingerprint_is_of_what_the_annotation_lists(coco: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The same as of earlier versions for a folder without other files, computed here from the folder; and other files
+    do not move it, but are named, once."""
+    digest = hashlib.sha256()
+    for split in ("train2017", "val2017"):
+        annotations = coco / "annotations" / f"panoptic_{split}.json"
+        digest.update(annotations.read_bytes())
+        for folder in (coco / split, annotations.with_suffix("")):
+            digest.update(json.dumps(sorted((file.name, file.stat().st_size) for file in folder.iterdir())).encode())
+    with caplog.at_level(logging.INFO, logger="pipeline"):
+        source = coco_source(coco)
+    assert (source.fingerprint, caplog.text) == (digest.hexdigest(), "")
+    strays = ("train2017/.DS_Store", "train2017/Thumbs.db", "train2017/unlisted.jpg", "val2017/._000000010010.jpg",
+              f"train2017/{12:012d}.png", "annotations/panoptic_val2017/desktop.ini")  # fmt: skip
+    for name in strays:
+        (coco / name).write_bytes(b"x" * 9)
+    (coco / "train2017" / "@eaDir").mkdir()
+    (coco / "val2017" / "gone.jpg").symlink_to("nowhere")
+    with caplog.at_level(logging.INFO, logger="pipeline"):
+        assert coco_source(coco) == source
+        recipe(CONFIG, source=source, benchmark=BENCHMARK)
+    assert caplog.messages == [
+        f"{coco}/train2017: not listed in the annotation, and not used: .DS_Store, 000000000012.png, Thumbs.db and 1 more",
+        f"{coco}/val2017: not listed in the annotation, and not used: ._000000010010.jpg",
+        f"{coco}/annotations/panoptic_val2017: not listed in the annotation, and not used: desktop.ini",
+    ]
+    assert fingerprint_coco(coco) == source.fingerprint and len(caplog.messages) == 3
 
 
 def test_data_that_changed_since_planning(coco: Path, store: Store) -> None:
@@ -135,6 +163,7 @@ def test_generated_scenes_are_a_source(coco: Path, store: Store) -> None:
     def make(build: Build) -> None:
         for part in make_coco(build.path / "coco").iterdir():
             part.rename(build.path / part.name)
+        build.add(*(file for file in build.path.rglob("*") if file.is_file() and file.name != NOTE))
 
     scenes = store.build(Recipe(kind="scenes", stage="scenes", version=1, config=None, inputs={}), make)
     made = Stage.of(stage, CONFIG, source=scenes, benchmark=BENCHMARK).run(store, QUIET)

@@ -117,6 +117,19 @@ def test_what_moves_the_key(data: Path, benchmark: Benchmark) -> None:
         Stage.of(stage, CONFIG, source=source, benchmark=benchmark).run(Store(data / "store"), QUIET)
 
 
+def test_hidden_files_and_folders_are_not_data(data: Path, benchmark: Benchmark, store: Store) -> None:
+    """Such as a notebook's copies of images: they would be images without a label map."""
+    source = label_source(data, benchmark)
+    for folder in (data / "train2017" / ".ipynb_checkpoints", data / "stuffthingmaps" / "train2017" / ".thumbnails"):
+        folder.mkdir()
+    (data / "train2017" / ".ipynb_checkpoints" / "a-checkpoint.jpg").write_bytes((data / JPEG).read_bytes())
+    (data / "train2017" / "._a.jpg").write_bytes(b"x")
+    (data / "train2017" / "Thumbs.db").write_bytes(b"x")
+    (data / "stuffthingmaps" / "train2017" / ".thumbnails" / "a.png").write_bytes(b"x")
+    assert label_source(data, benchmark) == source
+    shard(data, benchmark, store)
+
+
 def test_images_are_numbered_by_name_or_by_place(data: Path, benchmark: Benchmark, store: Store) -> None:
     assert image_ids(training_splits(data, benchmark)["val"]) == [10010, 10011, 10012]
     for folder, kind in (("val2017", "jpg"), ("stuffthingmaps/val2017", "png")):

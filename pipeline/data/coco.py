@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.benchmarks import Benchmark
 from storage.errors import UserError
+
+log = logging.getLogger(__name__)
 
 MAX_IMAGE_ID = 10**12 - 1  # twelve digits name a sample in a shard
 
@@ -33,40 +36,74 @@ class CocoSource:
 
 
 def coco_source(root: str | Path) -> CocoSource:
-    """The COCO 2017 folder `root` with its fingerprint. Raises UserError as `fingerprint_coco` does."""
-    return CocoSource(root=str(root), fingerprint=fingerprint_coco(Path(root)))
+    """The COCO 2017 folder `root` with its fingerprint; files that no annotation lists are logged. Raises UserError as
+    `fingerprint_coco` does."""
+    fields = CocoSource(root=str(root), fingerprint="")
+    fingerprint, unlisted = _scan(Path(root), fields.train, fields.val)
+    for folder, names in unlisted.items():
+        shown = ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
+        log.info("%s: not listed in the annotation, and not used: %s", folder, shown)
+    return replace(fields, fingerprint=fingerprint)
 
 
 def fingerprint_coco(root: Path, *, train: str = "train2017", val: str = "val2017") -> str:
     """A sha256 (64 hexadecimal digits) that identifies the folder's content without reading the images.
 
-    It covers every byte of the two annotation files, but only names and sizes of images and PNGs: an image replaced by
-    another of exactly the same size in bytes is not detected.
+    It covers every byte of the two annotation files, and names and sizes of the images and PNGs that they list: no
+    other file in the folders, and no image replaced by another of exactly the same size in bytes.
 
     Raises UserError when the folder, an annotation file or an image folder is missing or cannot be read.
     """
+    return _scan(Path(root), train, val)[0]
+
+
+def _scan(root: Path, *splits: str) -> tuple[str, dict[Path, list[str]]]:
+    """The fingerprint, and of the folders that hold other files their names. Subfolders are not looked at."""
+    digest, unlisted = hashlib.sha256(), {}
     try:
-        return _fingerprint(Path(root), train, val)
+        if not root.is_dir():
+            raise UserError(f"COCO folder {root} not found; pass --coco FOLDER or set COCO_ROOT")
+        for split in splits:
+            content = _read(_annotations(root, split))
+            digest.update(content)
+            for folder, listed in _listed(root, split, content).items():
+                sizes = file_sizes(folder)
+                digest.update(json.dumps(sorted(item for item in sizes.items() if item[0] in listed)).encode())
+                if others := sorted(sizes.keys() - listed):
+                    unlisted[folder] = others
     except OSError as error:
         raise UserError(
             f"{error.filename} cannot be read ({error.strerror}); mend its permissions, or pass another --coco FOLDER"
         ) from error
+    return digest.hexdigest(), unlisted
 
 
-def _fingerprint(root: Path, *splits: str) -> str:
-    if not root.is_dir():
-        raise UserError(f"COCO folder {root} not found; pass --coco FOLDER or set COCO_ROOT")
-    digest = hashlib.sha256()
-    for split in splits:
-        annotations = root / "annotations" / f"panoptic_{split}.json"
-        digest.update(_read(annotations))
-        for folder in (root / split, annotations.with_suffix("")):
-            if not folder.is_dir():
-                raise UserError(f"folder {folder} not found; unpack COCO there, or pass another --coco FOLDER")
-            with os.scandir(folder) as files:
-                sizes = sorted((file.name, file.stat().st_size) for file in files if file.is_file())
-            digest.update(json.dumps(sizes).encode())
-    return digest.hexdigest()
+def _listed(root: Path, split: str, content: bytes) -> dict[Path, set[str]]:
+    """The folders of images and of PNGs, each with the file names in it that the annotation `content` lists: none, where
+    that cannot be read; `read_split` explains why not."""
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError):
+        data = None
+    found = {}
+    folders = {"images": root / split, "annotations": _annotations(root, split).with_suffix("")}
+    for field, folder in folders.items():
+        items = data.get(field) if isinstance(data, dict) else None
+        names = [item.get("file_name") for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+        found[folder] = {name for name in names if isinstance(name, str)}
+    return found
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Name -> bytes of each file in a folder. Raises UserError when there is no such folder."""
+    if not folder.is_dir():
+        raise UserError(f"folder {folder} not found; unpack COCO there, or pass another --coco FOLDER")
+    with os.scandir(folder) as files:
+        return {file.name: file.stat().st_size for file in files if file.is_file()}
+
+
+def _annotations(root: Path, split: str) -> Path:
+    return root / "annotations" / f"panoptic_{split}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +128,7 @@ def read_split(root: Path, split: str, benchmark: Benchmark) -> list[Entry]:
     Raises UserError, naming the file and the place in it, when the JSON is missing, broken, without images, lacks a
     field, lists an image twice, has a file name with a path in it, or names a category differently from the benchmark.
     """
-    path = root / "annotations" / f"panoptic_{split}.json"
+    path = _annotations(root, split)
     try:
         data = json.loads(_read(path))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -203,14 +203,16 @@ def _by_name(root: Path, pattern: str, what: str) -> dict[str, str]:
 
 
 def _matching(root: Path, pattern: str) -> Iterator[tuple[str, str]]:
-    """(what `*` stands for, path) of each file below `root` that matches, without hidden files such as those of macOS.
+    """(what `*` stands for, path) of each file below `root` that matches, without hidden files and folders such as
+    those of macOS.
     A pattern's suffix stands for all spellings of it: ".jpg" also for ".JPG" and ".jpeg".
     Paths are strings, not Path objects, for speed: COCO has 120,000 of them."""
     head, tail = pattern.split("*")
     tail, suffix = _suffix(tail)
     folder, _, prefix = head.rpartition("/")
     top = str(root / folder)
-    for path, _, files in os.walk(top):
+    for path, folders, files in os.walk(top):
+        folders[:] = [folder for folder in folders if not folder.startswith(".")]
         below = "" if path == top else Path(path).relative_to(top).as_posix() + "/"
         for file in files:
             name, kind = _suffix(below + file)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.benchmarks import Benchmark, load_benchmark
-from pipeline.data.coco import read_split
+from pipeline.data.coco import file_sizes, read_split
 from pipeline.data.config import CocoConfig
 from pipeline.line import Config, Stage
 from pipeline.scenes import benchmark as benchmark_of_scenes
@@ -79,8 +78,8 @@ def _count_panoptic(benchmark: Benchmark, root: Path, limit: int) -> Counts:
         ]
         images[split], left[split] = len(entries), len(kept)
         instances[split] = sum(len(entry.segments) for entry in kept)
-        folders = (root / split, root / "annotations" / f"panoptic_{split}")
-        size += sum(map(_bytes, folders)) * len(entries) // len(everything)
+        jpegs, pngs = file_sizes(root / split), file_sizes(root / "annotations" / f"panoptic_{split}")
+        size += sum(jpegs.get(entry.image, 0) + pngs.get(entry.png, 0) for entry in entries)
     return Counts(
         train=images["train2017"],
         val=images["val2017"],
@@ -89,11 +88,6 @@ def _count_panoptic(benchmark: Benchmark, root: Path, limit: int) -> Counts:
         val_instances=instances["val2017"],
         bytes=size,
     )
-
-
-def _bytes(folder: Path) -> int:
-    with os.scandir(folder) as files:
-        return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _count_label_maps(benchmark: Benchmark, root: Path, limit: int) -> Counts:
