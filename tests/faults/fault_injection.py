@@ -65,6 +65,35 @@ def swap(file: Path, rng: np.random.Generator) -> str:
     return f"with {other.relative_to(folder)}"
 
 
+STRAYS = (".DS_Store", "._index.json", ".index.json.swp", "Thumbs.db", ".nfs000000000034f1", "notes.txt", "index.json~")
+
+
+def litter(folder: Path, rng: np.random.Generator, *, mode: int = 0o644) -> list[str]:
+    """Files that editors, desktops and people leave, somewhere in the folder; also a copy of a file or of a whole group
+    beside it. Their paths below the folder."""
+    folders = sorted({folder, *(file.parent for file in files_of(folder))})
+    left = []
+    for name in rng.choice(STRAYS, 2, replace=False):
+        left.append(folders[int(rng.integers(len(folders)))] / str(name))
+        left[-1].write_bytes(b"stray")
+        left[-1].chmod(mode)
+    if there := [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]:
+        one = there[int(rng.integers(len(there)))]
+        copy = one.with_name(f"{one.stem} copy{one.suffix}")
+        (shutil.copytree if one.is_dir() else shutil.copy)(one, copy)
+        left += files_of(copy) if copy.is_dir() else [copy]
+    return [path.relative_to(folder).as_posix() for path in left]
+
+
+def rename(file: Path, rng: np.random.Generator) -> str:
+    """The file gets another name in its folder, as a copying program or a person gives it."""
+    other = (f"{file.name} (1)", f"{file.name}.bak", f"Copy of {file.name}", f"{file.stem}-000009{file.suffix}")[
+        int(rng.integers(4))
+    ]
+    os.rename(file, file.with_name(other))
+    return f"now {other}"
+
+
 DAMAGES: dict[str, Callable[[Path, np.random.Generator], str]] = {"flipped": flip, "cut": cut, "missing": lose, "swapped": swap}  # fmt: skip
 
 
@@ -155,6 +184,14 @@ def attempt(work: Callable[[], Any]) -> Ending:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The machine
+
+
+def become(user: int, group: int) -> None:
+    """From now on this process is another user's, with the umask that the store's README asks for."""
+    os.setgroups([])
+    os.setgid(group)
+    os.setuid(user)
+    os.umask(0o002)
 
 
 def small_disk(folder: Path) -> Callable[[int], None]:

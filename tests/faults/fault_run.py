@@ -4,14 +4,16 @@ test-faults` runs it.
     python tests/faults/fault_run.py --seed 0 --count 300 --json faults.json --markdown faults.md
 
 Each fault is tried on a copy of one small, complete, undisturbed store. Right is: nothing wrong is ever marked
-complete; what is said is one line that names the artefact and the cure; and after the cure, or just the next run, the
-bytes are those of the undisturbed run. Everything runs on the CPU, where every stage is deterministic.
+complete; no finished training and no saved state is lost; what is said is one line that names the artefact and the
+cure; and after the cure, or just the next run, the bytes are those of the undisturbed run. Everything runs on the CPU,
+where every stage is deterministic.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -25,8 +27,12 @@ from fault_injection import (
     DAMAGES,
     Child,
     attempt,
+    become,
     files_of,
     largest_file,
+    litter,
+    rename,
+    replace,
     small_disk,
     turn_clock_back,
     used,
@@ -34,7 +40,11 @@ from fault_injection import (
 from fault_suite import RUNTIME, Suite, Trial
 
 from flows.runs import build, publish
+from pipeline.line import Stage
+from storage.inputs import NOTE
 from storage.store import MANIFEST, Store
+
+FIRST, SECOND, GROUP = 64001, 64002, 64001
 
 
 class Faults(Suite):
@@ -110,6 +120,135 @@ class Faults(Suite):
         assert gone or trial.message or trial.problem or trial.wrong
         self.repair(trial, store, last, victim)
 
+    def stray(self, trial: Trial, rng: np.random.Generator) -> None:
+        """Stray files and copies appear in an input before, or while, a stage reads it: nothing happens."""
+        step, victim = self.draw_input(trial, rng)
+        store = self.copy("store", without=step)
+        early = rng.random() < 0.5
+        left = litter(store.path(victim), rng) if early else []
+        child = self.child(store, [step])
+        if not early:
+            time.sleep(rng.uniform(0, self.seconds[step.name]))
+            left = litter(store.path(victim), rng)
+        trial.detail += f", {', '.join(left)}{' before' * early}"
+        self.expect_right(trial, child.wait())
+        if store.state(step.recipe.ref) != "fresh" or store.strays(victim) != sorted(left):
+            trial.problem = trial.problem or f"strays {store.strays(victim)}"
+        trial.wrong = self.wrong(store, step)
+        self.repair(trial, store, step, victim)
+
+    def stray_in_what_is_left(self, trial: Trial, rng: np.random.Generator) -> None:
+        """SIGKILL, and stray files, copies or renamed files in what it left; then the same command again."""
+        step = self.draw_step(trial, rng)
+        store = self.copy("store", without=step)
+        partial = store.partial(step.recipe.ref)
+        self._kill(trial, store, step, rng)
+        if store.state(step.recipe.ref) == "fresh":
+            store.remove(step.recipe.ref)
+            partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        pieces = [file for file in files_of(partial) if file.name != NOTE]
+        if pieces and rng.random() < 0.5:
+            file = pieces[int(rng.integers(len(pieces)))]
+            trial.detail += f", {file.relative_to(partial)} {rename(file, rng)}"
+        else:
+            trial.detail += f", {', '.join(litter(partial, rng))}"
+        self.expect_right(trial, self.child(store, [step]).wait())
+        trial.wrong = self.wrong(store, step)
+        self.repair(trial, store, step)
+
+    def renamed(self, trial: Trial, rng: np.random.Generator) -> None:
+        """A file of an input, or the input's whole folder, gets another name."""
+        step, victim = self.draw_input(trial, rng)
+        store = self.copy("store", without=step)
+        folder = store.path(victim)
+        files = files_of(folder)
+        if rng.random() < 0.2:
+            trial.detail += f", the folder {rename(folder, rng)}"
+        else:
+            file = files[int(rng.integers(len(files)))]
+            trial.detail += f", {file.relative_to(folder)} {rename(file, rng)}"
+        self.expect_told(trial, self.child(store, [step]).wait(), str(victim), or_right=False)
+        trial.wrong = self.wrong(store, step)
+        self.repair(trial, store, step, victim)
+
+    def damaged_while_trained(self, trial: Trial, rng: np.random.Generator) -> None:
+        """An input is damaged after a training has saved a state, under way, at its end, or killed before: the state
+        stays, and the training goes on with the mended input."""
+        step = self.draw_step(trial, rng, ("v2c", "g2s", "cpa"))
+        victim = list(step.recipe.inputs.values())[int(rng.integers(len(step.recipe.inputs)))]
+        store = self.copy("store", without=step)
+        child = self.child(store, [step])
+        while child.alive() and not self.saved(store, step):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.3 * self.seconds[step.name]))
+        if rng.random() < 0.5:
+            child.kill()
+            trial.detail = "killed, "
+            self.expect_right(trial, child.wait())
+        trial.detail += f"{victim}"
+        before = bool(self.saved(store, step))
+        self._damage(trial, store.path(victim), READ[int(rng.integers(4))], rng)
+        ending = self.child(store, [step]).wait() if child.ended else child.wait()
+        self.expect_told(trial, ending, str(victim), or_right=True)
+        if before and store.state(step.recipe.ref) != "fresh" and not self.saved(store, step):
+            trial.lost = f"{step.recipe.ref}, a saved state"
+        trial.wrong = self.wrong(store, step)
+        if not trial.message and not trial.problem:
+            self.expect_told(trial, attempt(lambda: store.require_intact(victim)), str(victim), or_right=False)
+        self.repair(trial, store, step, victim)
+
+    def foreign(self, trial: Trial, rng: np.random.Generator) -> None:
+        """Two users of one group: another's cut-off build, another's stray files that may not be read, or a file of an
+        input, or a whole cut-off build, that the other keeps to himself."""
+        step, victim = self.draw_input(trial, rng)
+        kind = ("stray", "build", "closed file", "closed build")[int(rng.integers(4))]
+        trial.detail += f", {kind}"
+        if os.geteuid():
+            trial.detail, trial.repaired = "not tried: only root can be two users", True
+            return
+        store, ref, shut = self._shared(step), step.recipe.ref, list[Path]()
+        if kind.endswith("build"):
+            child = self.child(store, [step], before=lambda: become(FIRST, GROUP))
+            time.sleep(rng.uniform(0, self.seconds[step.name]))
+            child.kill()
+            child.wait()
+            if store.state(ref) == "fresh":
+                store.remove(ref)
+        if kind == "closed build" and (partial := store.partial(ref)).is_dir():
+            shut = [*partial.rglob("*"), partial]
+        elif kind == "closed file":
+            files = [file for file in files_of(store.path(victim)) if file.name != MANIFEST]
+            shut = [files[int(rng.integers(len(files)))]]
+            replace(shut[0], shut[0].read_bytes())  # the undisturbed store's is a link to the same file
+            os.chown(shut[0], FIRST, GROUP)
+        elif kind == "stray":
+            litter(store.path(victim), rng, mode=0)
+        _allow(shut, 0o700)
+        ending = self.child(store, [step], before=lambda: become(SECOND, GROUP)).wait()
+        if ending.kind == "message" and f"belongs to user {FIRST}" in ending.text and str(store.root) in ending.text:
+            trial.message = ending.text
+        if not (trial.message if shut else ending.kind == "ok"):
+            trial.problem = str(ending)
+        trial.wrong = self.wrong(store, step)
+        _allow(shut, 0o2770)  # as the line says
+        if (ending := self.child(store, [step], before=lambda: become(SECOND, GROUP)).wait()).kind != "ok":
+            trial.problem = trial.problem or f"after the cure: {ending}"
+        files = [file for file in store.path(ref).rglob("*") if file.is_file()]
+        if closed := [file for file in files if file.stat().st_mode & 0o060 != 0o060]:
+            trial.problem = trial.problem or f"{closed[0]} is closed to the group"
+        self.repair(trial, store, step, victim)
+
+    def _shared(self, step: Stage) -> Store:
+        """A copy without a stage in which all of a group may write, as the README of the store asks for."""
+        self.folder.chmod(0o755)
+        store = self.copy("store", without=step)
+        (store.root / step.recipe.kind).mkdir(exist_ok=True)
+        for folder in (store.root, *(path for path in store.root.rglob("*") if path.is_dir())):
+            os.chown(folder, FIRST, GROUP)
+            folder.chmod(0o2775)
+        return store
+
     def full_disk(self, trial: Trial, rng: np.random.Generator) -> None:
         """A disk of its own that is full before the artefact is; then there is room again."""
         step = self.draw_step(trial, rng)
@@ -178,6 +317,12 @@ class Faults(Suite):
         self.repair(trial, store, step)
 
 
+def _allow(paths: Sequence[Path], mode: int) -> None:
+    """Change the rights of folders, and of files the same without execution."""
+    for path in paths:
+        path.chmod(mode if path.is_dir() else mode & 0o666)
+
+
 READ = ("flipped", "cut", "missing", "swapped")
 KINDS: dict[str, tuple[float, Callable[[Faults, Trial, np.random.Generator], None]]] = {  # with how often
     "SIGKILL": (5, Faults.killed),
@@ -185,6 +330,11 @@ KINDS: dict[str, tuple[float, Callable[[Faults, Trial, np.random.Generator], Non
     **{f"input {damage}": (weight, Faults.damaged) for damage, weight in zip(READ, (4, 2, 1, 2), strict=True)},
     "input damaged while it is read": (2, Faults.damaged_while_read),
     **{f"report {damage}": (weight, Faults.damaged_report) for damage, weight in zip(READ, (0.6, 0.4, 0.3, 0.3), strict=True)},
+    "stray files in an input": (2, Faults.stray),
+    "SIGKILL, then stray or renamed files in what it left": (2, Faults.stray_in_what_is_left),
+    "input renamed": (1.5, Faults.renamed),
+    "input damaged after a training saved a state": (2.5, Faults.damaged_while_trained),
+    "two users": (2, Faults.foreign),
     "disk full": (1.5, Faults.full_disk),
     "file too large": (1, Faults.quota),
     "clock goes back": (1, Faults.clock),
@@ -228,7 +378,7 @@ def verified(folder: Path, *, seed: int) -> tuple[int, int]:
 
 
 def failed(trial: Trial) -> bool:
-    return bool(trial.wrong or trial.problem or not trial.repaired)
+    return bool(trial.wrong or trial.lost or trial.problem or not trial.repaired)
 
 
 def table(trials: Sequence[Trial]) -> str:
@@ -241,6 +391,7 @@ def table(trials: Sequence[Trial]) -> str:
             "right without a word",
             "right in the end",
             "wrong results",
+            "trainings lost",
         )
     ]
     for kind in [
@@ -251,7 +402,8 @@ def table(trials: Sequence[Trial]) -> str:
         message = sum(bool(trial.message) for trial in mine)
         right = sum(trial.repaired and not trial.wrong for trial in mine)
         silent = sum(not trial.message and not trial.problem for trial in mine)
-        rows.append((kind, *map(str, (len(mine), message, silent, right, sum(bool(trial.wrong) for trial in mine)))))
+        bad = (sum(bool(trial.wrong) for trial in mine), sum(bool(trial.lost) for trial in mine))
+        rows.append((kind, *map(str, (len(mine), message, silent, right, *bad))))
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "| --- " * len(rows[0]) + "|", *lines[1:]]) + "\n"
 

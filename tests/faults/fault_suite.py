@@ -19,9 +19,10 @@ from tiny import tiny_config
 from flows import runs
 from pipeline.line import STAGES, Config, Stage, line
 from pipeline.runtime import Runtime
+from storage.checkpoints import STATE
 from storage.keys import Ref, sha256_file
 from storage.provenance import provenance
-from storage.store import MANIFEST, Store
+from storage.store import ASIDE, MANIFEST, Store
 
 RUNTIME = Runtime(device="cpu", threads=1, progress=False, dask="none", checkpoint_every=1)
 MEASURED = re.compile(r"(.*/)?(curves\.jsonl|events\.out\.tfevents\..*)")  # hold seconds: no two runs agree
@@ -48,8 +49,8 @@ def small_config() -> Config:
 @dataclass(kw_only=True)
 class Trial:
     """One fault. `told`: it was said in one line that names artefact and cure; `repaired`: in the end the bytes were
-    those of an undisturbed run; `wrong`: something was complete, and not what it should be; `problem`: what else was
-    not as it should be."""
+    those of an undisturbed run; `wrong`: something was complete, and not what it should be; `lost`: a finished training
+    or a saved state that is gone; `problem`: what else was not as it should be."""
 
     kind: str
     place: str
@@ -57,6 +58,7 @@ class Trial:
     message: str = ""
     repaired: bool = False
     wrong: str = ""
+    lost: str = ""
     problem: str = ""
     seconds: float = 0.0
 
@@ -102,7 +104,24 @@ class Suite:
             ref = step.recipe.ref
             store.path(ref).parent.mkdir(parents=True, exist_ok=True)
             link_tree(self.calm.path(ref), store.path(ref))
+        self.finished = {ref: folder.stat().st_ino for ref, folder in self._trainings(store)}
         return store
+
+    def _trainings(self, store: Store) -> list[tuple[Ref, Path]]:
+        refs = [step.recipe.ref for step in self.steps if step.recipe.kind in ("checkpoint", "generator")]
+        return [(ref, store.path(ref)) for ref in refs if store.path(ref).is_dir()]
+
+    def lost(self, store: Store) -> str:
+        """A training that was finished when the trial began, and is neither in its place nor set aside; "" for none."""
+        for ref, inode in self.finished.items():
+            if inode not in {path.stat().st_ino for path in store.path(ref).parent.glob(f"*{ref.key}*")}:
+                return f"{ref}, a finished training"
+        return ""
+
+    def saved(self, store: Store, step: Stage) -> list[Path]:
+        """States of a training under way, in the place of a build or set aside."""
+        ref = step.recipe.ref
+        return sorted((store.root / ref.kind).glob(f".{ref.key}*/{STATE}"))
 
     def wrong(self, store: Store, step: Stage) -> str:
         """Which file of a stage's complete artefact is not the undisturbed run's; "" when none, or when it is not
@@ -124,22 +143,33 @@ class Suite:
     def repair(self, trial: Trial, store: Store, last: Stage, *damaged: Ref) -> None:
         """Do what `trial.told` says, if anything, then run again; is everything right then?"""
         selected = self.until(last)
-        if forced := re.search(r"`zs-seg run --force (\S+)`", trial.message):
-            runs.remove(store, runs.forced(selected, [forced[1]]))
-        elif delete := re.search(r"delete the folder (\S+) and run again", trial.message):
-            shutil.rmtree(delete[1])
+        trial.lost = trial.lost or self.lost(store)
+        if damaged_one := re.search(r"`zs-seg verify (\w+) --set-aside`", trial.message):
+            ref = next(step.recipe.ref for step in self.steps if step.recipe.key == damaged_one[1])
+            store.set_aside(ref, store.path(ref))
         elif delete := re.search(r"(/\S+) is damaged.*; delete it to", trial.message):
             Path(delete[1]).unlink()
         ending = self.child(store, selected).wait()
         if ending.kind != "ok":
             trial.problem = f"after the cure: {ending}"
             return
+        trial.lost = trial.lost or self.lost(store)
+        if "then goes on where it was" in trial.message and not self._went_on(store, last, damaged):
+            trial.lost = f"{last.recipe.ref}, whose saved state was not used"
         again = [step for step in selected if step is last or step.recipe.ref in damaged]
         trial.repaired = all(store.state(step.recipe.ref) == "fresh" for step in again)
         for step in again:
             trial.wrong = trial.wrong or self.wrong(store, step)
             if problems := store.verify(step.recipe.ref):
                 trial.problem = f"after the cure: {step.recipe.ref}: {problems[0]}"
+
+    def _went_on(self, store: Store, step: Stage, rebuilt: Sequence[Ref]) -> bool:
+        """Whether a stage has used what it had made before its input was built again. Trainings note seconds, so that
+        theirs come back with other bytes: what was made of the earlier ones is then set aside."""
+        if store.open(step.recipe.ref).manifest.provenance["resumed"]:
+            return True
+        aside = list((store.root / step.recipe.kind).glob(f".{step.recipe.key}.*{ASIDE}"))
+        return bool(aside) and all(ref.kind in ("checkpoint", "generator") for ref in rebuilt)
 
     def draw_step(self, trial: Trial, rng: np.random.Generator, among: Sequence[str] = STAGES) -> Stage:
         trial.place = among[int(rng.integers(len(among)))]
@@ -200,9 +230,6 @@ def _refuse_pickle(event: str, arguments: object) -> None:
 
 
 def content(store: Store, ref: Ref) -> dict[str, str]:
-    """File -> hash of its bytes as they are, without the files that hold times."""
-    folder = store.path(ref)
-    names = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
-    return {
-        name: sha256_file(file) for name, file in names.items() if name != MANIFEST and not MEASURED.fullmatch(name)
-    }
+    """File that the manifest lists -> hash of its bytes as they are, without the files that hold times."""
+    names = (name for name in store.file_names(ref) if not MEASURED.fullmatch(name))
+    return {name: sha256_file(store.path(ref) / name) for name in names}
