@@ -291,6 +291,7 @@ class Faults(Suite):
         shutil.rmtree(store.root, ignore_errors=True)
         for earlier in self.until(step)[:-1]:  # real copies: their times are changed
             shutil.copytree(self.calm.path(earlier.recipe.ref), store.path(earlier.recipe.ref))
+        self.note_trainings(store)
         child = self.child(store, [step], before=lambda: turn_clock_back(store.root, rng))
         if rng.random() < 0.5:
             time.sleep(rng.uniform(0, self.seconds[step.name]))

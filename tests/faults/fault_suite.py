@@ -104,12 +104,13 @@ class Suite:
             ref = step.recipe.ref
             store.path(ref).parent.mkdir(parents=True, exist_ok=True)
             link_tree(self.calm.path(ref), store.path(ref))
-        self.finished = {ref: folder.stat().st_ino for ref, folder in self._trainings(store)}
+        self.note_trainings(store)
         return store
 
-    def _trainings(self, store: Store) -> list[tuple[Ref, Path]]:
+    def note_trainings(self, store: Store) -> None:
+        """Remember the folders of finished trainings, which `lost` looks for."""
         refs = [step.recipe.ref for step in self.steps if step.recipe.kind in ("checkpoint", "generator")]
-        return [(ref, store.path(ref)) for ref in refs if store.path(ref).is_dir()]
+        self.finished = {ref: store.path(ref).stat().st_ino for ref in refs if store.path(ref).is_dir()}
 
     def lost(self, store: Store) -> str:
         """A training that was finished when the trial began, and is neither in its place nor set aside; "" for none."""
