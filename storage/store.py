@@ -19,7 +19,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -382,15 +382,17 @@ class Store:
         """File of the artefact -> what is wrong with it."""
         path = self.path(manifest.ref)
         problems = _size_problems(path, manifest)
-        if (path / MANIFEST).read_text(encoding="utf-8") != manifest.dumps():
-            problems[MANIFEST] = "was edited"
+        with suppress(FileNotFoundError):  # whoever opens it next is told
+            if (path / MANIFEST).read_text(encoding="utf-8") != manifest.dumps():
+                problems[MANIFEST] = "was edited"
         for name, entry in manifest.files.items():
-            if (
-                (files is None or name in files)
-                and name not in problems
-                and sha256_file(path / name) != entry["sha256"]
-            ):
-                problems[name] = "has changed (sha256 differs)"
+            if name in problems or (files is not None and name not in files):
+                continue
+            try:
+                if sha256_file(path / name) != entry["sha256"]:
+                    problems[name] = "has changed (sha256 differs)"
+            except FileNotFoundError:  # since its size was looked at
+                problems[name] = "is missing"
         return problems
 
     def strays(self, ref: Ref) -> list[str]:
