@@ -340,6 +340,11 @@ def _add_evaluate_flags(evaluate: _Parser) -> None:
         help="subtracted from the scores of seen classes; default: 0",
     )
     evaluate.add_argument(
+        "--match-names",
+        action="store_true",
+        help="take a benchmark with the checkpoint's classes in another order or with other ids, and go by their names",
+    )
+    evaluate.add_argument(
         "--json", default="", metavar="FILE", help="also write scores, classes and settings to this file"
     )
     evaluate.add_argument("--out", default="", metavar="DIR", help="folder for the predictions")

@@ -150,6 +150,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         data=options.data,
         split=options.split,
         seen_offset=options.seen_offset,
+        match_names=options.match_names,
         out=options.out,
         teacher_weights=options.teacher,
         store=open_store(options),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,9 @@ from models.masked_attention import embed_by_instance, patch_grid
 from models.teacher_files import CONFIG, SMALL_CLIP, TOKENIZER, WEIGHTS, is_teacher_folder
 
 Fill = Literal["zero", "mean"]
+Tokenizer = Callable[..., Tensor]
+"""n sentences -> their token ids (n, L) int64, L the length that the text tower takes unless `context_length` names
+another: longer ones are cut, shorter ones padded."""
 Resize = Literal["squeeze", "letterbox"]
 
 
@@ -37,7 +40,7 @@ class Teacher(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, clip: Any, tokenizer: Any, *, fill: Fill) -> None:
+    def __init__(self, clip: Any, tokenizer: Tokenizer, *, fill: Fill) -> None:
         super().__init__()
         self.clip = clip.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -162,11 +165,7 @@ def load_teacher(
     identifier = f"local-dir:{SMALL_CLIP}" if name == "small" else name
     if (name == "small") != (pretrained == "shipped") and pretrained != "random":
         raise ModelError(f"teacher {name!r} with weights {pretrained!r}: 'small' goes with 'shipped', and only with it")
-    if _uses_transformers(name) and find_spec("transformers") is None:
-        raise ModelError(
-            f"teacher {name!r} takes its tokenizer from the package transformers, which is not installed; the extra "
-            "`hf` brings it: `make install-dev`, or `pip install --editable '.[hf]'` in the folder of zs-seg"
-        )
+    _require_transformers(name)
     folder = Path(pretrained) if is_teacher_folder(pretrained) else None
     preprocessing = None if name == "small" or pretrained == "random" else _preprocessing(name, pretrained, folder)
     # random weights are drawn without a change to the caller's random state
@@ -187,11 +186,31 @@ def load_teacher(
             )
         except Exception as error:  # a broken file raises whatever its reader raises
             raise ModelError(_advice(name, pretrained, error)) from error
+    return Teacher(clip, load_tokenizer(name=name, pretrained=pretrained), fill=fill).to(device)
+
+
+def load_tokenizer(*, name: str, pretrained: str) -> Tokenizer:
+    """The tokenizer alone of the teacher that `load_teacher` loads, without its weights.
+
+    Raises ModelError where it cannot be had.
+    """
+    _require_transformers(name)
+    if is_teacher_folder(pretrained):
+        identifier = f"local-dir:{pretrained}"
+    else:
+        identifier = f"local-dir:{SMALL_CLIP}" if name == "small" else name
     try:
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}" if folder else identifier)
-    except Exception as error:
+        return open_clip.get_tokenizer(identifier)
+    except Exception as error:  # whatever its reader raises
         raise ModelError(_tokenizer_advice(name, error)) from error
-    return Teacher(clip, tokenizer, fill=fill).to(device)
+
+
+def _require_transformers(name: str) -> None:
+    if _uses_transformers(name) and find_spec("transformers") is None:
+        raise ModelError(
+            f"teacher {name!r} takes its tokenizer from the package transformers, which is not installed; the extra "
+            "`hf` brings it: `make install-dev`, or `pip install --editable '.[hf]'` in the folder of zs-seg"
+        )
 
 
 def _preprocessing(name: str, pretrained: str, folder: Path | None) -> dict[str, Any] | None:

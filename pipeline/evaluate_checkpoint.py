@@ -43,6 +43,7 @@ def run(
     data: str,
     split: str,
     seen_offset: float,
+    match_names: bool,
     out: str,
     teacher_weights: str,
     store: Store,
@@ -52,13 +53,14 @@ def run(
 
     The benchmark's classes are embedded by the checkpoint's own teacher and templates, or are the checkpoint's own rows
     where they are its classes; `teacher_weights` is the teacher's weights file where it was a local one. `seen_offset`
-    is subtracted from the scores of the seen classes. `out`, if not "", is a folder that gets the predictions: of a
+    is subtracted from the scores of the seen classes. `match_names` takes a benchmark with the checkpoint's classes in
+    another order or with other ids, see `vocabulary_of`. `out`, if not "", is a folder that gets the predictions: of a
     panoptic benchmark as COCO's panoptic PNGs and JSON and as RLEs, of a semantic one as PNGs of the data set's own
     values.
 
     Returns what was scored and how: `benchmark`, `task`, `split`, `data` (the layout found), `checkpoint` (stage, key,
-    folder), `thresholds`, `seen_offset`, `marks` (warnings), `counts`, `scores` in percent (`PanopticScores` or
-    `SemanticScores`; null where no class is seen, or none unseen) and `per_class`.
+    folder), `thresholds`, `seen_offset`, `marks` (warnings), `counts`, `respelled` (as of `Known`), `scores` in percent
+    (`PanopticScores` or `SemanticScores`; null where no class is seen, or none unseen) and `per_class`.
 
     Raises UserError where an input is missing, broken or does not fit.
     """
@@ -72,12 +74,12 @@ def run(
 
     from pipeline.inference.maps import classes_of
     from pipeline.inference.model import load_model
-    from pipeline.inference.vocabulary import as_trained, vocabulary_of
+    from pipeline.inference.vocabulary import vocabulary_of
 
     device = runtime.torch_device()
     model = load_model(folder, device)
-    known = as_trained(asked, model.meta.classes)
-    vocabulary = vocabulary_of(model, known, teacher_weights, runtime)
+    matched = vocabulary_of(model, asked, teacher_weights, runtime, match_names=match_names)
+    known, vocabulary = matched.benchmark, matched.vocabulary
     classes = classes_of(vocabulary.embedding, vocabulary.classes, device)
     predictor = _Predictor(model=model, classes=classes, seen_offset=seen_offset, runtime=runtime)
     scores, counts = part.score(predictor, known, Path(out) if out else None)
@@ -92,6 +94,7 @@ def run(
         "seen_offset": seen_offset,
         "marks": marks(model.meta.classes.teacher, known),
         "counts": {**counts, "classes": len(known.seen), "seen": sum(known.seen), "unseen": len(known.unseen_ids)},
+        "respelled": matched.respelled,
         "scores": _without_empty_groups(scores, known),
         "per_class": per_class,
     }
@@ -139,7 +142,7 @@ class _Panoptic:
         for entry in self.entries:
             sample = panoptic_sample(self.root, self.folder, entry)
             if isinstance(sample, str):
-                raise UserError(f"{self.root}: {self.folder} image {entry.image_id} {sample}; replace it")
+                raise UserError(f"{self.root}: {self.folder} image {entry.image_id} {sample}; {entry.cure}")
             yield (entry, sample), channels_first(decode_image(sample))
 
     def score(self, predictor: _Predictor, benchmark: Benchmark, out: Path | None) -> Scored:
@@ -253,4 +256,6 @@ def about(result: dict[str, Any]) -> str:
         f"classes: {counts['seen']} seen, of which {scores['absent_seen']} neither occur nor are predicted; "
         f"{counts['unseen']} unseen, of which {scores['absent_unseen']}",
     )
-    return "\n".join([*lines, *result["marks"]])
+    names = [f"{ours!r} for {theirs!r}" for theirs, ours in result["respelled"].items()]
+    respelled = [f"names: the checkpoint has {len(names)} in another spelling, such as {names[0]}"] if names else []
+    return "\n".join([*lines, *respelled, *result["marks"]])

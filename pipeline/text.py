@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.data.benchmarks import Benchmark
 from pipeline.runtime import Runtime
 from pipeline.teacher.config import TeacherConfig, TextConfig
-from pipeline.teacher.prompts import synonyms
+from pipeline.teacher.prompts import Prompts, alike, brief
 from pipeline.teacher.text_bank import embed_names
 from storage.errors import UserError
 from storage.keys import Recipe, sha256_file
@@ -17,17 +17,23 @@ from storage.store import Build
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from models.teacher import Tokenizer
 
 STAGE, VERSION = "text", 2
 
 
 def recipe(config: TextConfig, *, teacher: TeacherConfig, benchmark: Benchmark) -> Recipe:
-    """Raises UserError for class names that are not distinct, and for files that are missing or list other classes."""
+    """Raises UserError for class names that are not distinct, and for files that are missing or list other classes.
+
+    Names that differ in spelling alone are compared by the teacher's tokenizer, before anything is built; `build`
+    compares all of them.
+    """
     if config.embeddings:
         _require_names(config, benchmark)
         text: Any = {"embeddings": sha256_file(_file(config.embeddings, "embeddings"))}
     else:
-        synonyms(benchmark.names, clean_names=config.clean_names)
+        if alike(benchmark.names, clean_names=config.clean_names):
+            _prompts(config, teacher.load_tokenizer()).classes(benchmark.names)
         text = {"templates": config.templates, "clean_names": config.clean_names}
     content = {
         "text": text,
@@ -39,14 +45,19 @@ def recipe(config: TextConfig, *, teacher: TeacherConfig, benchmark: Benchmark) 
 
 
 def build(build: Build, config: TextConfig, runtime: Runtime, *, teacher: TeacherConfig, benchmark: Benchmark) -> None:
-    """Encode the benchmark's class names, seen and unseen, or import their rows."""
+    """Encode the benchmark's class names, seen and unseen, or import their rows; the manifest lists the names of which
+    the tokenizer cuts the end.
+
+    Raises UserError for names that are one class to the teacher (see `Prompts`), and for rows that do not fit.
+    """
     from storage.checkpoints import FILES, save_checkpoint
 
     clip = teacher.load(runtime)
     if config.embeddings:
-        embedding = import_rows(config, benchmark, dim=clip.dim)
+        embedding, cut = import_rows(config, benchmark, dim=clip.dim), []
     else:
         embedding = embed_names(clip, benchmark.names, config.templates, clean_names=config.clean_names)
+        cut = _prompts(config, clip.tokenizer).cut(benchmark.names)
     templates = [] if config.embeddings else list(config.templates)
     meta = {
         "ids": [c.id for c in benchmark.categories],
@@ -60,13 +71,18 @@ def build(build: Build, config: TextConfig, runtime: Runtime, *, teacher: Teache
     save_checkpoint(build.path, {"embedding": embedding.cpu()}, meta)
     build.add(*(build.path / name for name in FILES))
     build.counts |= {"classes": len(embedding), "seen": sum(benchmark.seen), "templates": len(templates)}
+    build.counts["cut_names"] = cut
+
+
+def _prompts(config: TextConfig, tokenizer: Tokenizer) -> Prompts:
+    return Prompts(tokenizer=tokenizer, templates=config.templates, clean_names=config.clean_names)
 
 
 def import_rows(config: TextConfig, benchmark: Benchmark, *, dim: int) -> Tensor:
     """The rows of the file `config.embeddings`, normalised to unit length: (K, D) float32.
 
-    Raises UserError for a file that is no float array, is not of shape (K, dim), or has a row that is zero or not
-    finite.
+    Raises UserError for a file that is no float array, is not of shape (K, dim), or has a row that is zero, not finite,
+    or that of another class.
     """
     import numpy as np
     import torch
@@ -88,7 +104,15 @@ def import_rows(config: TextConfig, benchmark: Benchmark, *, dim: int) -> Tensor
     for name, value in zip(benchmark.names, length, strict=True):
         if not np.isfinite(value) or value == 0:
             raise UserError(f"{path}: the row of class {name!r} is zero or not finite; embed it again")
-    return torch.from_numpy((rows / length[:, None]).astype(np.float32))
+    unit = (rows / length[:, None]).astype(np.float32)
+    owner: dict[bytes, str] = {}
+    for name, row in zip(benchmark.names, unit, strict=True):
+        if (other := owner.setdefault(row.tobytes(), name)) != name:
+            raise UserError(
+                f"{path}: classes {brief(other)} and {brief(name)} have the same row, so no image can tell them apart; "
+                "embed different names"
+            )
+    return torch.from_numpy(unit)
 
 
 def _require_names(config: TextConfig, benchmark: Benchmark) -> None:

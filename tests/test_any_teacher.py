@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from models.errors import ModelError
 from models.teacher import load_teacher
 from pipeline.teacher.config import TeacherConfig
+from pipeline.teacher.prompts import Prompts
 
 SIGLIP: dict[str, Any] = {
     "embed_dim": 192, "init_logit_bias": -10, "custom_text": True,
@@ -94,6 +95,21 @@ def test_a_folder_of_the_hubs_files_brings_weights_tokenizer_and_preprocessing(t
     assert teacher.mean.flatten().tolist() == [0.5] * 3 and teacher.dim == 192
     image = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8)
     assert teacher.encode_images(teacher.prepare(image)[None]).shape == (1, 192)
+
+
+def test_names_are_compared_by_the_teachers_own_tokenizer(tmp_path: Path) -> None:
+    """This one has letters of one case and no name for cars: capitals, and every word unknown to it, are one to it."""
+    config = TeacherConfig(name="tiny-siglip", pretrained=str(write_repository(tmp_path / "siglip")))
+    prompts = Prompts(tokenizer=config.load_tokenizer(), templates=["{}", "a photo of a {}"], clean_names=False)
+    assert prompts.length == 16
+    apart = ["red circle", "blue circle", "red star", "star"]
+    assert len(prompts.classes(apart)) == 4 and prompts.cut(apart) == []
+    for one, other in (("red circle", "RED circle"), ("自動車", "自転車"), ("zebra", "giraffe")):
+        with pytest.raises(ValueError, match=f"classes '{one}' and '{other}' are one to the teacher"):
+            prompts.classes([one, "star", other])
+    # the sentence "a photo of a red ... red" has 4 tokens more than the name
+    for words, cut in ((11, False), (12, False), (13, True), (40, True)):
+        assert prompts.is_cut(" ".join(["red"] * words)) == cut, words
 
 
 def test_a_folder_counts_by_its_files(tmp_path: Path) -> None:

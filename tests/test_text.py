@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from pipeline.inference.vocabulary import extend
 from pipeline.line import Stage
 from pipeline.runtime import Runtime
 from pipeline.teacher.config import TeacherConfig, TextConfig
-from pipeline.teacher.prompts import synonyms
+from pipeline.teacher.prompts import Prompts, alike, synonyms
 from pipeline.teacher.text_bank import TextBank, join, open_text
 from storage.store import Store
 
@@ -120,7 +122,8 @@ def test_the_counts_are_in_the_manifest(tmp_path: Path) -> None:
     ref = Stage.of(text, CONFIG, teacher=TEACHER, benchmark=BENCHMARK).run(store, Runtime(progress=False))
     unseen = len(BENCHMARK.unseen_ids)
     total = len(BENCHMARK.categories)
-    assert store.open(ref).manifest.counts == {"classes": total, "seen": total - unseen, "templates": 3}
+    counts = {"classes": total, "seen": total - unseen, "templates": 3, "cut_names": []}
+    assert store.open(ref).manifest.counts == counts
 
 
 # ------------------------------------------------------------------------------------------------ names and synonyms
@@ -182,6 +185,86 @@ def test_names_that_cannot_be_told_apart_are_refused(names: tuple[str, ...], cle
         key(replace(CONFIG, clean_names=clean), benchmark=named(*names))
 
 
+PAIRS = {
+    "case": ("person", "Person", True),
+    "blanks": ("traffic light", "traffic  light", True),
+    "a blank of another kind": ("traffic light", "traffic\u00a0light", True),
+    "Unicode form": ("café", unicodedata.normalize("NFD", "café"), True),
+    "full width": ("cat", "ｃａｔ", True),
+    "a ligature": ("fish", "ﬁsh", True),
+    "quotes": ("men's room", "men’s room", True),
+    "an HTML entity": ("salt & pepper", "salt &amp; pepper", True),
+    "a blank before a number": ("route66", "route 66", True),
+    "a hyphen": ("traffic light", "traffic-light", False),
+    "an accent": ("cafe", "café", False),
+    "signs": ("c++", "c#", False),
+    "Japanese": ("自動車", "自転車", False),
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_names_are_one_class_where_the_text_encoder_cannot_tell_them_apart(kind: str) -> None:
+    """Against open_clip's own embeddings: refused, both named, exactly where these are equal bit by bit."""
+    one, other, same = PAIRS[kind]
+    clip, tokenizer = small_clip()
+    assert torch.equal(embed_text(clip, tokenizer, one), embed_text(clip, tokenizer, other)) == same
+    names = named("boat", f"{one}, first", f"second, {other}")
+    if not same:
+        key(benchmark=names)
+        return
+    message = f"classes {re.escape(repr(f'{one}, first'))} and {re.escape(repr(f'second, {other}'))} are one"
+    with pytest.raises(ValueError, match=message):
+        key(benchmark=names)
+
+
+def test_a_pair_that_shows_only_in_the_tokens_is_refused_when_the_names_are_encoded(tmp_path: Path) -> None:
+    """The tokenizer mends wrongly decoded text, which planning, without it, takes for another name."""
+    names = named("café", "boat", "cafÃ©")
+    key(benchmark=names)
+    with pytest.raises(ValueError, match="classes 'café' and 'cafÃ©' are one to the teacher: .* the same tokens"):
+        make(tmp_path, benchmark=names)
+
+
+def test_names_that_are_cut_are_in_the_manifest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """This CLIP takes 24 tokens, two of them start and end: 22 words fit, alone; behind "a photo of a" 18 do."""
+    store, config = Store(tmp_path), replace(CONFIG, templates=("{}", "a photo of a {}"))
+    short, long = " ".join(["red"] * 18), " ".join(["blue"] * 19)
+    ref = Stage.of(text, config, teacher=TEACHER, benchmark=named("fog", short, long)).run(store, QUIET)
+    assert store.open(ref).manifest.counts["cut_names"] == [long]
+    assert [record.message for record in caplog.records if "takes 24 tokens" in record.message]
+    bare = Stage.of(text, replace(config, templates=("{}",)), teacher=TEACHER, benchmark=named("fog", short, long))
+    assert store.open(bare.run(store, QUIET)).manifest.counts["cut_names"] == []
+    with pytest.raises(ValueError, match=r"classes 'blue.*\(193 characters\) and .*, for it takes only 24; rename"):
+        make(tmp_path / "equal", config, named(f"{long} {long} one", f"{long} {long} two"))
+
+
+def test_a_name_without_a_token_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="name 'fog, &nbsp;': the teacher's tokenizer makes no token of '&nbsp;'; rename"
+    ):
+        make(tmp_path, benchmark=named("red circle", "fog, &nbsp;"))
+
+
+@pytest.mark.parametrize(("sign", "code"), [("\u200b", "200B"), ("\u00ad", "00AD"), ("\ufeff", "FEFF")])
+def test_a_name_with_an_invisible_character_is_refused(sign: str, code: str) -> None:
+    """The tokenizer takes some of them for letters: nobody could see that "person" and "person" are two classes."""
+    with pytest.raises(ValueError, match=rf"class name 'per{re.escape(repr(sign)[1:-1])}son' .* U\+{code}; remove it"):
+        key(benchmark=named("person", f"per{sign}son"))
+    key(benchmark=named("person", "می\u200cخواهم"))  # Persian needs this one
+
+
+def test_the_published_benchmarks_have_no_class_twice() -> None:
+    tokenizer = TEACHER.load_tokenizer()
+    for name in ("coco-panoptic-zps", "coco-stuff-zss", "voc20", "pc59", "ade150"):
+        benchmark = load_benchmark(name)
+        for cleaned in (False, True):
+            prompts = Prompts(tokenizer=tokenizer, templates=CONFIG.templates, clean_names=cleaned)
+            assert len(prompts.classes(benchmark.names)) == len(benchmark.names)
+            assert prompts.cut(benchmark.names) == []
+            # planning a run imports no torch
+            assert not alike(benchmark.names, clean_names=cleaned)
+
+
 def test_the_published_benchmarks_stay_apart_when_cleaned() -> None:
     for name in ("coco-panoptic-zps", "coco-stuff-zss", "voc20", "pc59"):
         names = load_benchmark(name).names
@@ -238,6 +321,7 @@ def test_imported_rows_count_by_content_not_by_path(tmp_path: Path) -> None:
         ),
         (ROWS * (np.arange(3)[:, None] != 2), THREE.names, "row of class 'fog' is zero or not finite"),
         (np.array([{}]), THREE.names, "cannot be read as a .npy array"),
+        (ROWS[[0, 1, 0]] * 2, THREE.names, "classes 'red circle' and 'fog' have the same row"),
         (ROWS.astype(np.int32), THREE.names, "holds no floating-point array"),
     ],
 )

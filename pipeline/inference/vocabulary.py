@@ -4,7 +4,7 @@ benchmark.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from pipeline.data.benchmarks import Benchmark, Category
 from pipeline.inference.model import Model
 from pipeline.runtime import Runtime
 from pipeline.teacher.config import teacher_of
-from pipeline.teacher.prompts import synonyms
+from pipeline.teacher.prompts import Prompts, brief, synonyms
 from pipeline.teacher.text_bank import ClassList, embed_names, join
 from storage.errors import UserError
 
@@ -35,7 +35,8 @@ class Vocabulary:
 def extend(model: Model, names: Sequence[str], teacher_weights: str, runtime: Runtime) -> Vocabulary:
     """A checkpoint's classes and, behind them, `names`, encoded with the same sentences by the same teacher.
 
-    Raises UserError for a name that is there already or twice, and when the teacher's weights are not those.
+    Raises UserError for a name that is there already or twice, by the rule of `Prompts`, and when the teacher's weights
+    are not those.
     """
     classes, embedding = model.meta.classes, model.text.cpu()
     columns: dict[str, list[Any]] = {name: list(getattr(classes, name)) for name in ("ids", "names", "isthing", "seen")}
@@ -45,61 +46,114 @@ def extend(model: Model, names: Sequence[str], teacher_weights: str, runtime: Ru
         for column, value in (("ids", max(columns["ids"]) + 1), ("names", name), ("isthing", True), ("seen", False)):
             columns[column].append(value)
     if names:
-        synonyms(columns["names"], clean_names=classes.clean_names)
-        embedding = join(embedding, _embed(model, list(names), teacher_weights, runtime))
+        rows = _embed(model, list(names), teacher_weights, runtime)
+        _prompts(model, teacher_weights).classes(columns["names"])
+        embedding = join(embedding, rows)
     return Vocabulary(embedding=embedding, classes=replace(classes, **columns))
 
 
-def vocabulary_of(model: Model, benchmark: Benchmark, teacher_weights: str, runtime: Runtime) -> Vocabulary:
-    """The benchmark's classes for this checkpoint: its own rows where these are its classes, else encoded as it was
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A benchmark as a checkpoint knows it.
+
+    `benchmark` has the classes as unseen that the checkpoint was not trained on; `vocabulary` is of its classes, in its
+    order. `respelled`: the benchmark's name -> the checkpoint's, of each class that both have in different spellings.
+    """
+
+    benchmark: Benchmark
+    vocabulary: Vocabulary
+    respelled: dict[str, str]
+
+
+def vocabulary_of(
+    model: Model, benchmark: Benchmark, teacher_weights: str, runtime: Runtime, *, match_names: bool = False
+) -> Known:
+    """The benchmark's classes for this checkpoint: its own rows where it has all of them, else all encoded as it was
     trained.
 
-    Raises UserError when the teacher's weights are not those of the checkpoint.
+    Names are compared by the rule of `Prompts`. A class is the checkpoint's own where all its synonyms are, in any
+    order; it is seen where one of them is a name of a class that the checkpoint was trained on. Where the benchmark has
+    just the checkpoint's classes, and names unseen ones, the benchmark decides which are unseen.
+
+    Raises UserError for a benchmark with exactly the checkpoint's classes in another order or with other ids, unless
+    `match_names`; for one that calls a class unseen that the checkpoint was trained on; for two classes of one name;
+    and when the teacher's weights are not those of the checkpoint.
     """
     classes = model.meta.classes
-    own = benchmark.names == classes.names
-    return Vocabulary(
-        embedding=model.text.cpu() if own else _embed(model, benchmark.names, teacher_weights, runtime),
-        classes=replace(
-            classes,
-            ids=[c.id for c in benchmark.categories],
-            names=benchmark.names,
-            isthing=[c.isthing for c in benchmark.categories],
-            seen=benchmark.seen,
+    spelled_alike = set(benchmark.names) <= set(classes.names)
+    if spelled_alike:
+        own, seen = _match(synonyms(benchmark.names), classes.seen, synonyms(classes.names), str)
+    else:
+        prompts = _prompts(model, teacher_weights)
+        ours = synonyms(classes.names, clean_names=classes.clean_names)
+        own, seen = _match(prompts.classes(benchmark.names), classes.seen, ours, prompts.tokens)
+    rows = [row for row in own if row is not None]
+    same = len(rows) == len(own) == len(classes.names)
+    if same and not match_names:
+        _require_same_order(benchmark, classes, rows)
+    unseen = [c.id for c, trained in zip(benchmark.categories, seen, strict=True) if not trained]
+    if not (same and benchmark.unseen_ids):
+        benchmark = replace(benchmark, unseen_ids=tuple(unseen))
+    elif claimed := [c for c in benchmark.categories if c.id in set(benchmark.unseen_ids) - set(unseen)]:
+        raise UserError(
+            f"benchmark {benchmark.name} calls {brief(claimed[0].name)} unseen, but the checkpoint was trained on it; "
+            "take it out of unseen_ids, or empty them for the checkpoint's own"
+        )
+    complete = len(rows) == len(own)
+    return Known(
+        benchmark=benchmark,
+        vocabulary=Vocabulary(
+            embedding=model.text.cpu()[rows] if complete else _embed(model, benchmark.names, teacher_weights, runtime),
+            classes=replace(
+                classes,
+                ids=[c.id for c in benchmark.categories],
+                names=benchmark.names,
+                isthing=[c.isthing for c in benchmark.categories],
+                seen=benchmark.seen,
+            ),
         ),
+        respelled={
+            name: classes.names[row]
+            for name, row in zip(benchmark.names, own, strict=True)
+            if row is not None and classes.names[row] != name
+        },
     )
 
 
-def as_trained(benchmark: Benchmark, classes: ClassList) -> Benchmark:
-    """The benchmark with the classes as unseen that a checkpoint with `classes` was not trained on.
-
-    A class is seen if the checkpoint has seen its name. Where the classes are the checkpoint's own, and the benchmark
-    names unseen ones, the benchmark decides.
-
-    Raises UserError when the benchmark has exactly the checkpoint's names in another order or with other ids.
-    """
-    ids = [category.id for category in benchmark.categories]
-    if set(benchmark.names) == set(classes.names):
-        _require_same_order(
-            benchmark.name,
-            list(zip(classes.names, classes.ids, strict=True)),
-            list(zip(benchmark.names, ids, strict=True)),
-        )
-        if benchmark.unseen_ids:
-            return benchmark
-    seen = {name for name, known in zip(classes.names, classes.seen, strict=True) if known}
-    return replace(benchmark, unseen_ids=tuple(c.id for c in benchmark.categories if c.name not in seen))
+def _match(
+    asked: Sequence[Sequence[str]],
+    trained: Sequence[bool],
+    ours: Sequence[Sequence[str]],
+    identity: Callable[[str], Hashable],
+) -> tuple[list[int | None], list[bool]]:
+    """For each class of `asked`, given by its synonyms: the class of `ours` with the same ones, or None; and whether a
+    `trained` class of `ours` has one of them."""
+    row_of = {frozenset(map(identity, parts)): row for row, parts in enumerate(ours)}
+    known = {identity(part) for parts, seen in zip(ours, trained, strict=True) if seen for part in parts}
+    found = [frozenset(map(identity, parts)) for parts in asked]
+    return [row_of.get(one) for one in found], [not known.isdisjoint(one) for one in found]
 
 
-def _require_same_order(name: str, ours: list[tuple[str, int]], theirs: list[tuple[str, int]]) -> None:
-    for place, (our, their) in enumerate(zip(ours, theirs, strict=True)):
-        if our != their:
+def _require_same_order(benchmark: Benchmark, classes: ClassList, rows: Sequence[int]) -> None:
+    """`rows`: which class of the checkpoint each of the benchmark's is."""
+    for place, (row, category) in enumerate(zip(rows, benchmark.categories, strict=True)):
+        if (row, classes.ids[row]) != (place, category.id):
             raise UserError(
-                f"the checkpoint and benchmark {name} list the same class names differently, "
-                f"first at position {place}: "
-                f"{our[0]!r} (id {our[1]}) in the checkpoint, {their[0]!r} (id {their[1]}) in the benchmark; "
-                "give the benchmark the checkpoint's order and ids"
+                f"the checkpoint and benchmark {benchmark.name} list the same classes differently, "
+                f"first at position {place}: {classes.names[place]!r} (id {classes.ids[place]}) in the checkpoint, "
+                f"{category.name!r} (id {category.id}) in the benchmark; give the benchmark the checkpoint's order and "
+                "ids, or pass --match-names to go by the names"
             )
+
+
+def _prompts(model: Model, teacher_weights: str) -> Prompts:
+    """How the checkpoint's own teacher reads names."""
+    classes = model.meta.classes
+    return Prompts(
+        tokenizer=teacher_of(classes.teacher, teacher_weights).load_tokenizer(),
+        templates=model.meta.templates,
+        clean_names=classes.clean_names,
+    )
 
 
 def _embed(model: Model, names: list[str], teacher_weights: str, runtime: Runtime) -> Tensor:

@@ -14,7 +14,7 @@ from storage.errors import UserError
 from storage.keys import sha256_file
 
 if TYPE_CHECKING:
-    from models.teacher import Teacher
+    from models.teacher import Teacher, Tokenizer
 
 
 Method = Literal["pixels", "attention"]
@@ -86,6 +86,12 @@ class TeacherConfig:
         return load_teacher(
             name=self.name, pretrained=self.pretrained, fill=self.fill, seed=self.seed, device=runtime.torch_device()
         )
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer alone, without the weights."""
+        from models.teacher import load_tokenizer
+
+        return load_tokenizer(name=self.name, pretrained=self.pretrained)
 
 
 @dataclass(frozen=True, kw_only=True)

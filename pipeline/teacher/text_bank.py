@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.teacher.prompts import synonyms
+from pipeline.teacher.prompts import Prompts, brief
 from storage.errors import UserError, anew
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from models.teacher import Teacher
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +88,19 @@ def embed_names(
 ) -> Tensor:
     """Class names -> unit rows (K, D), or (K, S, D) where a name lists synonyms (see `TextBank`).
 
-    A row is the mean over templates of unit sentence embeddings, normalised to unit length. Raises UserError as
-    `synonyms` does.
+    A row is the mean over templates of unit sentence embeddings, normalised to unit length. Names of which the
+    tokenizer cuts the end are warned of. Raises UserError as `Prompts.classes` does.
     """
     import torch
     from torch.nn.functional import normalize
 
-    parts_of_class = synonyms(names, clean_names=clean_names)
+    prompts = Prompts(tokenizer=teacher.tokenizer, templates=templates, clean_names=clean_names)
+    parts_of_class = prompts.classes(names)
+    if cut := prompts.cut(names):
+        log.warning(
+            "the text encoder takes %d tokens, and the end of %s is cut off; shorten it", prompts.length,
+            " and of ".join(map(brief, cut)),
+        )  # fmt: skip
     rows = [
         torch.stack([teacher.encode_texts([t.replace("{}", part) for t in templates]).mean(0) for part in parts])
         for parts in parts_of_class
