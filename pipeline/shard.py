@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 STAGE = "shard"
 KIND = "shards"
 VERSION = 2
-CURE = "replace it or pass --skip-bad"
 
 Source = CocoSource | LabelSource | Ref
 """A folder of COCO files, a folder of images with label maps (for a semantic benchmark), or generated scenes (an
@@ -77,10 +76,12 @@ def build(build: Build, config: ShardConfig, runtime: Runtime, *, source: Source
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One listed image: its id, and `load`, which reads and checks it; see `pipeline.data.samples`."""
+    """One listed image: its id, `load`, which reads and checks it (see `pipeline.data.samples`), and the `cure` of one
+    that cannot be used."""
 
     image_id: int
     load: Callable[[], Sample | str]
+    cure: str
 
 
 def _listed(root: Path, source: Source, benchmark: Benchmark) -> dict[str, list[Item]]:
@@ -95,7 +96,11 @@ def _listed(root: Path, source: Source, benchmark: Benchmark) -> dict[str, list[
         return {
             split: sorted(
                 (
-                    Item(image_id=i, load=partial(labelled_sample, root, image, i, benchmark))
+                    Item(
+                        image_id=i,
+                        load=partial(labelled_sample, root, image, i, benchmark),
+                        cure="correct or replace the file",
+                    )
                     for i, image in zip(image_ids(images), images, strict=True)
                 ),
                 key=lambda item: item.image_id,
@@ -110,7 +115,7 @@ def _listed(root: Path, source: Source, benchmark: Benchmark) -> dict[str, list[
         raise changed
     return {
         split: [
-            Item(image_id=entry.image_id, load=partial(panoptic_sample, root, folder, entry))
+            Item(image_id=entry.image_id, load=partial(panoptic_sample, root, folder, entry), cure=entry.cure)
             for entry in read_split(root, folder, benchmark)
         ]
         for split, folder in zip(("train", "val"), folders, strict=True)
@@ -153,7 +158,9 @@ def _shard(
                     elif config.skip_bad:
                         skipped.append({"split": split, "image_id": item.image_id, "reason": loaded})
                     else:
-                        raise UserError(f"{root}: {split} image {item.image_id} {loaded}; {CURE}")
+                        raise UserError(
+                            f"{root}: {split} image {item.image_id} {loaded}; {item.cure}, or pass --skip-bad"
+                        )
                 if not samples:
                     continue
                 # Equal ids: a killed build has already written this tar.
@@ -170,7 +177,12 @@ def _shard(
                 )
             if not index[split]:
                 reason = next(bad["reason"] for bad in skipped if bad["split"] == split)
-                raise UserError(f"{root}: no {split} image can be used, the first {reason}; replace the files")
+                raise UserError(f"{root}: no {split} image can be used, the first {reason}; {chosen[0].cure}")
+            if not counts["segments"]:
+                raise UserError(
+                    f"{root}: none of {counts['images']} {split} images has a segment, all their pixels are void; "
+                    "add annotated images"
+                )
             build.counts[split] = {
                 **counts,
                 "stuff": counts["segments"] - counts["things"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import struct
@@ -103,11 +104,23 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another area": (
         lambda c: edit_json(c, lambda d: segment(d).update(area=segment(d)["area"] + 1)),
-        r"shows another area than the JSON for segments \d+",
+        r"shows \d+ pixels of segment \d+, but its area is \d+ in the JSON",
+    ),
+    "other areas": (
+        lambda c: edit_json(c, lambda d: [s.update(area=s["area"] + 1) for s in annotation(d)["segments_info"]]),
+        r"shows \d+ pixels of segment \d+, but its area is \d+ in the JSON, and so for 2 more",
+    ),
+    "segment id 0": (
+        lambda c: edit_json(c, lambda d: segment(d).update(id=0)),
+        "has a segment of id 0, which marks the pixels of no segment; ids are 1 or more",
+    ),
+    "segment id above 2^24": (
+        lambda c: edit_json(c, lambda d: segment(d).update(id=2**24 + 5)),
+        r"has segment 16777221, but the colours of a panoptic PNG hold ids up to 16777215 \(2\^24 - 1\)",
     ),
     "unknown category": (
         lambda c: edit_json(c, lambda d: segment(d).update(category_id=4242)),
-        "has category 4242, which benchmark coco-panoptic-zps does not know",
+        r"has category 4242 \(segment \d+\), which benchmark coco-panoptic-zps does not know",
     ),
     "segment listed twice": (
         lambda c: edit_json(c, lambda d: annotation(d)["segments_info"].append(segment(d))),
@@ -125,7 +138,7 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_bad_image_stops_the_build_or_is_skipped(coco: Path, store: Store, name: str) -> None:
     spoil, reason = BAD_IMAGES[name]
     spoil(coco)
-    with pytest.raises(ValueError, match=rf"train image 12 .*{reason}.*; .* --skip-bad$") as caught:
+    with pytest.raises(ValueError, match=rf"train image 12 .*{reason}.*; correct it, or pass --skip-bad$") as caught:
         shard(coco, store)
     assert "\n" not in str(caught.value) and str(coco) in str(caught.value)
     assert store.refs() == []
@@ -136,6 +149,55 @@ def test_a_bad_image_stops_the_build_or_is_skipped(coco: Path, store: Store, nam
     assert (skipped["split"], skipped["image_id"]) == ("train", 12)
     assert re.search(reason, skipped["reason"]) and str(coco) not in skipped["reason"]
     assert artefact.manifest.counts["train"]["images"] == 4
+
+
+def test_numbers_written_otherwise_are_read(coco: Path, tmp_path: Path) -> None:
+    """Floats and strings that are whole numbers, and true for 1, give the shards of the integers."""
+    plain, other = Store(tmp_path / "plain"), Store(tmp_path / "other")
+    expected = shard(coco, plain)
+
+    def rewrite(data: dict[str, Any]) -> None:
+        for item in data["images"]:
+            item.update(id=str(item["id"]), height=float(item["height"]), width=f"{item['width']}.0")
+        for item in data["annotations"]:
+            item["image_id"] = float(item["image_id"])
+            for one in item["segments_info"]:
+                one.update(area=float(one["area"]), iscrowd=bool(one["iscrowd"]), category_id=str(one["category_id"]))
+        for category in data["categories"]:
+            category.update(id=str(category["id"]), isthing=str(category["isthing"]))
+
+    edit_json(coco, rewrite)
+    edit_json(coco, rewrite, "val2017")
+    assert tree(other.path(shard(coco, other))) == tree(plain.path(expected))
+
+
+def test_a_damaged_image_of_cocos_own_is_to_be_downloaded_again(coco: Path, store: Store) -> None:
+    edit_json(coco, lambda d: d.update(info={"description": "COCO 2018 Panoptic Dataset"}))
+    (coco / JPEG).unlink()
+    with pytest.raises(ValueError, match=f"lacks its file '{JPEG}'; download it again, or pass --skip-bad$"):
+        shard(coco, store)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_images_without_any_segment_are_refused(coco: Path, store: Store, split: str) -> None:
+    """One segment in the split is enough; without any the training, or the scores, would be of nothing."""
+    folder = f"{split}2017"
+    kept = json.loads((coco / f"annotations/panoptic_{folder}.json").read_text())["annotations"][-1]
+    for left, refused in (([kept["image_id"]], False), ([], True)):
+
+        def empty(data: dict[str, Any], left: list[int] = left) -> None:
+            for item in data["annotations"]:
+                if item["image_id"] not in left:
+                    item["segments_info"] = []
+                    png = coco / "annotations" / f"panoptic_{folder}" / item["file_name"]
+                    png.write_bytes(encode_ids(np.zeros(Image.open(png).size[::-1], int)))
+
+        edit_json(coco, empty, folder)
+        if refused:
+            with pytest.raises(ValueError, match=f"none of . {split} images has a segment, all their pixels are void"):
+                shard(coco, store)
+        else:
+            shard(coco, store)
 
 
 def test_without_bad_images_a_skipping_build_is_a_strict_one(coco: Path, tmp_path: Path) -> None:
@@ -182,7 +244,7 @@ def test_all_bad_is_an_error_even_when_skipping(coco: Path, store: Store) -> Non
     for path in (coco / "val2017").iterdir():
         path.write_bytes(b"")
     with pytest.raises(
-        ValueError, match="no val image can be used, the first has a file .* is no JPEG.*; replace the files"
+        ValueError, match="no val image can be used, the first has a file .* is no JPEG.*; correct it$"
     ):
         shard(coco, store, replace(CONFIG, skip_bad=True))
     assert store.refs() == []
@@ -226,23 +288,46 @@ BAD_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
     "json is a brace": (lambda c: (c / TRAIN_JSON).write_text("{\n"), r"panoptic_train2017\.json: no valid JSON"),
     "json is bytes": (lambda c: (c / TRAIN_JSON).write_bytes(b"\xff\xfe\xff"), "no valid JSON"),
     "json is deep": (lambda c: (c / TRAIN_JSON).write_text("[" * 100_000), "no valid JSON"),
-    "json is a list": (lambda c: (c / TRAIN_JSON).write_text("[]"), "the file lacks a valid"),
-    "no images": (lambda c: edit_json(c, lambda d: d.pop("images")), "the file lacks a valid images"),
+    "json is a list": (
+        lambda c: (c / TRAIN_JSON).write_text("[]"),
+        r"the file is \[\], which must be an object with images and annotations",
+    ),
+    "no images": (
+        lambda c: edit_json(c, lambda d: d.pop("images")),
+        "the file lacks images, which must be a list; correct it",
+    ),
     "images is empty": (lambda c: edit_json(c, lambda d: d.update(images=[])), "holds no images"),
-    "no annotations": (lambda c: edit_json(c, lambda d: d.pop("annotations")), "the file lacks a valid annotations"),
+    "no annotations": (
+        lambda c: edit_json(c, lambda d: d.pop("annotations")),
+        "the file lacks annotations, which must be a list",
+    ),
     "an image is a number": (
         lambda c: edit_json(c, lambda d: d["images"].append(3)),
-        "an entry of images lacks a valid id",
+        "entry 6 of images is 3, which must be an object with id",
     ),
-    "no id": (lambda c: edit_json(c, lambda d: image_entry(d).pop("id")), "lacks a valid id"),
-    "id is text": (lambda c: edit_json(c, lambda d: image_entry(d).update(id="12")), "lacks a valid id"),
-    "id is negative": (lambda c: edit_json(c, lambda d: image_entry(d).update(id=-12)), "lacks a valid id"),
-    "id is huge": (lambda c: edit_json(c, lambda d: image_entry(d).update(id=10**12)), "more than 12 digits"),
-    "no height": (lambda c: edit_json(c, lambda d: image_entry(d).pop("height")), "image 12 lacks a valid height"),
-    "height is 0": (lambda c: edit_json(c, lambda d: image_entry(d).update(height=0)), "image 12 lacks a valid height"),
+    "no id": (
+        lambda c: edit_json(c, lambda d: image_entry(d).pop("id")),
+        "entry 3 of images lacks id, which must be a whole",
+    ),
+    **{
+        f"id is {value!r}": (
+            lambda c, value=value: edit_json(c, lambda d: image_entry(d).update(id=value)),
+            f"entry 3 of images has id {re.escape(repr(value))}, which must be a whole number from 0 to 999999999999; "
+            "correct it$",
+        )
+        for value in ("ADE_0012", "", "12.5", "0x12", "٣", 12.5, -12, "-12", 10**12, [12], None, float("inf"), "9" * 30)
+    },
+    "no height": (
+        lambda c: edit_json(c, lambda d: image_entry(d).pop("height")),
+        "image 12 lacks height, which must be a whole",
+    ),
+    "height is 0": (
+        lambda c: edit_json(c, lambda d: image_entry(d).update(height=0)),
+        "image 12 has height 0, which must be a whole number of 1 or more",
+    ),
     "no file name": (
         lambda c: edit_json(c, lambda d: image_entry(d).pop("file_name")),
-        "image 12 lacks a valid file_name",
+        "image 12 lacks file_name, which must be a bare file name",
     ),
     "image twice": (
         lambda c: edit_json(c, lambda d: d["images"].append(image_entry(d))),
@@ -254,19 +339,51 @@ BAD_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no segments": (
         lambda c: edit_json(c, lambda d: annotation(d).pop("segments_info")),
-        "annotation of image 12 lacks a valid segments_info",
+        "annotation of image 12 lacks segments_info, which must be a list",
     ),
     **{
         f"segment without {field}": (
             lambda c, field=field: edit_json(c, lambda d: segment(d).pop(field)),
-            f"a segment of image 12 lacks a valid {field}",
+            rf"image 12, entry 1 of segments_info.* lacks {field}, which must be ",
         )
         for field in ("id", "category_id", "area", "iscrowd")
     },
     **{
+        f"{field} {value!r}": (
+            lambda c, field=field, value=value: edit_json(c, lambda d: segment(d).update({field: value})),
+            rf"image 12, entry 1 of segments_info \(segment \d+\) has {field} {re.escape(repr(value))}, "
+            f"which must be {bounds}; correct it$",
+        )
+        for field, value, bounds in (
+            ("area", [400], "a whole number of 0 or more"),
+            ("area", 400.5, "a whole number of 0 or more"),
+            ("area", -1, "a whole number of 0 or more"),
+            ("category_id", "person", "a whole number of 0 or more"),
+            ("iscrowd", 2, "0 or 1"),
+        )
+    },
+    "a segment is a number": (
+        lambda c: edit_json(c, lambda d: annotation(d)["segments_info"].insert(1, 7)),
+        "image 12, entry 2 of segments_info is 7, which must be an object with id",
+    ),
+    "isthing is a word": (
+        lambda c: edit_json(c, lambda d: d["categories"][1].update(isthing="yes")),
+        "category 3 has isthing 'yes', which must be 0 or 1",
+    ),
+    "json of COCO's own": (
+        lambda c: edit_json(
+            c, lambda d: (d.update(info={"description": "COCO 2018 Panoptic Dataset"}), image_entry(d).pop("height"))
+        ),
+        "image 12 lacks height, .*; download it again$",
+    ),
+    "a number of 5000 digits": (
+        lambda c: (c / TRAIN_JSON).write_text(f'{{"images": [{"9" * 5000}]}}'),
+        "no valid JSON .*; correct it$",
+    ),
+    **{
         f"file name {name!r}": (
             lambda c, name=name: edit_json(c, lambda d: image_entry(d).update(file_name=name)),
-            "image 12 has file_name .* must be a bare file name",
+            r"image 12 has file_name .* must be a bare file name, without the folder \(train2017\)",
         )
         for name in ("../../../etc/passwd", "/etc/passwd", "a/b.jpg", "..", "", "a\\b.jpg", "a\0.jpg", "a/\nb")
     },

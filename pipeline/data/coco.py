@@ -9,16 +9,19 @@ import hashlib
 import json
 import logging
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.benchmarks import Benchmark
 from storage.errors import UserError
+from storage.id_colours import MAX_SEGMENT_ID
 
 log = logging.getLogger(__name__)
 
 MAX_IMAGE_ID = 10**12 - 1  # twelve digits name a sample in a shard
+COCO = b"COCO 2018 Panoptic Dataset"  # what the annotations that COCO publishes call themselves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +113,8 @@ def _annotations(root: Path, split: str) -> Path:
 class Entry:
     """One image's entry in the JSON: file names, size in pixels, `segments` as in `segments_info`.
 
-    `problem`: the reason, found in the JSON, why the image cannot be used; "" if there is none.
+    `problem`: the reason, found in the JSON, why the image cannot be used; "" if there is none. `cure`: what mends an
+    image that cannot be used.
     """
 
     image_id: int
@@ -119,35 +123,93 @@ class Entry:
     height: int
     width: int
     segments: tuple[dict[str, Any], ...]
+    cure: str
     problem: str = ""
 
 
 def read_split(root: Path, split: str, benchmark: Benchmark) -> list[Entry]:
     """Every image that the split's JSON lists, in image-id order; `split` is a folder name such as "train2017".
 
+    Where a whole number is due, 12.0 and "12" are read as 12.
+
     Raises UserError, naming the file and the place in it, when the JSON is missing, broken, without images, lacks a
     field, lists an image twice, has a file name with a path in it, or names a category differently from the benchmark.
     """
     path = _annotations(root, split)
+    content = _read(path)
+    file = _File(path=path, cure="download it again" if COCO in content else "correct it")
     try:
-        data = json.loads(_read(path))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: no valid JSON ({error}); re-download it") from error
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise file.error(f"no valid JSON ({error})") from error
     if not isinstance(data, dict):
-        raise _malformed(path, "the file", "an object with images and annotations")
-    _check_categories(path, data, benchmark)
-    images = _by_id(path, data, "images", "id")
-    annotations = _by_id(path, data, "annotations", "image_id")
+        raise file.invalid("the file", data, "images and annotations", "lists")
+    _check_categories(file, data, benchmark)
+    images = _by_id(file, data, "images", "id")
+    annotations = _by_id(file, data, "annotations", "image_id")
     if not images:
         raise UserError(f"{path}: holds no images; pass a folder that has some with --coco (of evaluate: --data)")
     return [
-        _entry(path, image_id, images.get(image_id), annotations.get(image_id), benchmark)
+        _entry(file, image_id, images.get(image_id), annotations.get(image_id), benchmark)
         for image_id in sorted(images.keys() | annotations.keys())
     ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    """An annotation file, and what mends a mistake in it: COCO's own can be had again, any other must be corrected."""
+
+    path: Path
+    cure: str
+
+    def error(self, what: str) -> UserError:
+        return UserError(f"{self.path}: {what}; {self.cure}")
+
+    def invalid(self, where: str, item: Any, field: str, valid: str) -> UserError:
+        """The error for the `field` of `item`, the JSON object at `where`, whose value is missing or not `valid`."""
+        if not isinstance(item, dict):
+            return self.error(f"{where} is {_shown(item)}, which must be an object with {field}")
+        if field not in item:
+            return self.error(f"{where} lacks {field}, which must be {valid}")
+        return self.error(f"{where} has {field} {_shown(item[field])}, which must be {valid}")
+
+    def integer(self, where: str, item: Any, field: str, least: int, most: int | None = None) -> int:
+        number = _whole(item.get(field)) if isinstance(item, dict) else None
+        if number is None or number < least or (most is not None and number > most):
+            valid = f"a whole number of {least} or more" if most is None else f"a whole number from {least} to {most}"
+            raise self.invalid(where, item, field, "0 or 1" if (least, most) == (0, 1) else valid)
+        return number
+
+    def list(self, where: str, item: Any, field: str) -> list[Any]:
+        value = item.get(field) if isinstance(item, dict) else None
+        if not isinstance(value, list):
+            raise self.invalid(where, item, field, "a list")
+        return value
+
+    def name(self, where: str, item: dict[str, Any]) -> str:
+        name = item.get("file_name")
+        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+            folder = self.path.stem.removeprefix("panoptic_")
+            raise self.invalid(where, item, "file_name", f"a bare file name, without the folder ({folder})")
+        return name
+
+
+def _whole(value: Any) -> int | None:
+    """12, 12.0, "12" and "12.0" as 12, True as 1; None for what is no whole number."""
+    if isinstance(value, str) and re.fullmatch(r"-?\d{1,18}(\.0*)?", value, re.ASCII):
+        return int(value.partition(".")[0])
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return int(value)
+    return None
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
 def _entry(
-    path: Path, image_id: int, image: dict[str, Any] | None, annotation: dict[str, Any] | None, benchmark: Benchmark
+    file: _File, image_id: int, image: dict[str, Any] | None, annotation: dict[str, Any] | None, benchmark: Benchmark
 ) -> Entry:
     where = f"image {image_id}"
     problems: list[str] = []
@@ -155,24 +217,18 @@ def _entry(
     if image is None:
         problems.append("has an annotation but no entry in images")
     else:
-        name = _file_name(path, where, image)
-        height, width = (_integer(path, where, image, field, 1) for field in ("height", "width"))
+        name = file.name(where, image)
+        height, width = (file.integer(where, image, field, 1) for field in ("height", "width"))
     if annotation is None:
         problems.append("has no annotation")
     else:
-        png = _file_name(path, where, annotation)
-        segments = _list(path, f"the annotation of {where}", annotation, "segments_info")
-        for segment in segments:
-            for field in ("id", "category_id", "area", "iscrowd"):
-                _integer(path, f"a segment of {where}", segment, field, 0)
-        ids = [segment["id"] for segment in segments]
-        if len(set(ids)) < len(ids):
-            problems.append(f"has segment {next(i for i in ids if ids.count(i) > 1)} twice")
-        for segment in segments:
-            if segment["category_id"] not in benchmark.index:
-                problems.append(
-                    f"has category {segment['category_id']}, which benchmark {benchmark.name} does not know"
-                )
+        of_image = f"the annotation of {where}"
+        png = file.name(of_image, annotation)
+        segments = [
+            _segment(file, f"{where}, entry {place} of segments_info", segment)
+            for place, segment in enumerate(file.list(of_image, annotation, "segments_info"), 1)
+        ]
+        problems += _segment_problems(segments, benchmark)
     return Entry(
         image_id=image_id,
         image=name,
@@ -180,65 +236,67 @@ def _entry(
         height=height,
         width=width,
         segments=tuple(segments),
+        cure=file.cure,
         problem=problems[0] if problems else "",
     )
 
 
-def _check_categories(path: Path, data: dict[str, Any], benchmark: Benchmark) -> None:
+def _segment(file: _File, where: str, segment: Any) -> dict[str, Any]:
+    """The JSON's entry, its numbers made integers in place."""
+    number = file.integer(where, segment, "id", 0)
+    where = f"{where} (segment {number})"
+    segment["id"] = number
+    for field, most in (("category_id", None), ("area", None), ("iscrowd", 1)):
+        segment[field] = file.integer(where, segment, field, 0, most)
+    return segment
+
+
+def _segment_problems(segments: list[dict[str, Any]], benchmark: Benchmark) -> list[str]:
+    """What is wrong with an image's segments, as texts that continue "image 42 "."""
+    problems, ids = [], [segment["id"] for segment in segments]
+    if len(set(ids)) < len(ids):
+        problems.append(f"has segment {next(i for i in ids if ids.count(i) > 1)} twice")
+    if 0 in ids:
+        problems.append("has a segment of id 0, which marks the pixels of no segment; ids are 1 or more")
+    if ids and max(ids) > MAX_SEGMENT_ID:
+        problems.append(
+            f"has segment {max(ids)}, but the colours of a panoptic PNG hold ids up to {MAX_SEGMENT_ID} (2^24 - 1)"
+        )
+    problems += [
+        f"has category {segment['category_id']} (segment {segment['id']}), "
+        f"which benchmark {benchmark.name} does not know"
+        for segment in segments
+        if segment["category_id"] not in benchmark.index
+    ]
+    return problems
+
+
+def _check_categories(file: _File, data: dict[str, Any], benchmark: Benchmark) -> None:
     """The same id must mean the same class here and in the benchmark; the file need not list categories at all."""
-    for category in _list(path, "the file", data, "categories") if "categories" in data else []:
-        position = benchmark.index.get(_integer(path, "a category", category, "id", 0))
+    for place, category in enumerate(file.list("the file", data, "categories") if "categories" in data else [], 1):
+        position = benchmark.index.get(file.integer(f"entry {place} of categories", category, "id", 0))
         if position is None:
             continue
         known = benchmark.categories[position]
+        where = f"category {known.id}"
         name = known.name.partition(",")[0].strip()  # synonyms may follow
-        found = (category.get("name", name), bool(category.get("isthing", known.isthing)))
+        isthing = bool(file.integer(where, category, "isthing", 0, 1)) if "isthing" in category else known.isthing
+        found = (category.get("name", name), isthing)
         if found != (name, known.isthing):
             raise UserError(
-                f"{path}: category {known.id} is {found[0]!r} (isthing {found[1]:d}), but {name!r} "
-                f"(isthing {known.isthing:d}) in benchmark {benchmark.name}; choose the benchmark that fits the data"
+                f"{file.path}: {where} is {found[0]!r} (isthing {found[1]:d}), but {name!r} "
+                f"(isthing {known.isthing:d}) in benchmark {benchmark.name}; make them agree, or choose the benchmark of these data"
             )
 
 
-def _by_id(path: Path, data: dict[str, Any], field: str, id_field: str) -> dict[int, dict[str, Any]]:
+def _by_id(file: _File, data: dict[str, Any], field: str, id_field: str) -> dict[int, dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
-    for item in _list(path, "the file", data, field):
-        image_id = _integer(path, f"an entry of {field}", item, id_field, 0)
-        if image_id > MAX_IMAGE_ID:
-            raise UserError(f"{path}: image id {image_id} has more than 12 digits; renumber the images")
+    for place, item in enumerate(file.list("the file", data, field), 1):
+        image_id = file.integer(f"entry {place} of {field}", item, id_field, 0, MAX_IMAGE_ID)
         if image_id in found:
-            raise UserError(f"{path}: image {image_id} is listed twice in {field}; remove one or re-download the file")
+            raise file.error(f"image {image_id} is listed twice in {field}")
         found[image_id] = item
     return found
-
-
-def _file_name(path: Path, where: str, item: dict[str, Any]) -> str:
-    name = item.get("file_name")
-    if not isinstance(name, str):
-        raise _malformed(path, where, "file_name")
-    if name in ("", ".", "..") or set(name) & set("/\\\0"):
-        raise UserError(
-            f"{path}: {where} has file_name {name!r}; it must be a bare file name, correct or re-download it"
-        )
-    return name
-
-
-def _integer(path: Path, where: str, item: Any, field: str, least: int) -> int:
-    value = item.get(field) if isinstance(item, dict) else None
-    if not isinstance(value, int) or value < least:
-        raise _malformed(path, where, field)
-    return value
-
-
-def _list(path: Path, where: str, item: Any, field: str) -> list[Any]:
-    value = item.get(field) if isinstance(item, dict) else None
-    if not isinstance(value, list):
-        raise _malformed(path, where, field)
-    return value
-
-
-def _malformed(path: Path, where: str, field: str) -> UserError:
-    return UserError(f"{path}: {where} lacks a valid {field}; re-download the panoptic annotations")
 
 
 def _read(path: Path) -> bytes:

@@ -154,10 +154,10 @@ def _listed(root: Path, lists: Sequence[str]) -> tuple[str, list[str]]:
     try:
         lines = (root / path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{root / path} cannot be read as a list ({error}); re-download it") from error
+        raise UserError(f"{root / path} cannot be read as a list ({error}); write one name a line, in UTF-8") from error
     names = [line.strip() for line in lines if line.strip()]
     if not names:
-        raise UserError(f"{root / path} names no image; re-download it")
+        raise UserError(f"{root / path} names no image; write one name a line")
     if outside := [
         name for name in names if name.startswith("/") or ".." in name.split("/") or set(name) & set("\\\0")
     ]:
@@ -165,7 +165,7 @@ def _listed(root: Path, lists: Sequence[str]) -> tuple[str, list[str]]:
             f"{root / path} names {outside[0]!r}, which is no name of an image below the folder; correct it"
         )
     if len(set(names)) < len(names):
-        raise UserError(f"{root / path} names {max(names, key=names.count)!r} twice; re-download it")
+        raise UserError(f"{root / path} names {max(names, key=names.count)!r} twice; remove one")
     return path, names
 
 
@@ -243,9 +243,7 @@ def read_labels(path: Path, benchmark: Benchmark) -> np.ndarray:
         reason = "not found" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         raise UserError(f"{path} {reason}; complete the label maps") from error
     except UserError as error:
-        raise UserError(
-            f"{path} {error}; use the label maps that belong to the benchmark, or re-download them"
-        ) from error
+        raise UserError(f"{path} {error}; use the label maps that belong to the benchmark") from error
 
 
 def decode_labels(png: bytes, benchmark: Benchmark) -> np.ndarray:

@@ -121,7 +121,8 @@ def _segments_problem(ids: np.ndarray, sample: Sample) -> str:
     if lost := sorted(areas.keys() - drawn.keys()):
         return f"has no pixel of segments {_some(lost)}, which the JSON lists"
     if wrong := sorted(i for i in areas if areas[i] != drawn[i]):
-        return f"shows another area than the JSON for segments {_some(wrong)}"
+        first, others = wrong[0], f", and so for {len(wrong) - 1} more" * (len(wrong) > 1)
+        return f"shows {drawn[first]} pixels of segment {first}, but its area is {areas[first]} in the JSON{others}"
     return ""
 
 

@@ -170,7 +170,7 @@ class PanopticQuality:
                 empty = found[int(np.argmin(areas))].id
                 raise ValueError(
                     f"image {image}: {what}: segment {empty} has no pixel in the PNG; "
-                    f"re-download the annotations or drop the image"
+                    f"correct the annotation, or leave the image out"
                 )
 
         inter, on_void = overlap[1:, 1:], overlap[0, 1:]
@@ -369,6 +369,6 @@ def _rows(
     if (stray := runs[ordered[place] != runs]).size:
         raise ValueError(
             f"image {image}: {what}: the PNG has pixels of id {stray[0]} but no such segment is listed; "
-            f"re-download the annotations or drop the image"
+            f"correct the annotation, or leave the image out"
         )
     return np.repeat(order[place], np.diff(starts, append=pixels.size))
