@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,13 +61,15 @@ def build(
 ) -> None:
     """Encode every tar into one token group of the same name, one Dask task per tar; existing groups are kept.
 
-    Raises UserError as `run_tasks` does, and if a tar is damaged, a worker lacks the store, or no image is left.
+    Raises UserError as `run_tasks` does, if a tar is damaged or a worker lacks the store, and, before anything is
+    encoded, as `_require_targets`.
     """
     from storage.atomic import clean
     from storage.shards import Shards
     from storage.tokens import check_tokens, token_files
 
     opened = Shards(build.open("shards").path)
+    _require_targets(opened.tars("train"), benchmark)
     jobs = [
         Job(
             tar=tar,
@@ -100,6 +103,32 @@ def build(
     build.provenance |= {"device": ", ".join(sorted(set(devices))), "workers": workers}
 
 
+def _require_targets(tars: Sequence[Path], benchmark: Benchmark) -> None:
+    """Read the training tars until an image that the protocol leaves has a target: a segment of a seen class that is no
+    crowd. Raises UserError if none has."""
+    from pipeline.teacher.encode import kept_for_training
+    from storage.shards import read_shard
+
+    images = left = 0
+    for tar in tars:
+        for sample in read_shard(tar):
+            images += 1
+            if kept_for_training(sample, benchmark):
+                left += 1
+                if any(benchmark.seen[benchmark.index[s.category_id]] and not s.iscrowd for s in sample.segments):
+                    return
+    what = f"{left} of {images} training images"
+    if not left:
+        raise UserError(
+            f"the image filter of benchmark {benchmark.name} leaves {what}, for each has a segment of an unseen class; "
+            "add images without, or shorten its unseen_ids"
+        )
+    raise UserError(
+        f"benchmark {benchmark.name} leaves {what}, and none of them has a segment of a seen class that is no crowd, "
+        "so there is nothing to learn; add images, or correct its unseen_ids"
+    )
+
+
 def _counts(split: str, jobs: list[Job], benchmark: Benchmark) -> dict[str, int]:
     from storage.tokens import read_tokens
 
@@ -112,8 +141,6 @@ def _counts(split: str, jobs: list[Job], benchmark: Benchmark) -> dict[str, int]
     if split == "train":
         counts["left_out_by_image_filter"] = images - kept
         log.info("%s: %d of %d training images are left for training", benchmark.protocol, kept, images)
-        if not kept:
-            raise UserError(f"the image filter of benchmark {benchmark.name} leaves no training image; add images")
     return counts
 
 

@@ -49,7 +49,7 @@ def build(build: Build, config: CPAConfig, runtime: Runtime) -> None:
     text = build.open("text")
     bank = open_text(text.path, text.ref.key)
     if all(bank.seen):
-        raise UserError("cpa: the benchmark has no unseen class to make features for; stop with `--until v2c`")
+        raise UserError("cpa: the benchmark has no unseen class to make features for; list some in its unseen_ids")
     model = load_model(build.open("checkpoint").path, device)
     require_same_classes(model.meta.classes, bank)
     cached = read_queries(build.open("queries").folders(".zarr"))

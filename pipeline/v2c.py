@@ -74,9 +74,12 @@ def build(build: Build, config: V2CConfig, runtime: Runtime) -> None:
     threshold, trials = choose_threshold(model, bank, data, config, runtime)
     save_model(build.path, replace(model, meta=replace(model.meta, object_threshold=threshold)))
     add_training(build)
+    crowded = data.beyond(config.segmenter.queries)
     build.provenance |= {"device": str(device), "devices": runtime.devices}
     build.counts |= {
         "images": len(data),
+        "images_beyond_queries": len(crowded),
+        "segments_beyond_queries": sum(crowded.values()) - len(crowded) * config.segmenter.queries,
         "steps": config.steps,
         "object_threshold": threshold,
         "sPQ_by_threshold": trials,
@@ -109,6 +112,8 @@ def train_model(
     device = runtime.torch_device()
     bank = open_text(text, text_key)
     data = TrainingData(shards, tokens, bank, config.augment, seed=config.seed, workers=runtime.decoders)
+    if ranks.rank == 0:
+        _warn_of_crowded(data, config.segmenter.queries)
     torch.manual_seed(config.seed)
     model = build_model(_meta(config, bank), bank.embedding)
     assert isinstance(model.projector, Projector)
@@ -147,6 +152,17 @@ def train_model(
     )
     if ranks.rank == 0:
         save_model(folder, model)
+
+
+def _warn_of_crowded(data: TrainingData, queries: int) -> None:
+    """Log how many training images have more targets than the network has queries."""
+    if crowded := data.beyond(queries):
+        image, most = max(crowded.items(), key=lambda item: item[1])
+        log.warning(
+            "v2c: %d of %d training images have more segments than the %d queries, so that up to %d segments an epoch "
+            "are matched with none; image %d has the most, %d; raise --v2c.segmenter.queries",
+            len(crowded), len(data), queries, sum(crowded.values()) - len(crowded) * queries, image, most,
+        )  # fmt: skip
 
 
 def _meta(config: V2CConfig, bank: TextBank) -> CheckpointMeta:

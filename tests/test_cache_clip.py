@@ -25,7 +25,7 @@ from pipeline.line import Stage
 from pipeline.teacher.config import TeacherConfig, TokensConfig
 from pipeline.teacher.encode import kept_for_training
 from storage.keys import Ref
-from storage.shards import Sample, Segment, Shards, decode_ids, decode_image, read_shard
+from storage.shards import Sample, Segment, Shards, decode_ids, decode_image, read_shard, write_shard
 from storage.store import Artefact, Store
 from storage.tokens import TokenGroup, read_tokens
 
@@ -193,10 +193,37 @@ def test_no_protocol_keeps_every_image(shards: tuple[Store, Ref]) -> None:
     assert tokens.manifest.counts["train"]["left_out_by_image_filter"] == 0
 
 
-def test_a_filter_that_leaves_nothing_is_refused(shards: tuple[Store, Ref]) -> None:
-    nothing = replace(BENCHMARK, unseen_ids=tuple(c.id for c in BENCHMARK.categories))
-    with pytest.raises(ValueError, match="scenes-test leaves no training image; add images"):
-        encode(shards, benchmark=nothing)
+@pytest.mark.parametrize(
+    ("protocol", "message"),
+    [
+        (
+            "image-filter",
+            "image filter of benchmark scenes-test leaves 0 of 20 training images, .* shorten its unseen_ids",
+        ),
+        ("none", "leaves 20 of 20 training images, and none of them has a segment of a seen class"),
+        ("pixel-ignore", "leaves 20 of 20 training images, and none of them has a segment of a seen class"),
+    ],
+)
+def test_images_without_a_target_are_refused_before_any_is_encoded(
+    shards: tuple[Store, Ref], tmp_path: Path, protocol: Protocol, message: str
+) -> None:
+    nothing = replace(BENCHMARK, unseen_ids=tuple(c.id for c in BENCHMARK.categories), protocol=protocol)
+    with pytest.raises(ValueError, match=message):
+        encode(shards, benchmark=nothing, store=Store(tmp_path))
+    assert not [path for path in (tmp_path / "tokens").rglob("*") if path.suffix == ".zarr"]
+
+
+def test_images_whose_only_seen_segments_are_crowds_are_refused(shards: tuple[Store, Ref], tmp_path: Path) -> None:
+    """Crowds are no targets; one segment that is no crowd is enough."""
+    samples = [sample for tar in Shards(shards[0].path(shards[1])).tars("train") for sample in read_shard(tar)]
+    crowds = [replace(s, segments=tuple(replace(g, iscrowd=True) for g in s.segments)) for s in samples]
+    write_shard(tmp_path / "train-000000.tar", crowds)
+    with pytest.raises(ValueError, match="none of them has a segment of a seen class that is no crowd"):
+        cache_clip._require_targets([tmp_path / "train-000000.tar"], replace(BENCHMARK, protocol="none"))
+    seen = next(s for s in samples if any(g.category_id not in UNSEEN for g in s.segments))
+    write_shard(tmp_path / "train-000001.tar", [seen])
+    both = [tmp_path / "train-000000.tar", tmp_path / "train-000001.tar"]
+    cache_clip._require_targets(both, replace(BENCHMARK, protocol="none"))
 
 
 @pytest.mark.parametrize(

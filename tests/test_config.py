@@ -6,7 +6,7 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -174,3 +174,24 @@ def test_no_config_imports_what_is_slow() -> None:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
                 assert not {name.partition(".")[0] for name in names} & {"torch", "open_clip", "timm", "zarr"}, file
+
+
+@pytest.mark.parametrize(("batch", "size"), [(1, 32), (2, 32), (1, 64)])
+def test_batchnorm_with_one_value_is_refused_as_by_torch(batch: int, size: int) -> None:
+    """The config refuses just what the network cannot compute, and nothing where BatchNorm is frozen."""
+    import torch
+
+    from models.segmenter import build_segmenter
+
+    sample = preset("coco-sample").v2c
+    view = replace(sample.augment, size=size)
+    replace(sample, batch=batch, augment=view, segmenter=replace(sample.segmenter, frozen_batchnorm=True))
+    network = build_segmenter(**asdict(sample.segmenter)).train()
+    if batch * size**2 > 32**2:
+        network(torch.rand(batch, 3, size, size))
+        replace(sample, batch=batch, augment=view)
+        return
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        network(torch.rand(batch, 3, size, size))
+    with pytest.raises(UserError, match="batch 1 and views of 32 pixels .* one value a channel at stride 32"):
+        replace(sample, batch=batch, augment=view)

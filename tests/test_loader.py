@@ -16,6 +16,7 @@ import torch
 from tiny import build, tiny_config
 from whole_views import whole_item, whole_items, whole_test_view
 
+from pipeline import v2c
 from pipeline.data.config import AugmentConfig, ResizeConfig
 from pipeline.data.transforms import Placement
 from pipeline.teacher.text_bank import TextBank, open_text
@@ -166,6 +167,28 @@ def test_left_out_images_never_come(parts: tuple[Path, Path, TextBank]) -> None:
     allowed = {s.image_id for s in every if not any(g.category_id in unseen for g in s.segments)}
     assert 0 < len(allowed) < len(every)
     assert set(next(source.batches(len(source), start=0)).image_ids) == allowed
+
+
+def test_images_with_more_targets_than_a_number_are_counted(
+    parts: tuple[Path, Path, TextBank], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Against the targets of views that hold the whole image, one by one."""
+    source = data(parts)
+    targets = {
+        item.image_id: len(item.labels)
+        for number in range(len(source.tars))
+        for item in source.items(number, view=0, resize=ResizeConfig(short=96, longest=96))
+    }
+    most = sorted(targets.values())[len(targets) // 2]
+    expected = {image: count for image, count in targets.items() if count > most}
+    assert expected and source.beyond(most) == expected
+    assert source.beyond(max(targets.values())) == {}
+    v2c._warn_of_crowded(source, most)
+    (record,) = caplog.records
+    assert (
+        f"{len(expected)} of {len(source)} training images have more segments than the {most} queries" in record.message
+    )
+    assert f"up to {sum(expected.values()) - most * len(expected)} segments an epoch" in record.message
 
 
 @pytest.mark.parametrize("start", [1, 5, 13])

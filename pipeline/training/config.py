@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.data.config import AugmentConfig, ResizeConfig, check_choices
+from pipeline.data.config import STRIDE, AugmentConfig, ResizeConfig, check_choices
 from storage.errors import UserError
 
 
@@ -227,6 +227,11 @@ class V2CConfig(Schedule):
         if self.accumulate > 1 and not self.segmenter.frozen_batchnorm:
             raise UserError(
                 "v2c: BatchNorm would see one part at a time; accumulate needs segmenter.frozen_batchnorm, or pass 1"
+            )
+        if not self.segmenter.frozen_batchnorm and self.batch * self.augment.size**2 < 2 * STRIDE**2:
+            raise UserError(
+                f"v2c: with batch {self.batch} and views of {self.augment.size} pixels the backbone's BatchNorm has one "
+                f"value a channel at stride {STRIDE}; pass a larger batch or augment.size, or segmenter.frozen_batchnorm"
             )
         if self.tau <= 0 or self.bank < 1 or self.points < 1 or self.calibration_images < 1:
             raise UserError("v2c: tau must be above 0; bank, points and calibration_images at least 1")

@@ -155,6 +155,28 @@ class TrainingData:
     def __len__(self) -> int:
         return int(self.first_row[-1])
 
+    def beyond(self, most: int) -> dict[int, int]:
+        """Image id -> number of targets of each image that has more than `most`, before views are cropped.
+
+        Only tars with an image of more token rows are read.
+        """
+        found = {}
+        for tar, group in zip(self.tars, self.groups, strict=True):
+            if (np.diff(group.offsets) > most).any():
+                for row, sample in enumerate(read_shard(tar)):
+                    targets = len(self._targets_of(sample)) if group.kept[row] else 0
+                    if targets > most:
+                        found[sample.image_id] = targets
+        return found
+
+    def _targets_of(self, sample: Sample) -> list[int]:
+        """The positions of the segments that are targets: of seen classes, no crowds."""
+        return [
+            i
+            for i, segment in enumerate(sample.segments)
+            if not segment.iscrowd and self.seen[self.class_index[segment.category_id]]
+        ]
+
     def global_tokens(self) -> Tensor:
         """(views * N, D) float32: global tokens of all kept images, then of their mirrored versions where these were
         encoded.
@@ -252,7 +274,7 @@ class TrainingData:
         own = group.rows(row)
         token_row = {int(segment): i for i, segment in enumerate(group.segment_id[own], own.start)}
         labels = [self.class_index[segment.category_id] for segment in sample.segments]
-        places = [i for i, s in enumerate(sample.segments) if not s.iscrowd and self.seen[labels[i]]]
+        places = self._targets_of(sample)
         token_rows = [token_row[sample.segments[i].id] for i in places]
         targets = _targets(decode_ids(sample), [sample.segments[i].id for i in places])
         rows, columns = placement.sources(*targets.shape)
