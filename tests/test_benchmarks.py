@@ -83,6 +83,16 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     assert load_benchmark(str(path)).seen == [True, False]
 
 
+def test_numbers_written_otherwise_are_read(tmp_path: Path) -> None:
+    """As in annotations: whole numbers as strings and floats; a thing of "0" is stuff."""
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(FILE))
+    expected = load_benchmark(str(path))
+    categories = [{"id": "7", "name": "star", "isthing": True}, {"id": 2.0, "name": "fog", "isthing": "0"}]
+    path.write_text(json.dumps(FILE | {"categories": categories, "unseen_ids": ["2"]}))
+    assert load_benchmark(str(path)) == expected
+
+
 SEMANTIC: dict[str, Any] = {
     "task": "semantic",
     "categories": [{"id": 7, "name": "star"}, {"id": 2, "name": "fog"}],
@@ -152,6 +162,16 @@ def test_a_semantic_file_at_odds_with_itself(tmp_path: Path, change: dict[str, A
         (lambda f: f["categories"][0].pop("isthing"), "'isthing' is missing"),
         (lambda f: f.pop("unseen_ids"), "'unseen_ids' is missing"),
         (lambda f: f.update(categories=3), "missing or malformed"),
+        (
+            lambda f: f["categories"][1].update(id="two"),
+            "id of entry 2 of categories is 'two', which must be a whole number",
+        ),
+        (
+            lambda f: f["categories"][1].update(id=2.5),
+            "id of entry 2 of categories is 2.5, which must be a whole number",
+        ),
+        (lambda f: f["categories"][0].update(isthing="no"), "isthing of entry 1 of categories is 'no'"),
+        (lambda f: f.update(unseen_ids=["fog"]), "an entry of unseen_ids is 'fog', which must be a whole number"),
         (lambda f: f.update(protocol=3), "missing or malformed"),
     ],
 )

@@ -7,6 +7,7 @@ The published splits are JSON files in `pipeline/data/splits`; any other JSON fi
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -175,15 +176,35 @@ def _benchmark(name: str, facts: dict[str, Any]) -> Benchmark:
     return Benchmark(
         name=name,
         categories=tuple(
-            Category(id=int(c["id"]), name=str(c["name"]), isthing=bool(c["isthing"])) for c in categories
+            Category(
+                id=_integer(name, f"id of entry {place} of categories", c["id"]),
+                name=str(c["name"]),
+                isthing=bool(_integer(name, f"isthing of entry {place} of categories", c["isthing"])),
+            )
+            for place, c in enumerate(categories, 1)
         ),
-        unseen_ids=tuple(int(i) for i in facts["unseen_ids"]),
+        unseen_ids=tuple(_integer(name, "an entry of unseen_ids", i) for i in facts["unseen_ids"]),
         protocol=facts["protocol"].partition(":")[0],
-        files=_label_files(facts) if task == "semantic" else None,
+        files=_label_files(name, facts) if task == "semantic" else None,
     )
 
 
-def _label_files(facts: dict[str, Any]) -> LabelFiles:
+def whole(value: Any) -> int | None:
+    """12, 12.0, "12" and "12.0" as 12, True as 1; None for what is no whole number."""
+    if isinstance(value, str) and re.fullmatch(r"-?\d{1,18}(\.0*)?", value, re.ASCII):
+        return int(value.partition(".")[0])
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return int(value)
+    return None
+
+
+def _integer(name: str, where: str, value: Any) -> int:
+    if (number := whole(value)) is None:
+        raise UserError(f"benchmark {name}: {where} is {value!r:.60}, which must be a whole number; correct it")
+    return number
+
+
+def _label_files(name: str, facts: dict[str, Any]) -> LabelFiles:
     def paths(field: str) -> tuple[str, ...]:
         value = facts[field]
         return (value,) if isinstance(value, str) else tuple(str(path) for path in value)
@@ -191,7 +212,7 @@ def _label_files(facts: dict[str, Any]) -> LabelFiles:
     return LabelFiles(
         images=paths("images"),
         labels=paths("labels"),
-        ignored=tuple(int(value) for value in facts.get("ignored", ())),
+        ignored=tuple(_integer(name, "an entry of ignored", value) for value in facts.get("ignored", ())),
         lists=paths("lists") if "lists" in facts else (),
         roots=paths("roots") if "roots" in facts else (".",),
         splits={str(split): str(folder) for split, folder in facts.get("splits", {"val": "val"}).items()},
