@@ -61,9 +61,9 @@ class Runtime:
     dask: str = "local"
     """Workers of stage cache-clip: local, local:N, none (this process), or a cluster's address or scheduler file.
 
-    "local" starts worker processes on this machine: one per GPU, else one for every four cores, at least one, each with
-    its share of the threads. "local:N" starts N. An address is such as "tcp://10.0.0.1:8786"; the file is the one that
-    the cluster's scheduler wrote.
+    "local" starts worker processes on this machine: one per GPU (of which `device` auto and cuda take all), else one
+    for every four cores, at least one, each with its share of the threads, by which it decodes images. "local:N" starts
+    N. An address is such as "tcp://10.0.0.1:8786"; the file is the one that the cluster's scheduler wrote.
     """
 
     def __post_init__(self) -> None:
@@ -79,6 +79,11 @@ class Runtime:
                 f"--dask {self.dask!r} is unknown; give local, local:N, none, an address such as tcp://10.0.0.1:8786, "
                 "or the file of a running scheduler"
             )
+
+    @property
+    def local(self) -> bool:
+        """Whether stage cache-clip computes on this machine, not on a cluster that is already there."""
+        return self.dask == "none" or self.dask.startswith("local")
 
     @property
     def workers(self) -> int:
@@ -109,6 +114,27 @@ class Runtime:
             raise UserError(f"device {self.device!r} cannot be used ({reason}); pass --device auto or cpu") from error
         return device
 
+    def device_line(self) -> str:
+        """What is computed on: of a GPU its name, the driver and torch's CUDA; of a CPU that `auto` came to also why.
+
+        Raises UserError as `torch_device`.
+        """
+        import torch
+
+        device = self.torch_device()
+        if device.type == "cuda":
+            name = f"{self.devices} x {torch.cuda.get_device_name(device)}".removeprefix("1 x ")
+            return f"device {device}: {name}, driver {_driver()}, CUDA {torch.version.cuda}"
+        return f"device {device}" + (f", as torch finds no GPU: {_no_gpu()}" if self.device == "auto" else "")
+
+    def require_gpu(self, who: str) -> None:
+        """Raises UserError, with the cure, where `device` is auto and torch finds no GPU."""
+        if self.device == "auto" and self.torch_device().type == "cpu":
+            raise UserError(
+                f"{who} is made for a GPU, and torch finds none: {_no_gpu()}; mend that, or pass --device cpu to compute "
+                "on the CPU, which takes weeks unless the run is cut short"
+            )
+
     def bar(self, total: int | None, desc: str, unit: str = "it", *, initial: int = 0) -> tqdm[Any]:
         """A progress bar with rate and remaining time; a log file gets a line every 10 s instead of two a second.
 
@@ -126,3 +152,26 @@ class Runtime:
             mininterval=0.5 if tty else 10.0,
             dynamic_ncols=tty,
         )
+
+
+def driver_version(text: str) -> str:
+    """The version of NVIDIA's driver, such as 580.95.05, in the text of /proc/driver/nvidia/version; or "unknown"."""
+    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", text)
+    return found[1] if found else "unknown"
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver; only Linux shows it."""
+    file = Path("/proc/driver/nvidia/version")
+    return driver_version(file.read_text() if file.is_file() else "")
+
+
+def _no_gpu() -> str:
+    """Why torch finds no GPU, in its words: no driver, one that is too old, or none visible; a torch without CUDA."""
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0].partition(". ")[0].rstrip(".")
+    raise AssertionError("torch has a GPU")

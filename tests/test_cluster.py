@@ -28,7 +28,7 @@ from pipeline.line import line
 from pipeline.runtime import Runtime
 from pipeline.scenes import benchmark
 from pipeline.teacher import cluster
-from pipeline.teacher.cluster import run_tasks, split_cores
+from pipeline.teacher.cluster import device_of_worker, run_tasks, split_cores
 from pipeline.world.config import ScenesConfig
 from storage.keys import Ref
 from storage.shards import Shards
@@ -280,16 +280,33 @@ def test_what_is_no_cluster_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dask", "threads", "jobs", "workers", "each"),
-    [("local", 2, 9, 1, 2), ("local", 7, 9, 1, 7), ("local", 8, 9, 2, 4), ("local", 64, 9, 9, 7), ("local:3", 2, 9, 3, 1),
-     ("local:3", 6, 2, 2, 3)],
+    ("dask", "threads", "gpus", "jobs", "workers", "each"),
+    [("local", 2, 0, 9, 1, 2), ("local", 7, 0, 9, 1, 7), ("local", 8, 0, 9, 2, 4), ("local", 64, 0, 9, 9, 7),
+     ("local:3", 2, 0, 9, 3, 1), ("local:3", 6, 0, 2, 2, 3), ("local", 16, 1, 900, 1, 16), ("local", 128, 1, 900, 1, 128),
+     ("local", 128, 8, 900, 8, 16), ("local", 128, 8, 3, 3, 42), ("local:4", 16, 1, 900, 4, 4)],
 )  # fmt: skip
-def test_how_cores_are_shared_out(dask: str, threads: int, jobs: int, workers: int, each: int) -> None:
-    import torch
+def test_how_cores_are_shared_out(dask: str, threads: int, gpus: int, jobs: int, workers: int, each: int) -> None:
+    """One worker a GPU, however many cores there are; they decode."""
+    assert split_cores(Runtime(threads=threads, dask=dask), jobs, gpus) == (workers, each)
 
-    before = torch.get_num_threads()
-    assert split_cores(Runtime(device="cpu", threads=threads, dask=dask), jobs) == (workers, each, 0)
-    torch.set_num_threads(before)
+
+@pytest.mark.parametrize(
+    ("device", "worker", "gpus", "expected"),
+    [
+        ("auto", "0", 4, "cuda:0"), ("auto", "3", 4, "cuda:3"), ("cuda", "5", 4, "cuda:1"), ("auto", "node-7-2", 4, "cuda:2"),
+        ("auto", "node", 1, "auto"), ("auto", "tcp://10.0.0.1:4000", 0, "auto"), ("cuda", "tcp://10.0.0.1:4000", 1, "cuda"),
+        ("cuda:1", "node-3", 4, "cuda:1"), ("cpu", "node-3", 4, "cpu"),
+    ],
+)  # fmt: skip
+def test_each_worker_of_a_machine_has_its_own_gpu(device: str, worker: str, gpus: int, expected: str) -> None:
+    assert device_of_worker(device, worker, gpus) == expected
+
+
+def test_a_worker_that_could_be_on_any_of_several_gpus_is_refused() -> None:
+    for name in ("tcp://10.0.0.1:4000", "node", "node7"):
+        with pytest.raises(ValueError, match=f"{name} has 2 GPUs .*`dask worker ADDRESS --nworkers 2 ") as caught:
+            device_of_worker("auto", name, 2)
+        one_line(caught)
 
 
 def test_one_tar_encoded_twice_at_the_same_time(shards: tuple[Store, Ref], calm: Artefact, tmp_path: Path) -> None:

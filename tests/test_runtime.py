@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.runtime import Runtime, duration
+from pipeline.runtime import Runtime, driver_version, duration
 
 
 def test_devices() -> None:
@@ -44,3 +44,31 @@ def test_the_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
 )  # fmt: skip
 def test_durations(seconds: float, expected: str) -> None:
     assert duration(seconds) == expected
+
+
+def test_the_line_about_the_device_says_why_there_is_no_gpu() -> None:
+    assert Runtime(device="cpu").device_line() == "device cpu"
+    Runtime(device="cpu").require_gpu("this")  # asked for by name
+    shown = Runtime().device_line()
+    if torch.cuda.is_available():
+        assert torch.cuda.get_device_name() in shown and f"CUDA {torch.version.cuda}" in shown
+        return
+    with pytest.raises((RuntimeError, AssertionError)) as caught:
+        torch.cuda.init()
+    reason = str(caught.value).split(". ")[0]
+    assert shown == f"device cpu, as torch finds no GPU: {reason}"
+    with pytest.raises(ValueError, match="^this is made for a GPU, and torch finds none: .*--device cpu") as refused:
+        Runtime().require_gpu("this")
+    assert reason in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.161.07  Sat Feb 17 22:55:48 UTC 2024\nGCC version: 12.3\n", "535.161.07"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (root@host)\n", "580.95.05"),
+        ("", "unknown"),
+    ],
+)  # fmt: skip
+def test_the_version_of_the_driver(text: str, version: str) -> None:
+    assert driver_version(text) == version

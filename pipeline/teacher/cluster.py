@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import re
 import threading
 import time
 import uuid
@@ -30,6 +31,7 @@ Result = TypeVar("Result")
 TOPIC = "zs-seg-progress"
 DEATHS = 5  # the most worker processes of this machine that may die over one job
 CORES_A_WORKER = 4
+EVERY_GPU = ("auto", "cuda")  # devices that stand for all GPUs of a machine, one a worker
 POLL, PATIENCE = 0.05, 30.0  # seconds between two polls of the jobs, and without any worker
 log = logging.getLogger(__name__)
 
@@ -60,41 +62,67 @@ def run_tasks(
     results: dict[int, Any] = {}
     tally, workers = _Tally(len(jobs), progress), 0
     while left := {number: job for number, job in enumerate(jobs) if number not in results}:
-        local = runtime.dask.startswith("local")
-        with _local(runtime, len(left)) if local else _existing(runtime) as (client, gpus, share):
+        with _local(runtime, len(left)) if runtime.local else _existing(runtime) as (client, share):
             threads: Any = client.nthreads()
             count = len(threads)
             log.info("%d Dask worker%s, dashboard %s", count, "s" * (count > 1), client.dashboard_link)
-            _run(client, functools.partial(_task, function, share, gpus), left, results, tally)
+            _run(client, functools.partial(_task, function, share), left, results, tally)
             workers = max(workers, count)
     return [results[number] for number in range(len(jobs))], workers
 
 
-def split_cores(runtime: Runtime, jobs: int) -> tuple[int, int, int]:
-    """Worker processes on this machine, CPU threads of each, and GPUs they take turns on (0 = all on `runtime.device`).
+def gpus_of(runtime: Runtime) -> int:
+    """The GPUs of this machine that `runtime.device` stands for: all for "auto" and "cuda", 1 for one by its number, 0
+    for another device.
 
-    With `device` "auto" and GPUs: one worker per GPU. Else one worker per four cores, at least one. "local:N" sets N.
-    There are never more workers than jobs. Workers get equal numbers of threads.
+    Raises UserError as `Runtime.torch_device`.
     """
-    gpus = 0
-    if runtime.torch_device().type == "cuda" and runtime.device == "auto":
-        import torch
+    import torch
 
-        gpus = torch.cuda.device_count()
+    if runtime.torch_device().type != "cuda":
+        return 0
+    return torch.cuda.device_count() if runtime.device in EVERY_GPU else 1
+
+
+def split_cores(runtime: Runtime, jobs: int, gpus: int) -> tuple[int, int]:
+    """Worker processes on this machine, which has `gpus` GPUs to compute on, and the CPU threads of each, by which it
+    decodes images.
+
+    One worker per GPU; without any one per four cores, at least one. "local:N" sets N. There are never more workers
+    than jobs. Workers get equal numbers of threads.
+    """
     _, _, asked = runtime.dask.partition(":")
     workers = min(int(asked) if asked else gpus or max(runtime.workers // CORES_A_WORKER, 1), jobs)
-    return workers, max(runtime.workers // workers, 1), gpus
+    return workers, max(runtime.workers // workers, 1)
+
+
+def device_of_worker(device: str, worker: str, gpus: int) -> str:
+    """The device that a worker process computes on: where "auto" and "cuda" stand for several GPUs of its machine, the
+    one with the number at the end of its name, counted round; else `device`.
+
+    Dask numbers the workers that one `dask worker --nworkers N --name NAME` starts NAME-0, NAME-1, ..., and a worker
+    that is started again keeps its name. Raises UserError for a name without a number.
+    """
+    if device not in EVERY_GPU or gpus < 2:
+        return device
+    number = re.search(r"(?:^|-)(\d+)$", worker)
+    if not number:
+        raise UserError(
+            f"Dask worker {worker} has {gpus} GPUs and no number in its name that selects one; start the workers of a "
+            f"machine with `dask worker ADDRESS --nworkers {gpus} --name NAME --nthreads 1`, or pass --device cuda:0"
+        )
+    return f"cuda:{int(number[1]) % gpus}"
 
 
 @contextmanager
-def _local(runtime: Runtime, jobs: int) -> Iterator[tuple[Client, int, Runtime]]:
+def _local(runtime: Runtime, jobs: int) -> Iterator[tuple[Client, Runtime]]:
     """Worker processes that end with this process, however it ends.
 
     One Dask thread each, since torch has its own. No memory limit: Dask would pause a worker at 80 % of it for ever.
     MALLOC_TRIM_THRESHOLD_ keeps the C library's default: Dask's value returns freed memory to the system at once, and
     allocating it again for every batch took a third more CPU time with a ViT-B/16.
     """
-    workers, threads, gpus = split_cores(runtime, jobs)
+    workers, threads = split_cores(runtime, jobs, gpus_of(runtime))
     import dask.config
     from distributed import Client, LocalCluster
 
@@ -116,11 +144,11 @@ def _local(runtime: Runtime, jobs: int) -> Iterator[tuple[Client, int, Runtime]]
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
-        yield client, gpus, replace(runtime, dask="none", threads=threads)
+        yield client, replace(runtime, dask="none", threads=threads)
 
 
 @contextmanager
-def _existing(runtime: Runtime) -> Iterator[tuple[Client, int, Runtime]]:
+def _existing(runtime: Runtime) -> Iterator[tuple[Client, Runtime]]:
     """The cluster at an address, or the one whose scheduler wrote the given file. Its workers keep their own number of
     threads unless `runtime.threads` is set, which then applies to each of them."""
     from distributed import Client
@@ -140,7 +168,7 @@ def _existing(runtime: Runtime) -> Iterator[tuple[Client, int, Runtime]]:
             raise UserError(
                 f"the Dask scheduler at {address} has no worker; start some with `dask worker {address} --nthreads 1`"
             ) from error
-        yield client, 0, replace(runtime, dask="none")
+        yield client, replace(runtime, dask="none")
 
 
 def _address(file: Path) -> str:
@@ -214,14 +242,14 @@ class _Tally:
 
 
 def _task(
-    function: Callable[[Any, Runtime, Progress], Any], runtime: Runtime, gpus: int, run: str, number: int, job: Any
+    function: Callable[[Any, Runtime, Progress], Any], runtime: Runtime, run: str, number: int, job: Any
 ) -> tuple[Any, tuple[int, int]]:
-    """Run one job on a worker; its progress is sent at most twice a second."""
+    """Run one job on a worker, on that worker's device; its progress is sent at most twice a second."""
     from distributed import get_worker
 
     worker, images, instances, message = get_worker(), 0, 0, time.monotonic()
-    if gpus:
-        runtime = replace(runtime, device=f"cuda:{int(worker.name) % gpus}")
+    if runtime.device in EVERY_GPU:
+        runtime = replace(runtime, device=device_of_worker(runtime.device, str(worker.name), gpus_of(runtime)))
 
     def progress(more_images: int, more_instances: int) -> None:
         nonlocal images, instances, message
