@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from flows.request import configure, open_request
-from flows.runs import build, select
+from flows.runs import build, select, show_device
 from pipeline.ablation import rows
 from pipeline.ablation.page import page
 from pipeline.ablation.tables import TABLES, Table, html, markdown, sweep
@@ -34,12 +34,13 @@ def ablate(options: argparse.Namespace) -> int:
     if options.plan:
         return 0
     threads = max(1, Runtime(threads=options.threads).workers // options.jobs)
+    runtime = Runtime(device=options.device, threads=threads, dask="none")
+    show_device(request, store, [stage for run in runs for stage in run.stages], runtime)
     with ExitStack() as under_way:  # noted in the store by name, so that `zs-seg gc` keeps what the tables are made of
         for run in runs:
             command = request.command("ablate", run.table)
             record = RunRecord.now(name=run.name(options.preset), command=command, refs=run.refs)
             under_way.enter_context(Runs(store).running(record))
-        runtime = Runtime(device=options.device, threads=threads, dask="none")
         for run in runs:
             # As of any run: images that a stage leaves out are warned of.
             for stage in select(run.stages, last=rows.SHARED):

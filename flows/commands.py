@@ -94,6 +94,7 @@ def _walk(request: Request, runtime: Runtime, first: str, last: str, force: Sequ
     again = runs.forced(selected, force)
     runs.require_shares(config, selected, runtime.devices)
     runs.require_inputs(request, store, stages, selected, again)
+    runs.show_device(request, store, selected, runtime, again)
     with runs.noted(request, stages, store):
         runs.remove(store, again)
         for number, stage in enumerate(stages, 1):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.presets import GPU_PRESETS
 from flows.request import Request
 from pipeline import v2c
 from pipeline.line import Config, Stage
@@ -20,6 +21,9 @@ from storage.runs import RunRecord, Runs
 from storage.store import Store
 
 log = logging.getLogger(__name__)
+
+# Their work, beside that of the CPU, is a device's; the few sentences of stage text are encoded in seconds anywhere.
+ON_DEVICE = ("cache-clip", "v2c", "queries", "g2s", "cpa", "evaluate")
 
 
 def select(stages: Sequence[Stage], *, first: str = "", last: str = "") -> list[Stage]:
@@ -94,6 +98,24 @@ def require_shares(config: Config, selected: Sequence[Stage], devices: int) -> N
     """
     if any(stage.name == v2c.STAGE for stage in selected):
         config.v2c.share(devices)
+
+
+def show_device(
+    request: Request, store: Store, selected: Sequence[Stage], runtime: Runtime, again: Sequence[Stage] = ()
+) -> None:
+    """Log the device that the stages to be built compute on, if any does; not where workers elsewhere do it.
+
+    Raises UserError where the preset is made for a GPU, there is none, and the CPU was not asked for by name.
+    """
+    due = {stage.name for stage in selected if stage in again or store.state(stage.recipe.ref) != "fresh"}
+    if not runtime.local:
+        due -= {"cache-clip"}
+    if due.isdisjoint(ON_DEVICE):
+        return
+    if request.preset in GPU_PRESETS:
+        runtime.require_gpu(f"preset {request.preset}")
+    if not torchrun_rank():
+        log.info("%s", runtime.device_line())
 
 
 def noted(request: Request, stages: Sequence[Stage], store: Store) -> contextlib.AbstractContextManager[None]:

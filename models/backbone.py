@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.backbone_weights import read_weights
 from models.errors import ModelError
-from models.teacher_files import SMALL_BACKBONE
+from models.teacher_files import IMAGENET, SMALL_BACKBONE
 
 STRIDES = (4, 8, 16, 32)
 
@@ -28,7 +28,8 @@ class Backbone(nn.Module):
     of any size, partitions, pads and shifts its windows at every size, and each of its maps passes a LayerNorm, all as
     in the published segmenters over Swin.
 
-    `weights` is None (random), "imagenet" (timm's default pretrained weights, downloaded from its hub and cached),
+    `weights` is None (random), "imagenet" (timm's default pretrained weights, for resnet50 the published ones instead,
+    see `IMAGENET`; downloaded from its hub and cached),
     "shipped" (the package's own, of the small network for generated scenes) or the path of a local file that holds
     `timm.create_model(name).state_dict()`, as .safetensors or as a torch file of plain tensors. A classifier in the
     file is ignored; one over COCO's categories is refused, see `read_weights`.
@@ -133,6 +134,7 @@ def _create_features(name: str, weights: str | None, **arguments: Any) -> nn.Mod
         path = SMALL_BACKBONE / f"{name}.safetensors" if weights == "shipped" else Path(weights)
         overlay = {"state_dict": read_weights(name, path)}
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **features)
+    name = IMAGENET.get(name, name)
     try:
         return timm.create_model(name, pretrained=True, **features)
     except Exception as error:

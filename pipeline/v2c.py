@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.teacher_files import SMALL_BACKBONE
+from models.teacher_files import IMAGENET, SMALL_BACKBONE
 from pipeline.runtime import Runtime, torchrun_rank
 from pipeline.scoring.config import OBJECT_THRESHOLDS
 from pipeline.training.config import SegmenterConfig, V2CConfig
@@ -39,9 +39,12 @@ def recipe(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref) -> Recipe:
 
 
 def _weights_identity(config: SegmenterConfig) -> str | None:
-    """The sha256 of a backbone file, so that its path does not enter the key. Raises UserError if it does not exist."""
-    if config.backbone_weights in (None, "imagenet"):
-        return config.backbone_weights
+    """What of the backbone's weights goes into the key: of a file the sha256, not the path; of ImageNet weights that are
+    not timm's default their name. Raises UserError for a file that does not exist."""
+    if config.backbone_weights is None:
+        return None
+    if config.backbone_weights == "imagenet":
+        return IMAGENET.get(config.backbone, "imagenet")
     shipped = SMALL_BACKBONE / f"{config.backbone}.safetensors"
     path = shipped if config.backbone_weights == "shipped" else Path(config.backbone_weights)
     if not path.is_file():

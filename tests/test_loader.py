@@ -17,7 +17,7 @@ from tiny import build, tiny_config
 from whole_views import whole_item, whole_items, whole_test_view
 
 from pipeline import v2c
-from pipeline.data.config import AugmentConfig, ResizeConfig
+from pipeline.data.config import AugmentConfig, ResizeConfig, SemanticAugmentConfig
 from pipeline.data.transforms import Placement
 from pipeline.teacher.text_bank import TextBank, open_text
 from pipeline.training import loader
@@ -285,3 +285,28 @@ def test_a_mirrored_view_comes_with_the_mirrored_tokens(parts: tuple[Path, Path,
     assert torch.equal(
         test_view.instance_tokens, next(one.items(0, view=0, resize=ResizeConfig(short=96, longest=96))).instance_tokens
     )
+
+
+def test_colours_of_a_semantic_view_depend_on_its_image_epoch_and_seed_alone(
+    parts: tuple[Path, Path, TextBank],
+) -> None:
+    """They move no mask and nothing of the padding, differ between epochs, and are drawn after the view's place."""
+    coloured, plain = (
+        TrainingData(*parts, SemanticAugmentConfig(size=96, colours=colours), seed=3, workers=2)
+        for colours in (True, False)
+    )
+    batches = [list(itertools.islice(source.batches(6, start=0), 4)) for source in (coloured, plain)]
+    changed = total = 0
+    for one, other in zip(*batches, strict=True):
+        assert fingerprint(replace(one, images=other.images)) == fingerprint(other)
+        for image, before in zip(one.images, other.images, strict=True):
+            # exact zeros are padding: no pixel of 0..255 is the mean colour
+            assert not image[:, (before == 0).all(0)].any()
+            changed, total = changed + (not torch.equal(image, before)), total + 1
+    assert 0.7 * total < changed
+    again = TrainingData(*parts, SemanticAugmentConfig(size=96), seed=3, workers=1)
+    resumed = list(itertools.islice(again.batches(6, start=2), 2))
+    assert [fingerprint(batch) for batch in resumed] == [fingerprint(batch) for batch in batches[0][2:]]
+    views = [[item.image for item in coloured.items(0, view=view, resize=ResizeConfig())] for view in (1, 2, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(views[0], views[2], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(views[0], views[1], strict=True))

@@ -5,24 +5,29 @@ layout.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from coco_factory import make_coco
 
 from flows.cli import main
-from flows.presets import PRESETS, epochs, preset
+from flows.presets import GPU_PRESETS, PRESETS, epochs, preset
 from flows.request import Request, configure, shorten
-from pipeline.data.config import CocoConfig
+from pipeline import v2c
+from pipeline.data.config import CocoConfig, SemanticAugmentConfig
 from pipeline.line import STAGES, line
 from pipeline.teacher.config import TextConfig
+from pipeline.training.config import V2CConfig
+from storage.keys import Ref
 
 ZPS = ("coco-zps-r50", "coco-zps-maskformer-r50")
 ZSS = ("coco-zss-r50", "coco-zss-r101c")
 REDUCED = (
     "--teacher.name", "small", "--teacher.pretrained", "shipped", "--teacher.fill", "mean", "--text.templates", "plain",
     "--v2c.segmenter.backbone-weights", "None", "--v2c.batch", "2", "--v2c.points", "112", "--v2c.calibration-images", "2",
-    "--v2c.augment.size", "64", "--v2c.resize.short", "64", "--v2c.resize.longest", "96",
+    "--v2c.augment.size", "64", "--v2c.resize.short", "64", "--v2c.resize.longest", "96", "--device", "cpu",
 )  # fmt: skip
 
 
@@ -37,6 +42,7 @@ def test_the_published_numbers(name: str) -> None:
     assert (v2c.batch, v2c.lr, v2c.backbone_lr, v2c.clip, v2c.decay) == (16, 1e-4, 0.1, 0.01, "step")
     assert (segmenter.queries, segmenter.dim, segmenter.heads, segmenter.frozen_batchnorm) == (100, 256, 8, True)
     assert segmenter.backbone_weights == "imagenet"
+    assert (config.tokens.dtype, v2c.precision, config.queries.views) == ("bfloat16", "bfloat16", 4)
     assert segmenter.backbone == ("resnet101c" if name.endswith("r101c") else "resnet50")
     assert config.data.benchmark == ("coco-panoptic-zps" if name in ZPS else "coco-stuff-zss")
     assert v2c.augment.size == (1024 if name in ZPS else 640)
@@ -51,17 +57,69 @@ def test_the_published_numbers(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        ("coco-zps-r50", (110_100, 27_525)), ("coco-zss-r50", (354_861, 88_715)), ("coco-zss-r101c", (354_861, 88_715)),
-        ("coco-zps-maskformer-r50", (27_525, 27_525)),
+        ("coco-zps-r50", (134_736, 33_684, 9_000)), ("coco-zss-r50", (354_861, 88_715, 9_000)),
+        ("coco-zss-r101c", (354_861, 88_715, 9_000)), ("coco-zps-maskformer-r50", (33_684, 33_684, 33_684)),
     ],
 )  # fmt: skip
-def test_steps_are_epochs_of_the_images_left(name: str, steps: tuple[int, int]) -> None:
+def test_steps_are_epochs_of_the_images_left(name: str, steps: tuple[int, int, int]) -> None:
     config = preset(name)
-    assert (config.v2c.steps, config.g2s.steps, config.cpa.steps) == (steps[0], steps[1], steps[1])
+    assert (config.v2c.steps, config.g2s.steps, config.cpa.steps) == steps
     message = PRESETS[name].__doc__ or ""
     if name != "coco-zss-r101c":  # which says that it is coco-zss-r50 with another backbone
-        assert f"{steps[1]:,}" in message
-    assert epochs(12, images=36_700, batch=16) == 27_525
+        assert all(f"{number:,}" in message for number in steps)
+    assert epochs(12, images=44_912, batch=16) == 33_684
+    assert 140_350 * 16 / 50 == 44_912
+
+
+@pytest.mark.parametrize("name", [*ZPS, *ZSS])
+def test_stage_3_sums_its_rates_to_what_was_chosen_for_the_ablations(name: str) -> None:
+    summed = [
+        sum(cpa.lr * cpa.factor(step) for step in range(cpa.steps)) for cpa in (preset(name).cpa, preset("scenes").cpa)
+    ]
+    assert abs(summed[0] / summed[1] - 1) < 0.01
+
+
+@pytest.mark.parametrize("name", [*ZPS, *ZSS])
+def test_resnet50_starts_from_the_published_weights(name: str, tmp_path: Path) -> None:
+    """Their name is in stage 1's key; other weights, and other backbones, have the keys that they had."""
+    root = make_coco(tmp_path / "coco") if name in ZPS else None
+    config = preset(name).v2c
+    ref = Ref(kind="shards", key="0" * 16)
+
+    def weights(config: V2CConfig) -> str | None:
+        return v2c.recipe(config, shards=ref, tokens=ref, text=ref).config["segmenter"]["backbone_weights"]
+
+    assert weights(config) == ("imagenet" if name == "coco-zss-r101c" else "resnet50.tv_in1k")
+    assert weights(replace(config, segmenter=replace(config.segmenter, backbone_weights=None))) is None
+    assert weights(replace(config, segmenter=replace(config.segmenter, backbone="resnet18"))) == "imagenet"
+    if root:
+        (stage,) = (s for s in line(configure(Request(preset=name, coco=str(root)))) if s.name == "v2c")
+        assert stage.recipe.config["segmenter"]["backbone_weights"] == "resnet50.tv_in1k"
+
+
+def test_semantic_views_are_those_of_the_semantic_presets_alone() -> None:
+    for name in PRESETS:
+        augment = preset(name).v2c.augment
+        assert isinstance(augment, SemanticAugmentConfig) == (name in ZSS)
+        if name in ZSS:
+            assert augment == SemanticAugmentConfig(size=640, jitter=(0.5, 2.0), flip=True, colours=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", [("run", "--until", "cache-clip"), ("run",), ("ablate", "table4")])
+def test_a_gpu_preset_asks_before_it_takes_the_cpu(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("--preset", "coco-zps-r50", "--coco", str(make_coco(tmp_path / "coco")), "--teacher.pretrained", "random")
+    assert main((*command, *words)) == 2
+    error = capsys.readouterr().err
+    assert "zs-seg: preset coco-zps-r50 is made for a GPU, and torch finds none: " in error
+    assert "pass --device cpu" in error and error.count("\n") == 1
+    assert not (tmp_path / "artifacts").exists()
+    for free in (("plan",), ("run", "--until", "shard")):
+        assert main((*free, *words)) == 0
+    assert {*ZPS, *ZSS} == GPU_PRESETS
 
 
 @pytest.mark.parametrize("name", PRESETS)

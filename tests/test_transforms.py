@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import colorsys
+from itertools import product
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from whole_views import whole_view
 
+from pipeline.data.colours import CONTRAST, HUE, SATURATION, distort_colours
+from pipeline.data.config import AugmentConfig, ResizeConfig, SemanticAugmentConfig
 from pipeline.data.transforms import (
     PIXEL_MEAN,
     PIXEL_STD,
-    AugmentConfig,
     Placement,
-    ResizeConfig,
     normalise,
     place_for_training,
     resize_for_test,
@@ -114,3 +118,90 @@ def test_normalise_by_hand() -> None:
 def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         AugmentConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_semantic_jitter_is_in_tenths() -> None:
+    for jitter in ((0.55, 2.0), (0.5, 1.99)):
+        with pytest.raises(ValueError, match="pair of tenths"):
+            SemanticAugmentConfig(jitter=jitter)
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 640), (640, 427), (100, 500)])
+def test_a_semantic_view_has_its_shorter_side_at_a_published_length(height: int, width: int) -> None:
+    """Mask2Former's lengths of the shorter side, 0.5 to 2.0 times the crop in tenths, by Detectron2's rule, which
+    shrinks what is longer than 4 times the crop."""
+    sizes = set[tuple[int, int]]()
+    for short in (int(n * 0.1 * 640) for n in range(5, 21)):
+        size = height * short / min(height, width), width * short / min(height, width)
+        scale = min(1.0, 2560 / max(size))
+        sizes.add((int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)))
+    config = SemanticAugmentConfig()
+    found = [place_for_training(height, width, config, np.random.default_rng(seed)).size for seed in range(400)]
+    assert set(found) == sizes
+    if len(sizes) == 16:
+        assert max(found.count(size) for size in sizes) < 50  # each as likely
+
+
+def hsv_turned(pixel: tuple[int, int, int], saturation: float, degrees: float) -> list[float]:
+    hue, s, value = colorsys.rgb_to_hsv(*(x / 255 for x in pixel))
+    return [255 * x for x in colorsys.hsv_to_rgb((hue + degrees / 360) % 1, min(s * saturation, 1), value)]
+
+
+class Draws:
+    """The draws of a generator, as given: the coins in order, and what the changes draw."""
+
+    def __init__(self, coins: list[int], values: list[float]) -> None:
+        self.coins, self.values, self.ranges = coins, values, list[tuple[float, float]]()
+
+    def integers(self, low: int, high: int | None = None) -> int:
+        if high is None:
+            return self.coins.pop(0)
+        self.ranges.append((low, high))
+        return int(self.values.pop(0))
+
+    def uniform(self, low: float, high: float) -> float:
+        self.ranges.append((low, high))
+        return self.values.pop(0)
+
+
+def distorted(image: torch.Tensor, coins: list[int], values: list[float]) -> torch.Tensor:
+    draws: Any = Draws(coins, values)
+    changed = distort_colours(image, draws)
+    assert not draws.coins and not draws.values
+    return changed.float()
+
+
+# brightness; contrast first; [contrast]; saturation; hue; [contrast]
+def test_each_change_of_colours_against_its_formula() -> None:
+    pixels = [*product((0, 3, 90, 128, 254, 255), repeat=3)]
+    image = torch.tensor(pixels, dtype=torch.uint8).T.reshape(3, 12, 18)
+    x = image.float()
+    assert torch.equal(distorted(image, [0, 0, 0, 0, 0], []), x)
+    assert torch.equal(distorted(image, [1, 0, 0, 0, 0], [-20.0]), (x - 20).clamp(0, 255))
+    for coins in ([0, 1, 1, 0, 0], [0, 0, 0, 0, 1]):
+        assert (distorted(image, coins, [1.3]) - (x * 1.3).clamp(0, 255)).abs().max() <= 0.5
+    for saturation, hue in ((1.5, 0), (0.5, 0), (1.0, 18), (1.0, -7), (1.4, -18)):
+        expected = torch.tensor([hsv_turned(pixel, saturation, 2 * hue) for pixel in pixels]).T.reshape(3, 12, 18)
+        assert (distorted(image, [0, 0, 1, 1, 0], [saturation, hue]) - expected).abs().max() <= 0.51
+
+
+def test_contrast_comes_first_or_last() -> None:
+    """A bright pixel that contrast cuts off before the hue is turned, or after."""
+    image = torch.tensor([250, 130, 20], dtype=torch.uint8).view(3, 1, 1)
+    first = hsv_turned((255, 195, 30), 0.5, 36)
+    last = [min(1.5 * x, 255) for x in hsv_turned((250, 130, 20), 0.5, 36)]
+    assert max(abs(a - b) for a, b in zip(first, last, strict=True)) > 20
+    for coins, values, expected in (([0, 1, 1, 1, 1], [1.5, 0.5, 18], first), ([0, 0, 1, 1, 1], [0.5, 18, 1.5], last)):
+        assert (distorted(image, coins, values).flatten() - torch.tensor(expected)).abs().max() <= 0.51
+
+
+def test_the_published_ranges_of_the_changes() -> None:
+    draws: Any = Draws([1, 1, 1, 1, 1], [0.0, 1.0, 1.0, 0])
+    distort_colours(torch.zeros(3, 1, 1, dtype=torch.uint8), draws)
+    assert draws.ranges == [(-32, 32), (0.5, 1.5), (0.5, 1.5), (-18, 19)]
+    assert (CONTRAST, SATURATION, HUE) == ((0.5, 1.5), (0.5, 1.5), 18)
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 4, 4), np.uint8))
+    changed = [distort_colours(image, np.random.default_rng(seed)) for seed in range(400)]
+    same = sum(torch.equal(one, image) for one in changed)
+    assert 12 <= same <= 45  # a sixteenth, and a few of which a change does nothing
+    assert torch.equal(changed[3], distort_colours(image, np.random.default_rng(3)))

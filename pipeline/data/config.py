@@ -97,6 +97,31 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SemanticAugmentConfig(AugmentConfig):
+    """Training views as Mask2Former makes them for semantic segmentation.
+
+    Source: the released configurations of Mask2Former and of MMSegmentation, the paper's code base for semantic
+    segmentation, with crops of 640 pixels (both are for ADE20K). ZegFormer's and PADing's for COCO-Stuff are the same,
+    but end at 1.5.
+    """
+
+    size: int = 640
+    """Side of the square training views in pixels, a multiple of 32 (published for COCO-Stuff: 640)."""
+
+    jitter: tuple[float, float] = (0.5, 2.0)
+    """Smallest and largest scale, tenths: the shorter side of the image becomes size times one of the tenths from the
+    first to the second, unless the longer one would exceed 4 times size (published: 0.5 to 2.0)."""
+
+    colours: bool = True
+    """Distort brightness, contrast, saturation and hue of each training view at random, as SSD does (published)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(abs(10 * factor - round(10 * factor)) > 1e-9 for factor in self.jitter):
+            raise UserError(f"augment: jitter must be a pair of tenths, such as 0.5 and 2.0, not {self.jitter}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResizeConfig:
     """Test views: scaled as a whole, then padded at the right and the bottom to multiples of 32 pixels."""
 

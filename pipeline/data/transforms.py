@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.data.config import STRIDE, AugmentConfig, ResizeConfig
+from pipeline.data.config import STRIDE, AugmentConfig, ResizeConfig, SemanticAugmentConfig
 
 # ImageNet's statistics in 0..255, as in the published networks.
 PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
 PIXEL_STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
+# The longest side of a semantic training view before it is cropped, in units of its size: 2560 pixels for 640.
+LONGEST = 4
 
 
 def channels_first(image: np.ndarray) -> Tensor:
@@ -76,8 +78,7 @@ class Placement:
 
 def place_for_training(height: int, width: int, config: AugmentConfig, rng: np.random.Generator) -> Placement:
     """A random square view of an image of that size."""
-    factor = rng.uniform(*config.jitter) * config.size / max(height, width)
-    size = (max(round(height * factor), 1), max(round(width * factor), 1))
+    size = _training_size(height, width, config, rng)
     mirrored = config.flip and bool(rng.random() < 0.5)
     top, left = (int(rng.integers(max(s - config.size, 0) + 1)) for s in size)
     return Placement(size=size, view=(config.size, config.size), top=top, left=left, mirrored=mirrored)
@@ -88,6 +89,17 @@ def place_for_test(height: int, width: int, config: ResizeConfig) -> Placement:
     factor = min(config.short / min(height, width), config.longest / max(height, width))
     size = (max(round(height * factor), 1), max(round(width * factor), 1))
     return Placement(size=size, view=(-(-size[0] // STRIDE) * STRIDE, -(-size[1] // STRIDE) * STRIDE))
+
+
+def _training_size(height: int, width: int, config: AugmentConfig, rng: np.random.Generator) -> tuple[int, int]:
+    """The random (height, width) to which an image of that size is scaled before it is cropped."""
+    if isinstance(config, SemanticAugmentConfig):
+        smallest, largest = (round(10 * factor) for factor in config.jitter)
+        short = config.size * int(rng.integers(smallest, largest + 1)) / 10
+        factor = min(short / min(height, width), LONGEST * config.size / max(height, width))
+    else:
+        factor = rng.uniform(*config.jitter) * config.size / max(height, width)
+    return max(round(height * factor), 1), max(round(width * factor), 1)
 
 
 def resize_for_test(image: Tensor, config: ResizeConfig) -> tuple[Tensor, tuple[int, int]]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data.config import AugmentConfig, ResizeConfig
+from pipeline.data.config import AugmentConfig, ResizeConfig, SemanticAugmentConfig
 from pipeline.teacher.text_bank import ClassList
 from storage.errors import UserError
 from storage.store import Store
@@ -67,12 +67,13 @@ class CheckpointMeta:
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> CheckpointMeta:
         """The inverse of `content`. Raises KeyError or TypeError for JSON that is no checkpoint's."""
+        semantic = "colours" in content["augment"]
         return cls(
             **{
                 **content,
                 "classes": ClassList(**content["classes"]),
                 "resize": ResizeConfig(**content["resize"]),
-                "augment": AugmentConfig(**content["augment"]),
+                "augment": (SemanticAugmentConfig if semantic else AugmentConfig)(**content["augment"]),
             }
         )
 

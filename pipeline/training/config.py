@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.data.config import STRIDE, AugmentConfig, ResizeConfig, check_choices
+from pipeline.data.config import STRIDE, AugmentConfig, ResizeConfig, SemanticAugmentConfig, check_choices
 from storage.errors import UserError
 
 
@@ -79,8 +79,9 @@ class SegmenterConfig:
     """timm name of a network with feature maps at strides 4, 8, 16 and 32 (the paper: resnet50 and resnet101c)."""
 
     backbone_weights: str | None = "imagenet"
-    """imagenet, None for random ones, shipped (of the small network for generated scenes), or a local file; files that
-    show training on COCO are refused, for they have seen the unseen classes."""
+    """imagenet (of resnet50 torchvision's first, as published, of others timm's default), None for random ones, shipped
+    (of the small network for generated scenes), or a local file; files that show training on COCO are refused, for they
+    have seen the unseen classes."""
 
     frozen_batchnorm: bool = True
     """Keep the backbone's BatchNorm statistics and affine parameters as loaded (published)."""
@@ -195,8 +196,8 @@ class V2CConfig(Schedule):
     scale_lr: float = 10.0
     """Factor on the learning rate for the scale and the bias of the class logits (D1)."""
 
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """How training views are made."""
+    augment: AugmentConfig | SemanticAugmentConfig = field(default_factory=AugmentConfig)
+    """How training views are made: with large-scale jitter, or as for semantic segmentation."""
 
     resize: ResizeConfig = field(default_factory=ResizeConfig)
     """How test views are made."""

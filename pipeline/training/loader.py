@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from pipeline.data.ahead import ahead, mapped
-from pipeline.data.config import AugmentConfig, ResizeConfig
+from pipeline.data.colours import distort_colours
+from pipeline.data.config import AugmentConfig, ResizeConfig, SemanticAugmentConfig
 from pipeline.data.transforms import Placement, channels_first, place_for_test, place_for_training
 from pipeline.teacher.text_bank import TextBank
 from pipeline.training.distributed import ALONE, Ranks
@@ -261,9 +262,10 @@ class TrainingData:
         """The training view of a sample in an epoch; random draws depend on seed, epoch and image id alone."""
         rng = np.random.default_rng([self.seed, epoch, sample.image_id])
         image = _image(sample)
-        return self._placed(
-            tar, row, sample, image, place_for_training(image.shape[-2], image.shape[-1], self.augment, rng)
-        )
+        placement = place_for_training(image.shape[-2], image.shape[-1], self.augment, rng)
+        if isinstance(self.augment, SemanticAugmentConfig) and self.augment.colours:
+            image = distort_colours(image, rng)
+        return self._placed(tar, row, sample, image, placement)
 
     def _placed(self, tar: int, row: int, sample: Sample, image: Tensor, placement: Placement) -> View:
         """The view with its visible targets: segments of seen classes that are no crowds, with tokens of the mirrored
