@@ -243,9 +243,7 @@ def test_a_tar_whose_images_are_all_bad_is_left_out(coco: Path, store: Store) ->
 def test_all_bad_is_an_error_even_when_skipping(coco: Path, store: Store) -> None:
     for path in (coco / "val2017").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(
-        ValueError, match="no val image can be used, the first has a file .* is no JPEG.*; correct it$"
-    ):
+    with pytest.raises(ValueError, match="no val image can be used, the first has a file .* is no JPEG.*; correct it$"):
         shard(coco, store, replace(CONFIG, skip_bad=True))
     assert store.refs() == []
 

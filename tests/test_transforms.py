@@ -181,7 +181,7 @@ def test_each_change_of_colours_against_its_formula() -> None:
     for coins in ([0, 1, 1, 0, 0], [0, 0, 0, 0, 1]):
         assert (distorted(image, coins, [1.3]) - (x * 1.3).clamp(0, 255)).abs().max() <= 0.5
     for saturation, hue in ((1.5, 0), (0.5, 0), (1.0, 18), (1.0, -7), (1.4, -18)):
-        expected = torch.tensor([hsv_turned(pixel, saturation, 2 * hue) for pixel in pixels]).T.reshape(3, 12, 18)
+        expected = torch.tensor([hsv_turned((r, g, b), saturation, 2 * hue) for r, g, b in pixels]).T.reshape(3, 12, 18)
         assert (distorted(image, [0, 0, 1, 1, 0], [saturation, hue]) - expected).abs().max() <= 0.51
 
 

@@ -79,9 +79,8 @@ class SegmenterConfig:
     """timm name of a network with feature maps at strides 4, 8, 16 and 32 (the paper: resnet50 and resnet101c)."""
 
     backbone_weights: str | None = "imagenet"
-    """imagenet (of resnet50 torchvision's first, as published, of others timm's default), None for random ones, shipped
-    (of the small network for generated scenes), or a local file; files that show training on COCO are refused, for they
-    have seen the unseen classes."""
+    """imagenet (of resnet50 torchvision's first, else timm's default), None for random ones, shipped (for generated
+    scenes), or a local file; files that show training on COCO are refused: they saw unseen classes."""
 
     frozen_batchnorm: bool = True
     """Keep the backbone's BatchNorm statistics and affine parameters as loaded (published)."""

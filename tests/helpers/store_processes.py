@@ -66,7 +66,7 @@ def build_as(store: str, then: str, *rights: str) -> None:
         save_training_state(build.path, {"weight": torch.ones(3)})
         save_checkpoint(build.path, {"weight": torch.ones(3)}, {})
         write_group(build.path / "a.zarr", {"ones": np.ones(3)})
-        write_shard(build.path / "a.tar", [Sample(image_id=1, jpeg=b"j", png=b"p", height=1, width=1, segments=())])
+        write_shard(build.path / "a.tar", [Sample(image_id=1, image=b"j", png=b"p", height=1, width=1, segments=())])
         if then == "die":
             os._exit(9)
         while then and not Path(then).exists():
