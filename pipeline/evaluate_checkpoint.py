@@ -62,7 +62,7 @@ def run(
     folder), `thresholds`, `seen_offset`, `marks` (warnings), `counts`, `respelled` (as of `Known`), `scores` in percent
     (`PanopticScores` or `SemanticScores`; null where no class is seen, or none unseen) and `per_class`.
 
-    Raises UserError where an input is missing, broken or does not fit.
+    Raises UserError where an input is missing, broken or does not fit, and where every pixel is ignored.
     """
     # mistakes show before the slow imports
     folder, asked, root = checkpoint_folder(store, checkpoint), load_benchmark(benchmark), Path(data)
@@ -83,6 +83,10 @@ def run(
     classes = classes_of(vocabulary.embedding, vocabulary.classes, device)
     predictor = _Predictor(model=model, classes=classes, seen_offset=seen_offset, runtime=runtime)
     scores, counts = part.score(predictor, known, Path(out) if out else None)
+    if counts["ignored_percent"] == 100:
+        raise UserError(
+            f"{root}: no pixel of {counts['images']} images of split {split} has a class to score; add labels"
+        )
     per_class, stored = scores.pop("per_class"), model.meta.thresholds
     return {
         "benchmark": known.name,

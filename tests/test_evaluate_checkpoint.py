@@ -380,6 +380,17 @@ def test_mistakes_are_one_line_and_status_2(run: Run, tmp_path: Path, capsys: py
     )
 
 
+def test_images_without_a_pixel_to_score_are_refused(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = own_semantic(run, tmp_path)
+    blank_maps(run, tmp_path, 255)
+    message = fails(capsys, run, "--benchmark", file, "--data", tmp_path)
+    assert "no pixel of 10 images of split val has a class to score" in message
+    save_labels(next((tmp_path / "maps").iterdir()), np.full((96, 96), BENCHMARK.categories[0].id, np.uint8))
+    assert evaluate(run, file, tmp_path)["counts"]["ignored_percent"] == pytest.approx(90)
+
+
 def test_a_panoptic_image_that_cannot_be_used_is_named(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -159,8 +159,9 @@ def test_a_trained_class_cannot_be_called_unseen() -> None:
     ("names", "one", "other"),
     [
         (["Person"], "'person'", "'Person'"),
-        (["boat", "traffic  light"], "'traffic light'", "'traffic  light'"),
+        (["boat", "traffic  light"], "'traffic light'", r"'traffic \\x20light'"),
         (["zebra", "Zebra"], "'zebra'", "'Zebra'"),
+        (["cafe\u0301"], "'café'", r"'cafe\\u0301'"),
         (["boat, Caf&eacute;"], "'café'", "'boat, Caf&eacute;'"),
     ],
 )

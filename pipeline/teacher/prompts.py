@@ -148,5 +148,10 @@ def _shared(
 
 
 def brief(name: str) -> str:
-    """The name in quotes, the middle of a long one left out."""
-    return repr(name) if len(name) <= 80 else f"{name[:40]!r}...{name[-20:]!r} ({len(name)} characters)"
+    """The name in quotes, the middle of a long one left out, runs of blanks and decomposed letters as escapes."""
+
+    def quoted(part: str) -> str:
+        written = repr(part) if unicodedata.is_normalized("NFC", part) else ascii(part)
+        return written.replace("  ", " \\x20")
+
+    return quoted(name) if len(name) <= 80 else f"{quoted(name[:40])}...{quoted(name[-20:])} ({len(name)} characters)"
