@@ -375,6 +375,12 @@ def teacher(card: Card) -> Iterator[Row]:
         yield from cache.encoding_rows(card.device, images=300, batches=(128, 256, 512))
 
 
+def feeding(card: Card) -> Iterator[Row]:
+    """A whole training of stage 1 from tars: seconds a step, and how many of them wait for data."""
+    if card.full:
+        yield from train.feeding_rows(card.runtime, steps=4)
+
+
 def later_stages(card: Card) -> Iterator[Row]:
     """Stages 2 and 3 over cached queries, from 200 steps."""
     settings: dict[str, Any] = (
@@ -436,6 +442,7 @@ SECTIONS: dict[str, Callable[[Card], Iterator[Row]]] = {
     "presets": presets,
     "profile": partial(profile, text=None),
     "transformers": partial(against_transformers, compiled=False),
+    "feeding": feeding,
     "teacher": teacher,
     "later": later_stages,
     "prediction": prediction,
