@@ -26,7 +26,6 @@ from pipeline.data.config import AugmentConfig, ResizeConfig, SemanticAugmentCon
 from pipeline.data.transforms import Placement, channels_first, place_for_test, place_for_training
 from pipeline.teacher.text_bank import TextBank
 from pipeline.training.distributed import ALONE, Ranks
-from storage.id_colours import MAX_SEGMENT_ID
 from storage.shards import Sample, Shards, decode_ids, decode_image, read_shard
 from storage.tokens import read_tokens
 
@@ -305,8 +304,8 @@ def _image(sample: Sample) -> Tensor:
 
 def _targets(ids: np.ndarray, targets: list[int]) -> np.ndarray:
     """(H, W): 1 + the index in `targets` of each pixel's segment id, or 0; uint8, or int32 for more than 255 targets."""
-    # A table of all ids: the system gives its memory page by page where it is written or read, so it costs little.
-    number = np.zeros(MAX_SEGMENT_ID + 1, np.uint8 if len(targets) < 256 else np.int32)
+    # A table of all ids up to the largest, 16 MB for COCO's: the system gives memory where it is read or written.
+    number = np.zeros(max([int(ids.max()), *targets]) + 1, np.uint8 if len(targets) < 256 else np.int32)
     number[targets] = np.arange(1, len(targets) + 1)
     return number.take(ids)
 
