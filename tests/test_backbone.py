@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -138,6 +139,21 @@ def test_local_weights_are_loaded(tmp_path: Path, suffix: str) -> None:
     with torch.no_grad():
         expected = source.forward_intermediates(images, indices=4, intermediates_only=True)
         torch.testing.assert_close(backbone(images), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("resnet50", "timm/resnet50.tv_in1k"), ("resnet101c", "timm/resnet101c.gluon_in1k"), ("resnet18", "timm/resnet18.a1_in1k")],
+)  # fmt: skip
+def test_which_imagenet_weights_are_fetched(
+    name: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published ones of resnet50, timm's default of others; offline, so that the message names them."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="could not be loaded") as caught:
+        Backbone(name, weights="imagenet")
+    assert f"({source})" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_wrong_local_weights_are_refused(tmp_path: Path) -> None:

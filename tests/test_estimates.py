@@ -102,11 +102,11 @@ def test_without_anything_measured_it_says_what_it_assumes(tmp_path: Path, capsy
     assert "cache-clip assumed: 35.1 GFLOP an input at 50 TFLOP/s" in rest and "measured:" not in rest
     assert rows["v2c"][2:] == ["-", "-", "no v2c in this store yet"] and rows["cache-clip"][2].startswith("~")
     rows, rest = plan(capsys, *words, "--step-seconds", "0.4", "--tflops", "0.1")
-    assert rows["v2c"][3] == "~12 h 14 min"  # 110,100 steps
-    assert "v2c stated: 0.4 s a step; 1 h 31 min on 8 such devices" in rest and "at 0.1 TFLOP/s" in rest
+    assert rows["v2c"][3] == "~14 h 58 min"  # 134,736 steps
+    assert "v2c stated: 0.4 s a step; 1 h 52 min on 8 such devices" in rest and "at 0.1 TFLOP/s" in rest
     found = count(config := configure(Request(preset="coco-zps-r50", coco=str(root))), line(config), Store(tmp_path))
     assert str(found) in rest
-    assert f"{110_100 * 16 / (found.left or 0):.1f} epochs" in rest
+    assert f"{134_736 * 16 / (found.left or 0):.1f} epochs" in rest
 
 
 @pytest.mark.parametrize("flag", [("--tflops", "0"), ("--step-seconds", "-1")])

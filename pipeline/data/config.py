@@ -106,7 +106,7 @@ class SemanticAugmentConfig(AugmentConfig):
     """
 
     size: int = 640
-    """Side of the square training views in pixels, a multiple of 32 (published for COCO-Stuff: 640)."""
+    """Side of the square training views in pixels, a multiple of 32."""
 
     jitter: tuple[float, float] = (0.5, 2.0)
     """Smallest and largest scale, tenths: the shorter side of the image becomes size times one of the tenths from the
