@@ -1,4 +1,4 @@
-"""The bytes that a build is made of, noted in its partial folder: what a killed build left is used again only with them.
+"""The bytes that a build is made of, noted in its partial folder: what it left is used again only with them.
 
 Before a build saves what a later one may go on with (a training state, a tar, a group), it vouches for it: up to then
 every file of its inputs was the file that was hashed when the build began. So an input that is damaged later costs

@@ -104,8 +104,8 @@ class Lock:
                 raise
             raise UserError(
                 f"store {self.path.parents[1]} lies on a file system without working locks ({error.strerror}), and two "
-                "runs would write the same files; mount it with locks (Lustre: -o flock, NFS: with its lock service, no "
-                "nolock), or pass another --store"
+                "runs would write the same files; mount it with locks (Lustre: -o flock, NFS: with its lock service, "
+                "no nolock), or pass another --store"
             ) from error
 
     def _is_current(self, descriptor: int) -> bool:

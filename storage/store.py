@@ -498,7 +498,7 @@ def user_name(number: int) -> str:
 
 
 def _names(folder: Path) -> list[str]:
-    """Everything below a folder that is no folder, by its path from there; folders that may not be read are left out."""
+    """All that is no folder below a folder, by its path from there; folders that may not be read are left out."""
     found = (os.path.join(path, name) for path, _, names in os.walk(folder) for name in names)
     return sorted(Path(path).relative_to(folder).as_posix() for path in found)
 

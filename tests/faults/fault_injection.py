@@ -87,9 +87,8 @@ def litter(folder: Path, rng: np.random.Generator, *, mode: int = 0o644) -> list
 
 def rename(file: Path, rng: np.random.Generator) -> str:
     """The file gets another name in its folder, as a copying program or a person gives it."""
-    other = (f"{file.name} (1)", f"{file.name}.bak", f"Copy of {file.name}", f"{file.stem}-000009{file.suffix}")[
-        int(rng.integers(4))
-    ]
+    names = (f"{file.name} (1)", f"{file.name}.bak", f"Copy of {file.name}", f"{file.stem}-000009{file.suffix}")
+    other = names[int(rng.integers(4))]
     os.rename(file, file.with_name(other))
     return f"now {other}"
 
