@@ -72,7 +72,7 @@ def build(build: Build, config: EvaluateConfig, runtime: Runtime, *, benchmark: 
     _require_same_segmenter(stage_1, models["transductive"])
     pictures: list[Picture] = []
     shards = Shards(build.open("shards").path)
-    samples = samples_with_tokens(shards, build.open("tokens").path)
+    samples = samples_with_tokens(shards, build.open("tokens").path, workers=runtime.decoders)
     with runtime.bar(sum(shards.counts("val")), "evaluating", "image") as bar:
         classes = classes_of(bank.embedding, bank.classes(), device)
         evaluator = Evaluator(benchmark, models, classes, config)

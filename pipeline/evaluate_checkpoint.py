@@ -114,11 +114,12 @@ class _Predictor:
     def __call__(self, views: Iterable[tuple[Tag, Tensor]], count: int) -> Iterator[tuple[Tag, Output, Tensor]]:
         """(tag, output, class logits (Q, K)) for `count` pairs of tag and image (3, H, W) uint8."""
         from models.folding import for_inference
+        from pipeline.data.ahead import ahead
         from pipeline.inference.forward import outputs
 
         resize, batch = self.model.meta.resize, EvaluateConfig().batch
         with self.runtime.bar(count, "evaluating", "image") as bar:
-            for tag, output in outputs(for_inference(self.model.segmenter), views, resize, batch=batch):
+            for tag, output in outputs(for_inference(self.model.segmenter), ahead(iter(views)), resize, batch=batch):
                 yield tag, output, self.model.logits(output.features, self.classes.text)
                 bar.update()
 

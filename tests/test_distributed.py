@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,6 +198,27 @@ def test_two_processes_end_where_one_does_and_parts_where_one_piece_does(
     ]
     print(found)
     assert all(weights < 1e-5 and losses < 1e-5 for weights, losses in found)
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_queries_of_one(cached: tuple[Store, dict[str, Stage]], tmp_path: Path) -> None:
+    """Each process takes every second tar; what a killed run left is not made again."""
+    store, steps = cached
+    step, other = steps["queries"], Store(tmp_path)
+    copy_artefacts(store, other, [ref for ref in step.recipe.inputs.values()])
+    expected = store.path(step.recipe.ref)
+    groups = sorted(expected.glob("*.zarr"))
+    assert len(groups) > 3
+    left = other.path(step.recipe.ref) / groups[0].name
+    shutil.copytree(groups[0], left)
+    made = left.stat().st_ino
+    found = other.path(step.run(store=other, runtime=TWO))
+    assert (found / groups[0].name).stat().st_ino == made
+    files = [file.relative_to(expected) for group in groups for file in group.rglob("*") if file.is_file()]
+    assert files and all((found / file).read_bytes() == (expected / file).read_bytes() for file in files)
+    manifests = (at.open(step.recipe.ref).manifest for at in (store, other))
+    one, two = ({"counts": m.counts, "devices": m.provenance["devices"]} for m in manifests)
+    assert one == {**two, "devices": 1} and two["devices"] == 2
 
 
 @pytest.mark.slow

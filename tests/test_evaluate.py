@@ -20,7 +20,7 @@ from pipeline import evaluate, scenes
 from pipeline.data.benchmarks import Benchmark
 from pipeline.data.config import AugmentConfig, ResizeConfig
 from pipeline.evaluate import _require_same_segmenter
-from pipeline.inference.forward import outputs
+from pipeline.inference.forward import outputs, tf32
 from pipeline.inference.maps import Output, classes_of, panoptic_map, semantic_map
 from pipeline.inference.model import CheckpointMeta, Model, build_model, load_model, require_same_classes, save_model
 from pipeline.line import Stage
@@ -238,6 +238,56 @@ def test_outputs_do_not_depend_on_their_neighbours() -> None:
             one.masks, other.masks, atol=1e-3
         )
     assert not torch.allclose(alone[0][1].features, alone[1][1].features, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("window", "passes"),
+    [
+        (1, [(2, 64, 96), (1, 64, 96), (1, 96, 64), (2, 64, 96), (1, 64, 64)]),
+        (7, [(1, 64, 64), (2, 64, 96), (2, 64, 96), (1, 64, 96), (1, 96, 64)]),
+    ],
+)
+def test_sorted_by_size_batches_are_fuller_and_results_the_same(
+    window: int, passes: list[tuple[int, int, int]]
+) -> None:
+    """In order, however few of the images before one have its size."""
+    model = tiny_model(0)
+    rng = torch.Generator().manual_seed(0)
+    sizes = [(40, 60), (40, 60), (40, 60), (60, 40), (40, 60), (33, 50), (64, 64)]
+    images = [(i, torch.randint(256, (3, *size), dtype=torch.uint8, generator=rng)) for i, size in enumerate(sizes)]
+    resize = ResizeConfig(short=48, longest=96)
+    alone = [next(outputs(model.segmenter, [image], resize, batch=1)) for image in images]
+    seen: list[tuple[int, ...]] = []
+    model.segmenter.register_forward_pre_hook(lambda _, given: seen.append((len(given[0]), *given[0].shape[-2:])))
+    together = list(outputs(model.segmenter, images, resize, batch=2, window=window))
+    assert seen == passes
+    assert [tag for tag, _ in together] == list(range(len(sizes)))
+    for (_, one), (_, other) in zip(alone, together, strict=True):
+        assert (one.padded_size, one.image_size) == (other.padded_size, other.image_size)
+        assert one.original_size == other.original_size
+        assert torch.allclose(one.features, other.features, atol=1e-4)
+        assert torch.allclose(one.masks, other.masks, atol=1e-3)
+    seen.clear()
+    list(outputs(model.segmenter, images, resize, batch=2))
+    assert seen == [(2, 64, 96), (1, 64, 96), (1, 96, 64), (2, 64, 96), (1, 64, 64)]  # neighbours, on a CPU
+
+
+def test_only_the_networks_pass_is_in_tf32_and_the_setting_is_given_back() -> None:
+    model = tiny_model(0)
+    images = [(i, torch.zeros(3, 64, 64, dtype=torch.uint8)) for i in range(2)]
+
+    def set_to() -> tuple[bool, bool]:
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before, during = set_to(), list[tuple[bool, bool]]()
+    assert before != (True, True)
+    model.segmenter.register_forward_pre_hook(lambda *_: during.append(set_to()))
+    for _ in outputs(model.segmenter, images, ResizeConfig(short=64, longest=64), batch=1):
+        assert set_to() == before
+    assert during == [(True, True)] * 2
+    with pytest.raises(RuntimeError), tf32():
+        raise RuntimeError
+    assert set_to() == before
 
 
 # ------------------------------------------------------------------------------------------------ end to end

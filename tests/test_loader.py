@@ -247,7 +247,7 @@ def test_segments_that_a_crop_removes_take_their_tokens_with_them(parts: tuple[P
 
 def test_the_test_view_of_an_image_is_itself(parts: tuple[Path, Path, TextBank]) -> None:
     source = data(parts)
-    item = next(source.items(0, view=0, resize=ResizeConfig(short=96, longest=96)))
+    ((_, item),) = next(source.items(0, view=0, resize=ResizeConfig(short=96, longest=96), most=1))
     sample = next(s for s, kept in zip(read_shard(source.tars[0]), source.groups[0].kept, strict=True) if kept)
     assert item.image_id == sample.image_id and item.image.shape == (3, 96, 96)
     areas = np.array([s.area for s in sample.segments])
@@ -280,11 +280,11 @@ def test_a_mirrored_view_comes_with_the_mirrored_tokens(parts: tuple[Path, Path,
         assert torch.equal(two.global_tokens()[b.global_rows[i]], sign * one.global_tokens()[a.global_rows[i]])
         mirrored += flipped
     assert 4 < mirrored < 20
-    test_view = next(two.items(0, view=0, resize=ResizeConfig(short=96, longest=96)))
-    assert test_view.global_row < len(two)
-    assert torch.equal(
-        test_view.instance_tokens, next(one.items(0, view=0, resize=ResizeConfig(short=96, longest=96))).instance_tokens
+    ((_, test_view),), ((_, plain_view),) = (
+        next(source.items(0, view=0, resize=ResizeConfig(short=96, longest=96), most=1)) for source in (two, one)
     )
+    assert test_view.global_row < len(two)
+    assert torch.equal(test_view.instance_tokens, plain_view.instance_tokens)
 
 
 def test_colours_of_a_semantic_view_depend_on_its_image_epoch_and_seed_alone(
@@ -307,6 +307,9 @@ def test_colours_of_a_semantic_view_depend_on_its_image_epoch_and_seed_alone(
     again = TrainingData(*parts, SemanticAugmentConfig(size=96), seed=3, workers=1)
     resumed = list(itertools.islice(again.batches(6, start=2), 2))
     assert [fingerprint(batch) for batch in resumed] == [fingerprint(batch) for batch in batches[0][2:]]
-    views = [[item.image for item in coloured.items(0, view=view, resize=ResizeConfig())] for view in (1, 2, 1)]
+    views = [
+        [item.image for ((_, item),) in coloured.items(0, view=view, resize=ResizeConfig(), most=1)]
+        for view in (1, 2, 1)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(views[0], views[2], strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(views[0], views[1], strict=True))

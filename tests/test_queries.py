@@ -1,14 +1,27 @@
-"""Queries: groups are read as one bank in name order; groups that do not fit are refused."""
+"""Queries: groups are read as one bank in name order; groups that do not fit are refused; batches sorted by size give
+the same queries."""
 
 from __future__ import annotations
 
+import io
+import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from tiny import build, tiny_config
 
-from storage.queries import MappedRows, read_queries, write_queries
+import pipeline.queries
+from pipeline.inference.model import load_model
+from pipeline.teacher.text_bank import open_text
+from pipeline.training.config import QueriesConfig
+from pipeline.training.loader import TrainingData
+from storage.queries import MappedRows, check_queries, read_queries, write_queries
+from storage.shards import Sample, Shards, decode_ids, decode_image, encode_ids, read_shard, write_shard
+from storage.store import Store
 
 
 def queries(seed: int, n: int, count: int = 3, width: int = 4) -> dict[str, Any]:
@@ -92,3 +105,52 @@ def test_a_damaged_group_is_named(tmp_path: Path) -> None:
     chunk.write_bytes(chunk.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"train-000000\.zarr: array feature is missing or damaged"):
         read_queries(sorted(tmp_path.glob("*.zarr")))
+
+
+def cut(sample: Sample, height: int, width: int) -> Sample:
+    """The sample's upper left corner."""
+    jpeg = io.BytesIO()
+    Image.fromarray(decode_image(sample)[:height, :width]).save(jpeg, "JPEG")
+    png = encode_ids(decode_ids(sample)[:height, :width])
+    return replace(sample, image=jpeg.getvalue(), png=png, height=height, width=width)
+
+
+def test_batches_sorted_by_size_give_the_same_queries(shared_store: Store, tmp_path: Path) -> None:
+    """Of a tar whose images have three sizes, in both views."""
+    steps = build(shared_store, tiny_config(), until="v2c")
+    shards, tokens, text, checkpoint = (
+        shared_store.path(steps[s].recipe.ref) for s in ("shard", "cache-clip", "text", "v2c")
+    )
+    tar = Shards(shards).tars("train")[0]
+    sizes = [(96, 96), (60, 96), (96, 60), (96, 96), (60, 96), (96, 96), (96, 96), (60, 96)]
+    samples = [cut(sample, *size) for sample, size in zip(read_shard(tar), sizes, strict=True)]
+    write_shard(tmp_path / tar.name, samples)
+
+    bank = open_text(text, steps["text"].recipe.ref.key)
+    model = load_model(checkpoint)
+    data = TrainingData(shards, tokens, bank, model.meta.augment, seed=0, workers=2)
+    data.tars[0] = tmp_path / tar.name
+    passes: list[tuple[int, ...]] = []
+    model.segmenter.register_forward_pre_hook(lambda _, given: passes.append((len(given[0]), *given[0].shape[-2:])))
+    config, found, counts = QueriesConfig(views=2, batch=3), [], []
+    for window in (1, 8):
+        path = tmp_path / str(window) / "train-000000.zarr"
+        pipeline.queries._write_group(path, 0, data, model, bank, config, window=window)
+        check_queries(path)
+        found.append(read_queries([path]))
+        counts.append(passes.copy())
+        passes.clear()
+    neighbours, full = found
+    kept = [samples[row] for row in data.kept[0]]
+    assert neighbours.image_id.tolist() == [s.image_id for s in kept] * 2
+    assert neighbours.view.tolist() == [0] * len(kept) + [1] * len(kept)
+    for name in ("segment", "category", "image_id", "view"):
+        np.testing.assert_array_equal(getattr(neighbours, name), getattr(full, name))
+    rows = np.arange(len(kept) * 2)
+    np.testing.assert_allclose(neighbours.feature[rows], full.feature[rows], atol=2e-3)
+    assert (neighbours.category >= 0).any(1).sum() > len(kept)
+    own = [(s.height, s.width) for s in kept]
+    runs = 1 + sum(a != b for a, b in itertools.pairwise(own))
+    views = -(-len(kept) // 3)
+    assert len(counts[0]) - views >= runs > len({*own}) + 1
+    assert len(counts[1]) - views == sum(-(-own.count(size) // 3) for size in {*own})

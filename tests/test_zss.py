@@ -169,7 +169,7 @@ def test_targets_are_the_seen_classes_with_tokens_of_their_own(run: Run) -> None
     teacher = preset("coco-sample").teacher.load(Runtime(device="cpu"))
     samples = {s.image_id: s for tar in source.tars for s in read_shard(tar)}
     assert len(source) == len(samples) == 12
-    for item in source.items(0, view=0, resize=ResizeConfig(short=64, longest=96)):
+    for ((_, item),) in source.items(0, view=0, resize=ResizeConfig(short=64, longest=96), most=1):
         values = np.array(Image.open(run.data / "stuffthingmaps" / "train2017" / f"{item.image_id:012d}.png"))
         shown = sorted({*values.ravel().tolist()} - {UNLABELLED, *UNSEEN})
         assert [bank.ids[label] for label in item.labels] == shown

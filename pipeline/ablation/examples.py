@@ -43,7 +43,10 @@ def draw_examples(
     named = {c.id: (c.name, seen) for c, seen in zip(benchmark.categories, benchmark.seen, strict=True)}
     unseen = set(benchmark.unseen_ids)
     samples = (
-        sample for (sample, _), _ in samples_with_tokens(Shards(store.open(shards).path), store.open(tokens).path)
+        sample
+        for (sample, _), _ in samples_with_tokens(
+            Shards(store.open(shards).path), store.open(tokens).path, workers=runtime.decoders
+        )
     )
     chosen = list(islice((s for s in samples if any(x.category_id in unseen for x in s.segments)), count))
     photos = [decode_image(sample) for sample in chosen]

@@ -52,7 +52,7 @@ def real_features(
     masks (see `waterfall.Pairs`), of every unseen class that occurs."""
     model = load_model(store.open(checkpoint).path, runtime.torch_device())
     found: dict[int, list[NDArray[np.float32]]] = {k: [] for k, seen in enumerate(benchmark.seen) if not seen}
-    samples = samples_with_tokens(Shards(store.open(shards).path), store.open(tokens).path)
+    samples = samples_with_tokens(Shards(store.open(shards).path), store.open(tokens).path, workers=runtime.decoders)
     views = ((sample, image) for (sample, _), image in samples)
     for sample, output in outputs(for_inference(model.segmenter), views, model.meta.resize, batch=16):
         pairs = pair(GroundTruth(sample, benchmark), output)

@@ -130,19 +130,28 @@ def _some(ids: list[int]) -> str:
     return ", ".join(map(str, ids[:5])) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
 
 
-def samples_with_tokens(shards: Shards, tokens: Path) -> Iterator[tuple[tuple[Sample, Tensor], Tensor]]:
-    """((validation sample, its instance tokens (O, D) float32), image (3, H, W) uint8) for every validation sample.
+def samples_with_tokens(
+    shards: Shards, tokens: Path, *, workers: int
+) -> Iterator[tuple[tuple[Sample, Tensor], Tensor]]:
+    """((validation sample, its instance tokens (O, D) float32), image (3, H, W) uint8) for every validation sample,
+    decoded ahead by `workers` threads.
 
     Reads each tar together with its token group in the folder `tokens`.
     """
     import torch
 
+    from pipeline.data.ahead import mapped
     from pipeline.data.transforms import channels_first
     from storage.shards import decode_image, read_shard
     from storage.tokens import read_tokens
 
-    for tar in shards.tars("val"):
-        group = read_tokens(tokens / f"{tar.stem}.zarr")
-        for row, sample in enumerate(read_shard(tar)):
-            own = torch.from_numpy(group.instance[group.rows(row)]).float()
-            yield (sample, own), channels_first(decode_image(sample))
+    def undecoded() -> Iterator[tuple[Sample, Tensor]]:
+        for tar in shards.tars("val"):
+            group = read_tokens(tokens / f"{tar.stem}.zarr")
+            for row, sample in enumerate(read_shard(tar)):
+                yield sample, torch.from_numpy(group.instance[group.rows(row)]).float()
+
+    def decoded(pair: tuple[Sample, Tensor]) -> tuple[tuple[Sample, Tensor], Tensor]:
+        return pair, channels_first(decode_image(pair[0]))
+
+    return mapped(decoded, undecoded(), workers=workers, count=4 * workers)

@@ -1,8 +1,15 @@
-"""Images through the frozen segmenter: for calibration, evaluation and prediction."""
+"""Images through the frozen segmenter: for calibration, evaluation and prediction.
+
+On a GPU the network's matrix products and convolutions are in TF32, its sums in float32, and nothing else is. Of the
+demo's two checkpoints on 300 images that changed the class of 0.12 and 0.27 % of the pixels (0.09 and 0.23 % by the
+convolutions, torch's default) and PQ by at most 0.2; autocast to bfloat16 0.50 and 0.91 %, and PQ by up to 0.5. Both
+were computed on a CPU with operands rounded to 10 bits, and with its autocast.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -10,47 +17,82 @@ from torch import Tensor
 
 from models.segmenter import Segmenter
 from pipeline.data.config import ResizeConfig
-from pipeline.data.transforms import resize_for_test
+from pipeline.data.sizes import grouped, in_turn
+from pipeline.data.transforms import place_for_test, resize_for_test
 from pipeline.inference.maps import Output
+
+WINDOW = 128  # images sorted by size at a time, on a GPU
 
 Tag = TypeVar("Tag")
 
 
-@torch.no_grad()
+@contextmanager
+def tf32() -> Iterator[None]:
+    """TF32, 10 bits of mantissa, for the operands of a GPU's float32 matrix products and convolutions."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def outputs(
-    segmenter: Segmenter, images: Iterable[tuple[Tag, Tensor]], resize: ResizeConfig, *, batch: int
+    segmenter: Segmenter,
+    images: Iterable[tuple[Tag, Tensor]],
+    resize: ResizeConfig,
+    *,
+    batch: int,
+    window: int | None = None,
 ) -> Iterator[tuple[Tag, Output]]:
     """(tag, Output) for each (tag, image (3, H, W) uint8), in order.
 
-    At most `batch` neighbours share a forward pass, and only those of equal padded size, so that an image's result does
-    not depend on padding it would not have alone.
+    At most `batch` images share a forward pass, and only those of equal padded size, so that an image's result does not
+    depend on padding it would not have alone. They are neighbours, after every `window` images were sorted by size, and
+    `window` + `batch` outputs at most wait for their turn: 22 MB each of 100 queries at 800 x 1088.
+
+    `window` is 128 on a GPU, and 1 on a CPU: there the seconds of an image hardly depend on the batch, but the last
+    bits of its result do.
     """
     device = next(segmenter.parameters()).device
-    group: list[tuple[Tag, Tensor, tuple[int, int], tuple[int, int]]] = []
+    if window is None:
+        window = WINDOW if batch > 1 and device.type != "cpu" else 1
+    return in_turn(_unordered(segmenter, images, resize, device, batch=batch, window=window))
 
-    def flush() -> Iterator[tuple[Tag, Output]]:
-        if not group:
-            return
-        result = segmenter(torch.stack([view for _, view, _, _ in group]).to(device), dense=False)
-        features, masks = result.features[-1], result.masks[-1]
-        for i, (tag, view, size, original) in enumerate(group):
-            height, width = view.shape[-2:]
+
+@torch.no_grad()
+def _unordered(
+    segmenter: Segmenter,
+    images: Iterable[tuple[Tag, Tensor]],
+    resize: ResizeConfig,
+    device: torch.device,
+    *,
+    batch: int,
+    window: int,
+) -> Iterator[tuple[int, tuple[Tag, Output]]]:
+    """`outputs` in the order of the passes, with each image's number."""
+
+    def padded(entry: tuple[int, tuple[Tag, Tensor]]) -> tuple[int, int]:
+        height, width = entry[1][1].shape[-2:]
+        return place_for_test(height, width, resize).view
+
+    for group in grouped(enumerate(images), padded, most=batch, window=window):
+        views, sizes = zip(*(resize_for_test(image.to(device), resize) for _, (_, image) in group), strict=True)
+        with tf32():
+            result = segmenter(torch.stack(views), dense=False)
+            features, masks = result.features[-1], result.masks[-1]
+        for i, (number, (tag, image)) in enumerate(group):
+            (height, width), (padded_height, padded_width) = image.shape[-2:], views[i].shape[-2:]
             yield (
-                tag,
-                Output(
-                    features=features[i],
-                    masks=masks[i],
-                    padded_size=(height, width),
-                    image_size=size,
-                    original_size=original,
+                number,
+                (
+                    tag,
+                    Output(
+                        features=features[i],
+                        masks=masks[i],
+                        padded_size=(padded_height, padded_width),
+                        image_size=sizes[i],
+                        original_size=(height, width),
+                    ),
                 ),
             )
-        group.clear()
-
-    for tag, image in images:
-        view, size = resize_for_test(image, resize)
-        if group and (len(group) == batch or group[0][1].shape != view.shape):
-            yield from flush()
-        height, width = image.shape[-2:]
-        group.append((tag, view, size, (height, width)))
-    yield from flush()

@@ -11,10 +11,11 @@ normalised view of 1024 x 1024 pixels with its masks has 24 MB. The device compu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import chain
+from itertools import chain, islice, repeat
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from pipeline.data.ahead import ahead, mapped
 from pipeline.data.colours import distort_colours
 from pipeline.data.config import AugmentConfig, ResizeConfig, SemanticAugmentConfig
+from pipeline.data.sizes import grouped
 from pipeline.data.transforms import Placement, channels_first, place_for_test, place_for_training
 from pipeline.teacher.text_bank import TextBank
 from pipeline.training.distributed import ALONE, Ranks
@@ -32,6 +34,9 @@ from storage.tokens import read_tokens
 # Tars whose undecoded samples are shuffled together, and held in memory; while they are in use the next are read.
 WINDOW = 4
 CPU = torch.device("cpu")
+
+E = TypeVar("E")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,11 +193,14 @@ class TrainingData:
         return torch.from_numpy(np.concatenate(rows)).float()
 
     def plain_samples(self) -> Iterator[tuple[Sample, Tensor]]:
-        """Every kept image once, in tar order: the sample and its image (3, H, W) uint8."""
-        for tar, group in zip(self.tars, self.groups, strict=True):
-            for row, sample in enumerate(read_shard(tar)):
-                if group.kept[row]:
-                    yield sample, _image(sample)
+        """Every kept image once, in tar order, decoded ahead: the sample and its image (3, H, W) uint8."""
+        kept = (read_shard(tar, set(rows.tolist())) for tar, rows in zip(self.tars, self.kept, strict=True))
+        return mapped(
+            lambda sample: (sample, _image(sample)),
+            chain.from_iterable(kept),
+            workers=self.workers,
+            count=4 * self.workers,
+        )
 
     def batches(self, size: int, *, start: int, ranks: Ranks = ALONE, device: torch.device = CPU) -> Iterator[Batch]:
         """Endless global batches of `size` samples, from batch `start` on; each rank reads, decodes and gets its own
@@ -204,16 +212,9 @@ class TrainingData:
         share, rest = divmod(size, ranks.world)
         assert rest == 0, (size, ranks)
         own = chain.from_iterable(ahead(self._read(size, start, ranks)))
-        if device.type == "cpu":
-            items = mapped(lambda entry: self._view(*entry).item(), own, workers=self.workers, count=2 * share)
-            return ahead(map(collate, zip(*[items] * share, strict=True)))
-        views = mapped(lambda entry: self._view(*entry), own, workers=self.workers, count=2 * share)
-        groups = zip(*[views] * share, strict=True)
-        if device.type == "cuda":
-            sent = _on_gpu(groups, device)
-        else:
-            sent = ([view.to(device) for view in group] for group in ahead(groups))
-        return (collate([view.item() for view in group]) for group in sent)
+        items = self._computed(lambda entry: self._view(*entry), own, repeat(share), device, count=2 * share)
+        collated = map(collate, items)
+        return ahead(collated) if device.type == "cpu" else collated
 
     def _read(self, size: int, start: int, ranks: Ranks) -> Iterator[list[tuple[int, int, int, Sample]]]:
         """(epoch, tar, row, sample) of a rank's part of every batch, window by window, endlessly."""
@@ -241,21 +242,55 @@ class TrainingData:
                 skip = max(skip - len(entries), 0)
             epoch += 1
 
-    def items(self, tar: int, *, view: int, resize: ResizeConfig) -> Iterator[Item]:
-        """One tar's kept images in order: view 0 is the test view, view v > 0 the training view of epoch v."""
+    def items(
+        self, tar: int, *, view: int, resize: ResizeConfig, most: int, device: torch.device = CPU, window: int = 1
+    ) -> Iterator[list[tuple[int, Item]]]:
+        """One tar's kept images: view 0 is the test view, view v > 0 the training view of epoch v.
 
-        def item(entry: tuple[int, Sample]) -> Item:
-            row, sample = entry
+        They come with their places among the tar's kept images, in groups of at most `most` of one size: neighbours,
+        after every `window` images were sorted by it. Images and masks are computed on `device`, as in `batches`.
+        """
+
+        def size(entry: tuple[int, tuple[int, Sample]]) -> tuple[int, int]:
+            _, (_, sample) = entry
             if view:
-                return self._view(view, tar, row, sample).item()
-            image = _image(sample)
-            return self._placed(
-                tar, row, sample, image, place_for_test(image.shape[-2], image.shape[-1], resize)
-            ).item()
+                return self.augment.size, self.augment.size
+            return place_for_test(sample.height, sample.width, resize).view
+
+        def placed(entry: tuple[int, tuple[int, Sample]]) -> View:
+            _, (row, sample) = entry
+            if view:
+                return self._view(view, tar, row, sample)
+            return self._placed(tar, row, sample, _image(sample), place_for_test(sample.height, sample.width, resize))
 
         rows = self.kept[tar].tolist()
-        samples = zip(rows, read_shard(self.tars[tar], set(rows)), strict=True)
-        return mapped(item, samples, workers=self.workers, count=2 * self.workers)
+        samples = enumerate(zip(rows, read_shard(self.tars[tar], set(rows)), strict=True))
+        groups = list(grouped(samples, size, most=most, window=window))
+        computed = self._computed(placed, chain.from_iterable(groups), map(len, groups), device, count=2 * self.workers)
+        for group, items in zip(groups, computed, strict=True):
+            yield [(place, item) for (place, _), item in zip(group, items, strict=True)]
+
+    def _computed(
+        self,
+        view: Callable[[E], View],
+        entries: Iterable[E],
+        lengths: Iterable[int],
+        device: torch.device,
+        *,
+        count: int,
+    ) -> Iterator[list[Item]]:
+        """Lists of the entries' items, in order and of these `lengths`, of which threads make up to `count` ahead.
+
+        On a CPU the threads that decode compute the items, elsewhere the device does, from views copied to it.
+        """
+        if device.type == "cpu":
+            return _lists(mapped(lambda entry: view(entry).item(), entries, workers=self.workers, count=count), lengths)
+        views = _lists(mapped(view, entries, workers=self.workers, count=count), lengths)
+        if device.type == "cuda":
+            sent = _on_gpu(views, device)
+        else:
+            sent = ([view.to(device) for view in group] for group in ahead(views))
+        return ([view.item() for view in group] for group in sent)
 
     def _view(self, epoch: int, tar: int, row: int, sample: Sample) -> View:
         """The training view of a sample in an epoch; random draws depend on seed, epoch and image id alone."""
@@ -310,11 +345,16 @@ def _targets(ids: np.ndarray, targets: list[int]) -> np.ndarray:
     return number.take(ids)
 
 
-def _on_gpu(groups: Iterator[tuple[View, ...]], device: torch.device) -> Iterator[list[View]]:
+def _lists(values: Iterator[T], lengths: Iterable[int]) -> Iterator[list[T]]:
+    """The values, in lists of these lengths."""
+    return (list(islice(values, length)) for length in lengths)
+
+
+def _on_gpu(groups: Iterator[list[View]], device: torch.device) -> Iterator[list[View]]:
     """The views on a GPU, copied by a thread on a stream of its own while the batch before is computed."""
     stream = torch.cuda.Stream(device)
 
-    def copied(group: tuple[View, ...]) -> tuple[list[View], torch.cuda.Event]:
+    def copied(group: list[View]) -> tuple[list[View], torch.cuda.Event]:
         with torch.cuda.stream(stream):
             views, done = [view.pinned().to(device) for view in group], torch.cuda.Event()
             done.record()
