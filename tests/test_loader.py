@@ -72,14 +72,15 @@ def test_one_tars_views_are_byte_for_byte_those_of_the_plain_way(parts: tuple[Pa
     source, resize = data(parts, workers=3), ResizeConfig(short=70, longest=130)
     every = enumerate(read_shard(source.tars[1]))
     samples = [(row, sample) for row, sample in every if source.groups[1].kept[row]]
-    for item, (_, sample) in zip(source.items(1, view=0, resize=resize), samples, strict=True):
+    plain, random = (source.items(1, view=view, resize=resize, most=1) for view in (0, 2))
+    for (place, ((at, item),)), (_, sample) in zip(enumerate(plain), samples, strict=True):
         image, ids = torch.from_numpy(decode_image(sample)).permute(2, 0, 1), torch.from_numpy(decode_ids(sample))
         image, ids = whole_test_view(image, ids, resize)
         masks = [ids == segment.id for segment in sample.segments]
-        assert item.image_id == sample.image_id and torch.equal(item.image, image)
+        assert at == place and item.image_id == sample.image_id and torch.equal(item.image, image)
         assert item.segments.tolist() == [i for i, mask in enumerate(masks) if mask.any()]
         assert torch.equal(item.masks, torch.stack([mask for mask in masks if mask.any()]))
-    for item, (row, sample) in zip(source.items(1, view=2, resize=resize), samples, strict=True):
+    for ((_, item),), (row, sample) in zip(random, samples, strict=True):
         expected = whole_item(source, 2, 1, row, sample)
         assert torch.equal(item.segments, expected.segments)
         assert fingerprint(collate([item])) == fingerprint(collate([expected]))
