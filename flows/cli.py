@@ -359,7 +359,11 @@ def _add_teacher_flag(command: _Parser, when: str) -> None:
 
 def _add_training_flags(command: _Parser) -> None:
     command.add_argument(
-        "--devices", type=int, default=1, metavar="N", help="GPUs, or processes on a CPU, for stage v2c; default: 1"
+        "--devices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="GPUs, or processes on a CPU, for stages v2c and queries; default: 1",
     )
     command.add_argument("--compile", action="store_true", help="pass the network of stage v2c through torch.compile")
     command.add_argument(

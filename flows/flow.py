@@ -83,7 +83,7 @@ def zs_seg(
         coco: Folder of real images in COCO's layout; empty = COCO_ROOT of the worker.
         store: Folder of the artefacts; empty = ZS_SEG_STORE of the worker, else ./artifacts.
         device: Where to compute, such as auto, cpu, cuda or cuda:1.
-        devices: How many GPUs (on a CPU, processes) train stage v2c together.
+        devices: How many GPUs (on a CPU, processes) train stage v2c together and share the tars of stage queries.
         dask: Workers of cache-clip, one of local, local:N, none, tcp://HOST:PORT or a scheduler's file; empty =
             ZS_SEG_DASK of the worker, else local.
         checkpoint_every: Training steps between two saved states.

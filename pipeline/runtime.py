@@ -53,7 +53,7 @@ class Runtime:
     """Training steps between two saved states, at least 1."""
 
     devices: int = 1
-    """GPUs, or on a CPU processes, that train stage 1 together, at least 1."""
+    """GPUs, or on a CPU processes, that train stage 1 together and share the tars of stage queries, at least 1."""
 
     compile: bool = False
     """Pass stage 1's network through torch.compile."""

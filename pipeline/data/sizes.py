@@ -1,8 +1,5 @@
 """Full batches from images of many sizes: only images of one size share a forward pass, so that none is padded for the
 sake of another.
-
-Of COCO's images, scaled to a short side of 800 and padded to multiples of 32, 1.2 neighbours have one size. Sorted by
-size, 128 at a time, batches of at most 8 hold 4.0.
 """
 
 from __future__ import annotations

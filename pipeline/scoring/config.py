@@ -15,7 +15,7 @@ class EvaluateConfig:
     """What the report measures and shows; a semantic benchmark has no sweeps."""
 
     batch: int = 8
-    """Images per forward pass, at least 1; neighbours of equal test size share one."""
+    """Images per forward pass, at least 1; only images of equal test size share one."""
 
     pictures: int = 8
     """Example images in the report, 0 or more: the first validation images that contain an unseen class."""

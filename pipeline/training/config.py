@@ -271,7 +271,7 @@ class QueriesConfig:
     """Views of each training image, at least 1: its test view, and beyond it views with stage 1's augmentation (D9)."""
 
     batch: int = 16
-    """Views per forward pass, at least 1; neighbours of equal size share one."""
+    """Views per forward pass, at least 1; only views of equal size share one."""
 
     def __post_init__(self) -> None:
         if self.views < 1 or self.batch < 1 or self.seed < 0:
