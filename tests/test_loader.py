@@ -178,7 +178,7 @@ def test_images_with_more_targets_than_a_number_are_counted(
     targets = {
         item.image_id: len(item.labels)
         for number in range(len(source.tars))
-        for item in source.items(number, view=0, resize=ResizeConfig(short=96, longest=96))
+        for ((_, item),) in source.items(number, view=0, resize=ResizeConfig(short=96, longest=96), most=1)
     }
     most = sorted(targets.values())[len(targets) // 2]
     expected = {image: count for image, count in targets.items() if count > most}
