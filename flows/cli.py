@@ -18,6 +18,7 @@ from flows.flags import flags_of
 from flows.presets import PRESETS, preset
 from models.errors import ModelError
 from pipeline.line import STAGES
+from pipeline.runtime import OUT_OF_MEMORY
 from storage.errors import UserError, did_you_mean
 
 # those that take flags of the config tree
@@ -84,7 +85,7 @@ def _mistake(error: Exception) -> str:
     # where torch was not imported, its memory did not run out
     torch = sys.modules.get("torch")
     if torch and isinstance(error, torch.OutOfMemoryError):
-        return "the device has too little memory; lower --v2c.batch or --v2c.augment.size, or pass --device cpu"
+        return OUT_OF_MEMORY
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; mend that and run again"
     return str(error) if isinstance(error, UserError | ModelError) else ""
@@ -235,6 +236,11 @@ def _add_plan_flags(plan: _Parser) -> None:
         default=0.0,
         metavar="S",
         help="assumed seconds per step of v2c, in place of a measured one",
+    )
+    plan.add_argument(
+        "--memory",
+        action="store_true",
+        help="also compute the GPU memory that v2c takes; needs no GPU, but some seconds",
     )
 
 

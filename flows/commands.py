@@ -11,7 +11,7 @@ from flows import runs
 from flows.request import Request, configure, open_request, open_runtime, open_store
 from flows.tables import print_table, size
 from pipeline import v2c
-from pipeline.line import Stage, line
+from pipeline.line import Config, Stage, benchmark_of, line
 from pipeline.runtime import Runtime, duration, torchrun_rank, under_torchrun
 from storage.differences import Explainer
 from storage.errors import UserError
@@ -65,7 +65,24 @@ def plan(options: argparse.Namespace) -> int:
         print(
             f"v2c: {length:,} steps of {batch} images are {length * batch / counts.left:.1f} epochs of the images left"
         )
+    if options.memory:
+        print(_memory(config))
     return 0
+
+
+def _memory(config: Config) -> str:
+    """The GPU memory of stage 1 in words."""
+    from pipeline.planning.estimates import teacher_dim
+    from pipeline.planning.memory import SEGMENTS, peak_bytes
+
+    v2c = config.v2c
+    classes = sum(benchmark_of(config).seen)
+    # some MB at most depend on the width, where the teacher's is not known
+    peak = peak_bytes(v2c, classes=classes, text_dim=teacher_dim(config.teacher.name) or 512)
+    return (
+        f"v2c: {size(peak)} of one GPU's memory, computed for {v2c.batch} images of {v2c.augment.size} pixels with "
+        f"{SEGMENTS} segments each, in {v2c.precision}, --v2c.accumulate {v2c.accumulate}; libraries take some GB more"
+    )
 
 
 def _why(stage: Stage, state: State, store: Store, explainer: Explainer) -> str:

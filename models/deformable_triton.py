@@ -2,7 +2,8 @@
 
 A program holds a block of queries of one head and loops over their samples. Triton compiles at the first call, so there
 is no build step. The gradient of the maps is summed by atomic additions, whose order is not fixed: it differs from run
-to run by rounding.
+to run by rounding. They are relaxed: nothing else is read or written in the order of these sums, and the default,
+acquire-release, puts a fence before and after each of them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def sample(value: Tensor, shapes: Shapes, x: Tensor, y: Tensor, weights: Tensor)
     batch, queries, heads = weights.shape[:3]
     out = value.new_empty(batch, queries, heads * value.shape[3])
     grid, sizes = _launch(value, weights)
-    _forward[grid](value, _levels(shapes, value.device), x, y, weights, out, **sizes)
+    # Triton launches on the current device, whichever the tensors' is
+    with torch.cuda.device_of(value):
+        _forward[grid](value, _levels(shapes, value.device), x, y, weights, out, **sizes)
     return out
 
 
@@ -37,7 +40,8 @@ def sample_backward(
     grad, value, x, y, weights = (tensor.contiguous() for tensor in (grad, value, x, y, weights))
     found = torch.zeros_like(value), torch.empty_like(x), torch.empty_like(y), torch.empty_like(weights)
     grid, sizes = _launch(value, weights)
-    _backward[grid](grad, value, _levels(shapes, value.device), x, y, weights, *found, **sizes)
+    with torch.cuda.device_of(value):
+        _backward[grid](grad, value, _levels(shapes, value.device), x, y, weights, *found, **sizes)
     return found
 
 
@@ -151,15 +155,15 @@ def _backward(
             column, row = left.to(tl.int32), top.to(tl.int32)
 
             a, at, there = _corner(value, first, h, w, row, column, stride, d, valid)
-            tl.atomic_add(d_value + at, g * (weight * (1 - right) * (1 - down))[:, None], mask=there)
+            tl.atomic_add(d_value + at, g * (weight * (1 - right) * (1 - down))[:, None], mask=there, sem="relaxed")
             b, at, there = _corner(value, first, h, w, row, column + 1, stride, d, valid)
-            tl.atomic_add(d_value + at, g * (weight * right * (1 - down))[:, None], mask=there)
+            tl.atomic_add(d_value + at, g * (weight * right * (1 - down))[:, None], mask=there, sem="relaxed")
             upper_slope = tl.sum(g * (b - a), 1)
             upper = tl.sum(g * a, 1) + upper_slope * right
             a, at, there = _corner(value, first, h, w, row + 1, column, stride, d, valid)
-            tl.atomic_add(d_value + at, g * (weight * (1 - right) * down)[:, None], mask=there)
+            tl.atomic_add(d_value + at, g * (weight * (1 - right) * down)[:, None], mask=there, sem="relaxed")
             b, at, there = _corner(value, first, h, w, row + 1, column + 1, stride, d, valid)
-            tl.atomic_add(d_value + at, g * (weight * right * down)[:, None], mask=there)
+            tl.atomic_add(d_value + at, g * (weight * right * down)[:, None], mask=there, sem="relaxed")
             lower_slope = tl.sum(g * (b - a), 1)
             lower = tl.sum(g * a, 1) + lower_slope * right
 

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from models.transfer import send
 from models.vision_centric import PrimitiveGenerator
 
 LAYERS = 4  # of the encoder and of the decoder, as in the paper
@@ -75,11 +76,11 @@ class Generator(nn.Module):
             text: (U, D), unit norm, one row for each feature to generate; U may be 1.
             noise_into: D7. "encoder" (the paper's words): normal noise of size C passes the encoder, and the latent is
                 drawn from its output; "latent": the latent itself is standard normal.
-            rng: draws on its own device; one on the CPU gives the same noise on every machine.
+            rng: draws on the CPU, so that every machine gets the same noise.
         """
 
         def normal(size: int) -> Tensor:
-            return torch.randn(len(text), size, generator=rng, device=rng.device).to(text)
+            return send(torch.randn(len(text), size, generator=rng), text.device).to(text.dtype)
 
         modes = [(module, module.training) for module in self.modules()]
         self.eval()

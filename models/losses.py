@@ -15,8 +15,10 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 MMD_BANDWIDTHS = (2.0, 5.0, 10.0, 20.0, 40.0, 80.0)
+PIXELS = 2**25  # of full-size masks compared at a time: a float32 map of them has 128 MB
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -196,7 +198,11 @@ def full_mask_losses(
     """MaskFormer's mask losses, over every pixel of predictions resized to the masks: focal and dice.
 
     Per row focal = mean over the pixels, dice as in `mask_losses`; each summed over the rows and divided by
-    `normaliser`. Memory: several float maps of a mask's size a row, where `mask_losses` needs `points` numbers.
+    `normaliser`.
+
+    Memory: some ten float maps of `PIXELS` pixels at most, however many rows there are. The rows are compared in groups
+    of so many pixels, and the backward pass computes each group's maps again instead of keeping them; groups change
+    the sums by rounding alone.
 
     Args:
         mask_logits: (N, h, w) predictions of the matched queries. masks: (S, H, W) bool, each segment once.
@@ -211,12 +217,20 @@ def full_mask_losses(
         nothing = mask_logits.sum() * 0.0
         return nothing, nothing
     size = (masks.shape[-2], masks.shape[-1])
-    logits = F.interpolate(mask_logits[:, None], size=size, mode="bilinear", align_corners=False).flatten(1)
-    truth = masks[rows].flatten(1)
-    focal = focal_loss(logits, truth, normaliser=logits.shape[1], alpha=alpha, gamma=gamma)
-    score = logits.sigmoid()
-    dice = 1.0 - (2.0 * (score * truth).sum(1) + 1.0) / (score.sum(1) + truth.sum(1) + 1.0)
-    return focal / normaliser, dice.sum() / normaliser
+
+    def sums(mask_logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.interpolate(mask_logits[:, None], size=size, mode="bilinear", align_corners=False).flatten(1)
+        truth = masks[rows].flatten(1)
+        focal = focal_loss(logits, truth, normaliser=logits.shape[1], alpha=alpha, gamma=gamma)
+        score = logits.sigmoid()
+        dice = 1.0 - (2.0 * (score * truth).sum(1) + 1.0) / (score.sum(1) + truth.sum(1) + 1.0)
+        return focal, dice.sum()
+
+    group = max(PIXELS // (size[0] * size[1]), 1)
+    pairs = zip(mask_logits.split(group), rows.split(group), strict=True)
+    found: Any = [checkpoint(sums, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
+    focal, dice = (torch.stack(values).sum() for values in zip(*found, strict=True))
+    return focal / normaliser, dice / normaliser
 
 
 # ---------------------------------------------------------------------------------------------------- contrast (V2T)
@@ -237,8 +251,7 @@ def _info_nce(
     # a row without negatives is log(e^p / e^p): exactly 0, as is its gradient
     loss = torch.cat((positive[:, None], negatives), dim=1).logsumexp(1) - positive
     if normaliser is None:
-        count = loss.new_tensor(len(loss)) if allowed is None else allowed.any(1).sum()
-        normaliser = count.clamp(min=1)
+        normaliser = max(len(loss), 1) if allowed is None else allowed.any(1).sum().clamp(min=1)
     return loss.sum() / normaliser
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models.deformable import sample_levels
 from models.losses import at_least_float32
+from models.transfer import send
 
 
 @dataclass(frozen=True)
@@ -33,30 +34,27 @@ class MaskLogits:
 
     def __getitem__(self, index: Any) -> Any:
         """[layer] -> the tensor (B, Q, h, w) of one output; [slice] -> the MaskLogits of these outputs;
-        [layer, image, query], three index tensors (N,) -> the tensor (N, h, w)."""
+        [layer, image, query], three index tensors (N,) on the CPU, images in order -> the tensor (N, h, w)."""
         if isinstance(index, int):
             return torch.einsum("bqc,bchw->bqhw", self.embeddings[index], self.pixels)
         if isinstance(index, slice):
             return MaskLogits(self.embeddings[index], self.pixels)
-        _, image, _ = index
-        return self._rows(self.embeddings[index], image)
+        return self._rows(*index)
 
-    def _rows(self, embeddings: Tensor, image: Tensor) -> Tensor:
-        """(N, C) with the pixels of their images (N,) -> (N, h, w)."""
+    def _rows(self, layer: Tensor, image: Tensor, query: Tensor) -> Tensor:
         images, _, *size = self.pixels.shape
-        if images == 1:
-            return (embeddings @ self.pixels[0].flatten(1)).unflatten(1, size)
-        order = image.argsort(stable=True)
+        # counted where it needs no wait for the device
         counts = torch.bincount(image, minlength=images).tolist()
-        parts = zip(embeddings[order].split(counts), self.pixels.flatten(2), strict=True)
-        maps = torch.cat([part @ pixels for part, pixels in parts])
-        return maps.index_select(0, order.argsort()).unflatten(1, size)
+        embeddings = self.embeddings[send(torch.stack((layer, image, query)), self.embeddings.device).unbind()]
+        parts = zip(embeddings.split(counts), self.pixels.flatten(2), strict=True)
+        return torch.cat([part @ pixels for part, pixels in parts]).unflatten(1, size)
 
     def sample(self, points: Tensor) -> Iterator[Tensor]:
         """Bilinear values in float32 at (B, P, 2) points (x, y) in [0, 1], output by output: L x (B, Q, P)."""
         pixels = at_least_float32(self.pixels)
         height, width = pixels.shape[-2:]
-        x, y = (points.to(pixels.dtype) * points.new_tensor([width, height]) - 0.5)[:, :, None, None, None].unbind(-1)
+        points = points.to(pixels.dtype)[:, :, None, None, None]
+        x, y = points[..., 0] * width - 0.5, points[..., 1] * height - 0.5
         cells = pixels.flatten(2).transpose(1, 2).unsqueeze(2)  # (B, h w, 1, C)
         sampled = sample_levels(cells, ((height, width),), x, y, torch.ones_like(x)).transpose(1, 2)
         for embeddings in at_least_float32(self.embeddings):

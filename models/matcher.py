@@ -14,6 +14,7 @@ from torch import Tensor
 from models.errors import ModelError
 from models.losses import at_least_float32, sample_logits, sample_masks
 from models.mask_logits import MaskLogits
+from models.transfer import send
 
 
 @torch.no_grad()
@@ -41,13 +42,14 @@ def match(
 
     Args:
         class_logits: (L, B, Q, K), over the K seen classes. mask_logits: (L, B, Q, h, w).
-        labels: B tensors (O_b,) int64 in [0, K). masks: B tensors (O_b, H, W) bool, of one size. O_b may be 0.
+        labels: B tensors (O_b,) int64 in [0, K), on the CPU. O_b may be 0.
+        masks: B tensors (O_b, H, W) bool, of one size, on the logits' device.
         points: points an image. generators: B, each draws on its own device (see `models.losses.sample_points`).
         alpha, gamma: of the focal loss.
 
     Returns:
-        (L, B, Q) int64 on the logits' device: the index of the segment assigned to a query, or -1. Every segment has
-        exactly one query in every layer while O_b <= Q; else Q of the segments have.
+        (L, B, Q) int64 on the CPU, where it is computed: the index of the segment assigned to a query, or -1. Every
+        segment has exactly one query in every layer while O_b <= Q; else Q of the segments have.
 
     Raises:
         ModelError: the predictions are not finite.
@@ -58,14 +60,15 @@ def match(
     counts = [len(label) for label in labels]
     found = np.full((layers, batch, queries), -1, dtype=np.int64)
     if not any(counts):
-        return torch.from_numpy(found).to(device)
+        return torch.from_numpy(found)
 
     # segments of all images side by side, (B, max O_b), padded at the end
     image = torch.repeat_interleave(torch.tensor(counts))
     place = torch.cat([torch.arange(count) for count in counts])
-    image, place = image.to(device), place.to(device)
-    label = torch.zeros(batch, max(counts), dtype=torch.int64, device=device)
+    label = torch.zeros(batch, max(counts), dtype=torch.int64)
     label[image, place] = torch.cat(list(labels))
+    label = send(label, device)
+    image, place = send(torch.stack((image, place)), device)
     if mask_loss == "full":
         size = (mask_logits.pixels if isinstance(mask_logits, MaskLogits) else mask_logits).shape[-2:]
         small = F.interpolate(torch.cat(list(masks))[:, None].to(torch.uint8), size=size, mode="nearest")
@@ -86,7 +89,7 @@ def match(
             else:
                 cost = _mask_cost(values, truth, bce_weight, dice_weight)
             costs.append(cost + class_weight * _focal_cost(own, alpha, gamma))
-    cost = torch.stack(costs).cpu().numpy()  # (L, B, Q, max O_b), the only copy from the device
+    cost = torch.stack(costs).cpu().numpy()  # (L, B, Q, max O_b); the only time that the host waits for the device
     if not np.isfinite(cost).all():
         raise ModelError("predictions hold NaN or infinity: training has diverged; lower the learning rate")
 
@@ -95,7 +98,7 @@ def match(
             if count:
                 query, segment = linear_sum_assignment(cost[layer, b, :, :count])
                 found[layer, b, query] = segment
-    return torch.from_numpy(found).to(device)
+    return torch.from_numpy(found)
 
 
 def _at_points(mask_logits: Tensor | MaskLogits, where: Tensor) -> Iterator[Tensor]:

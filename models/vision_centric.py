@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from models.transfer import send
+
 PRIOR = 0.01  # initial probability of a class (Lin et al. 2017)
 HEADS = 4
 
@@ -86,5 +88,5 @@ class PrimitiveGenerator(nn.Module):
     @torch.no_grad()
     def generate(self, text: Tensor, *, noise_into: Literal["encoder", "latent"], rng: torch.Generator) -> Tensor:
         """Features of classes from their text alone: (U, D) -> (U, C), no gradient; `noise_into` has no effect."""
-        noise = torch.randn(len(text), self.text_dim, generator=rng, device=rng.device).to(text)
+        noise = send(torch.randn(len(text), self.text_dim, generator=rng), text.device).to(text.dtype)
         return self(text.new_zeros(len(text), self.dim), text, noise)[0]

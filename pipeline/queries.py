@@ -134,11 +134,11 @@ def _write_group(
             assigned = match(
                 logits,
                 output.masks[-1:],
-                [seen_row[label] for label in batch.labels],
+                [seen_row[item.labels] for item in items],
                 batch.masks,
                 generators=[image_generator(config.seed, view, i) for i in batch.image_ids],
                 **model.meta.matching,
-            )[0].cpu()
+            )[0]
             rows = [view * images + place for place, _ in group]
             feature[rows] = output.features[-1].half().cpu().numpy()
             for row, item, found in zip(rows, items, assigned, strict=True):

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
 
+OUT_OF_MEMORY = (
+    "the device has too little memory; stage 1 takes less, with the same gradient, by --v2c.accumulate 2, 4, ...; "
+    "else lower --v2c.batch or --v2c.augment.size, or pass --device cpu"
+)
+
 
 def duration(seconds: float) -> str:
     """ "0.4 s", "12 s", "3 min 20 s" or "2 h 05 min"."""
@@ -96,7 +101,8 @@ class Runtime:
         return max(self.workers // 2, 1)
 
     def torch_device(self) -> torch.device:
-        """The device to compute on; also sets torch's number of CPU threads when `threads` is set.
+        """The device to compute on; also makes it CUDA's current one, and sets torch's number of CPU threads when
+        `threads` is set.
 
         Raises UserError when the device is unknown to torch or missing on this machine.
         """
@@ -112,6 +118,9 @@ class Runtime:
         except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
             reason = str(error).splitlines()[0]
             raise UserError(f"device {self.device!r} cannot be used ({reason}); pass --device auto or cpu") from error
+        if device.type == "cuda" and device.index is not None:
+            # what asks for no device, such as a kernel's launch or a stream, takes the current one
+            torch.cuda.set_device(device)
         return device
 
     def device_line(self) -> str:

@@ -363,7 +363,7 @@ def test_a_file_that_the_system_refuses_is_named(capsys: pytest.CaptureFixture[s
     [
         (
             torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
-            "lower --v2c.batch or --v2c.augment.size",
+            "by --v2c.accumulate 2, 4, ...; else lower --v2c.batch or --v2c.augment.size",
         ),
         (PermissionError(13, "Permission denied", "/data/a.jpg"), "/data/a.jpg: Permission denied"),
         # Without a path there is nothing to mend.

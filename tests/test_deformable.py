@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,33 @@ def test_missing_headers_of_python_are_named_with_their_package(
     monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
     with pytest.raises(ModelError, match=rf"{tmp_path}/Python.h is missing; .*apt-get install python3\.\d+-dev"):
         require_compiler.__wrapped__()
+
+
+def test_triton_launches_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It launches on the current device by itself; here both launches are only looked at, and the guard around them."""
+    pytest.importorskip("triton")
+    from models import deformable_triton
+
+    guarded: list[Tensor] = []
+    launched: list[bool] = []
+
+    @contextlib.contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        guarded.append(tensor)
+        yield
+        guarded.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *tensors, **sizes: launched.append(bool(guarded) and guarded[-1].device == tensors[0].device)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for name in ("_forward", "_backward"):
+        monkeypatch.setattr(deformable_triton, name, Kernel())
+    value, x, y, weights = random_inputs()
+    deformable_triton.sample(value, SHAPES, x, y, weights)
+    deformable_triton.sample_backward(torch.zeros(2, 5, 6), value, SHAPES, x, y, weights)
+    assert launched == [True, True] and not guarded
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -75,6 +75,19 @@ def _normalise(ranks: Ranks, images: Tensor) -> dict[str, Tensor | None]:
     return {**network.state_dict(), **{f"grad {name}": p.grad for name, p in network.named_parameters()}}
 
 
+def _too_large(ranks: Ranks, runtime: Runtime) -> None:
+    """The second process finds its device's memory full, and the first waits for it."""
+    if ranks.rank == 1:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    ranks.sum(torch.zeros(1))
+
+
+@pytest.mark.slow
+def test_too_little_memory_in_one_process_is_told_with_its_cure() -> None:
+    with pytest.raises(UserError, match=r"too little memory; stage 1 takes less, .* by --v2c.accumulate 2"):
+        launch(_too_large, runtime=TWO)
+
+
 IMAGES = torch.randn(5, 2, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 

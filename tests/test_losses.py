@@ -127,6 +127,38 @@ def test_mask_losses_fall_to_nothing_for_the_right_mask_only() -> None:
     assert swapped_dice > 0.3
 
 
+@pytest.mark.parametrize("rows", [1, 3, 7, 8])
+def test_full_mask_losses_in_groups_are_those_of_all_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven rows at once, and in groups of one, three, and as many as there are; in a group of all, to the bit."""
+    torch.manual_seed(0)
+    logits, masks = torch.randn(7, 6, 8, requires_grad=True), torch.rand(3, 24, 32) > 0.5
+    of = torch.tensor([0, 2, 1, 1, 0, 2, 2])
+
+    def computed() -> tuple[Tensor, ...]:
+        found = losses.full_mask_losses(logits, masks, rows=of, normaliser=3)
+        return (*found, torch.autograd.grad(found[0] + 2 * found[1], logits)[0])
+
+    whole = computed()
+    monkeypatch.setattr(losses, "PIXELS", rows * 24 * 32 + 5)
+    for one, other in zip(computed(), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+        assert rows < 7 or torch.equal(one, other)
+
+
+def test_full_mask_losses_keep_no_map_of_a_masks_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the backward pass finds stored is the predictions, the masks, and numbers a row."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    logits, masks = torch.randn(7, 6, 8, requires_grad=True), torch.rand(3, 240, 320) > 0.5
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses.full_mask_losses(logits, masks, rows=torch.arange(7) % 3, normaliser=3)
+    assert all(tensor is masks or tensor.numel() <= logits.numel() for tensor in kept)
+
+
 def test_mask_losses_of_nothing_keep_the_graph() -> None:
     logits = torch.zeros(0, 8, 8, requires_grad=True)
     for masks in (torch.zeros(0, 16, 16, dtype=torch.bool), torch.zeros(3, 16, 16, dtype=torch.bool)):

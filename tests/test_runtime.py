@@ -17,6 +17,16 @@ def test_devices() -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_a_gpu_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what asks for no device, such as Triton's launches; here without the GPUs."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for device in ("cuda:1", "cuda", "cpu"):
+        assert Runtime(device=device).torch_device() == torch.device(device)
+    assert current == [torch.device("cuda:1")]
+
+
 def test_threads() -> None:
     assert Runtime(threads=3).workers == 3
     assert Runtime().workers >= 1

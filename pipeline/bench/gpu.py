@@ -172,7 +172,7 @@ def a_step_is_right(card: Card) -> Iterator[Row]:
                 stage = _Stage.of(config, 64, device)
                 criterion = stage.criterion()
                 rngs = [image_generator(0, 0, i) for i in range(2)]
-                terms = criterion.terms(stage.batch.to(device), rngs, totals=criterion.totals(stage.batch))
+                terms = criterion.terms(stage.batch, rngs, totals=criterion.totals(stage.batch))
                 torch.stack(list(terms.values())).sum().backward()
                 gradient = torch.cat([p.grad.flatten() for p in stage.parameters() if p.grad is not None])
                 found.append((torch.stack(list(terms.values())).detach(), gradient))

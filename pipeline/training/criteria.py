@@ -2,6 +2,9 @@
 
 Each takes a batch and the step's number and yields the weighted losses by name, once for every part of the batch; an
 alignment loss of weight 0 is not computed. Equations are the paper's; models/README.md explains the decisions Dn.
+
+Labels, indices and counts are computed on the CPU and sent to the device, so that the host waits for the device in one
+place only, the costs of stage 1's matching: wherever a shape follows from values, a GPU would have to be asked for it.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from models.mask_logits import MaskLogits
 from models.matcher import match
 from models.projector import Projector
 from models.segmenter import Segmenter
+from models.transfer import send
 from models.vision_centric import LinearClassifier, PrimitiveGenerator
 from pipeline.teacher.text_bank import TextBank
 from pipeline.training.config import CPAConfig, G2SConfig, V2CConfig
@@ -31,11 +35,11 @@ Frozen = TypeVar("Frozen", bound=nn.Module)
 
 
 def seen_rows(bank: TextBank, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The seen classes' embeddings A_s (K_s, D) or (K_s, S, D), see `TextBank`; and (K,): class index -> row of A_s or
-    -1."""
+    """The seen classes' embeddings A_s (K_s, D) or (K_s, S, D), see `TextBank`; and, on the CPU, (K,): class index ->
+    row of A_s or -1."""
     seen = torch.tensor(bank.seen)
     row = torch.where(seen, seen.cumsum(0) - 1, -1)
-    return bank.embedding[seen].to(device), row.to(device)
+    return bank.embedding[seen].to(device), row
 
 
 def one_hot(rows: Tensor, classes: int) -> Tensor:
@@ -49,19 +53,21 @@ def one_hot(rows: Tensor, classes: int) -> Tensor:
 class Matching:
     """The outputs of one part of a batch, L decoder outputs of B images, and which query was assigned to which segment.
 
-    `totals` (3,): images, segments and instances of the global batch, each at least 1. `labels`: each segment's row of
-    A_s, one tensor per image. `v` (L, B, Q, D), `logits` (L, B, Q, K_s), `masks` (L, B, Q, h, w). `assigned` (L, B, Q):
-    index of the segment in its image, or -1. The N matches, ordered by image: `image`, `layer`, `query` (N,), and `row`
-    (N,), the index of the segment among all segments of the part, image after image.
+    On the device: `totals` (3,), images, segments and instances of the global batch, each at least 1; `shown` (S, H, W)
+    bool, the masks of all S segments of the part, image after image; `v` (L, B, Q, D), `logits` (L, B, Q, K_s), `masks`
+    (L, B, Q, h, w).
+
+    On the CPU, int64: `target` (L, B, Q), the row of A_s of a query's segment, or -1; and the N matches, ordered by
+    image, with the segment as its index among the S: `image`, `layer`, `query`, `row` (N,).
     """
 
     batch: Batch
     totals: Tensor
-    labels: list[Tensor]
+    shown: Tensor
     v: Tensor
     logits: Tensor
     masks: Tensor | MaskLogits
-    assigned: Tensor
+    target: Tensor
     image: Tensor
     layer: Tensor
     query: Tensor
@@ -108,14 +114,16 @@ class V2CCriterion:
     def __call__(self, batch: Batch, step: int) -> Iterator[dict[str, Tensor]]:
         """The weighted losses of each part of this process's share of the batch."""
         config = self.config
-        parts = [part.to(self.device) for part in batch.split(config.accumulate)]
+        parts = batch.split(config.accumulate)
         first = self.ranks.rank * len(batch.image_ids)
         rngs = [image_generator(config.seed, step, first + i, self.device) for i in range(len(batch.image_ids))]
         totals = self.ranks.sum(self.totals(batch))
-        tokens = [_encoded(torch.cat(part.instance_tokens)) for part in parts]
-        others = self.ranks.others(torch.cat(tokens)) if config.instance_negatives == "batch" else []
+        tokens: list[Tensor] = []
+        if config.instance_negatives == "batch":
+            tokens = [send(_encoded(torch.cat(part.instance_tokens)), self.device) for part in parts]
+            tokens += self.ranks.others(torch.cat(tokens))
         for number, part in enumerate(parts):
-            elsewhere = torch.cat([*tokens[:number], *tokens[number + 1 :], *others, tokens[number][:0]])
+            elsewhere = torch.cat([*tokens[:number], *tokens[number + 1 :]]) if len(tokens) > 1 else None
             own_rngs, rngs = rngs[: len(part.image_ids)], rngs[len(part.image_ids) :]
             with autocast(self.device, config.precision):
                 terms = self.terms(part, own_rngs, totals=totals, elsewhere=elsewhere)
@@ -127,7 +135,7 @@ class V2CCriterion:
         found = [min(len(_encoded(tokens)), self.config.segmenter.queries) for tokens in batch.instance_tokens]
         if self.config.instance_negatives == "image":
             found = [count for count in found if count > 1]
-        return torch.tensor([len(batch.labels), sum(map(len, batch.labels)), sum(found)], device=self.device)
+        return send(torch.tensor([len(batch.labels), sum(map(len, batch.labels)), sum(found)]), self.device)
 
     def terms(
         self,
@@ -152,14 +160,15 @@ class V2CCriterion:
         """The network's outputs for this part, and the matching sigma^ of every decoder output (Eq. 1)."""
         config = self.config
         labels = [self.seen_row[label] for label in batch.labels]
-        output = self.segmenter(batch.images, dense=False)
+        masks = [mask.to(self.device, non_blocking=True) for mask in batch.masks]
+        output = self.segmenter(batch.images.to(self.device, non_blocking=True), dense=False)
         v = self.projector(output.features)  # (L, B, Q, D)
         logits = self.projector.logits(v, self.text)  # (L, B, Q, K_s)
         assigned = match(
             logits,
             output.masks,
             labels,
-            batch.masks,
+            masks,
             class_weight=config.class_weight,
             bce_weight=config.bce_weight,
             dice_weight=config.dice_weight,
@@ -169,66 +178,65 @@ class V2CCriterion:
         )  # (L, B, Q): segment of the image, or -1
         # Transposed, so that the matches are ordered by image.
         image, layer, query = (assigned >= 0).transpose(0, 1).nonzero(as_tuple=True)
-        first = torch.tensor([0, *[len(label) for label in labels]], device=self.device).cumsum(0)
+        first = torch.tensor([0, *map(len, labels)]).cumsum(0)
+        row = first[image] + assigned[layer, image, query]
+        target = torch.full_like(assigned, -1)
+        target[layer, image, query] = torch.cat(labels)[row]
         return Matching(
             batch=batch,
             totals=totals.clamp(min=1),
-            labels=labels,
+            shown=torch.cat(masks),
             v=v,
             logits=logits,
             masks=output.masks,
-            assigned=assigned,
+            target=target,
             image=image,
             layer=layer,
             query=query,
-            row=first[image] + assigned[layer, image, query],
+            row=row,
         )
 
     def class_loss(self, m: Matching) -> Tensor:
         """The focal loss of Eq. 1 over A_s, on every decoder output; an unmatched query has an all-zero target (D2)."""
-        target = torch.full_like(m.assigned, -1)
-        target[m.layer, m.image, m.query] = torch.cat(m.labels)[m.row]
-        targets = one_hot(target, len(self.text))
+        targets = one_hot(send(m.target, self.device), len(self.text))
         return self.config.class_weight * losses.focal_loss(m.logits, targets, normaliser=m.segments)
 
     def mask_losses(self, m: Matching, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
         """BCE (or focal, "mask") and dice of Eq. 1 on every decoder output, at sampled points or over all pixels."""
         config = self.config
-        predicted, masks = m.masks[m.layer, m.image, m.query], torch.cat(m.batch.masks)
+        predicted, rows = m.masks[m.layer, m.image, m.query], send(m.row, self.device)
         if config.mask_loss == "full":
-            mask, dice = losses.full_mask_losses(predicted, masks, rows=m.row, normaliser=m.segments)
+            mask, dice = losses.full_mask_losses(predicted, m.shown, rows=rows, normaliser=m.segments)
             return {"mask": config.bce_weight * mask, "dice": config.dice_weight * dice}
-        layers, _, queries = m.assigned.shape
-        rows = [layers * min(len(label), queries) for label in m.labels]
+        counts = torch.bincount(m.image, minlength=len(generators)).tolist()
         bce, dice = losses.mask_losses(
             predicted,
-            masks,
-            rows=m.row,
+            m.shown,
+            rows=rows,
             points=config.points,
             normaliser=m.segments,
-            draws=list(zip(generators, rows, strict=True)),
+            draws=list(zip(generators, counts, strict=True)),
         )
         return {"bce": config.bce_weight * bce, "dice": config.dice_weight * dice}
 
     def global_loss(self, m: Matching, generators: Sequence[torch.Generator]) -> Tensor:
         """L_g (Eq. 3) of the last decoder output: V_a (Eq. 2) against its image's C_g; negatives from the bank (D3)."""
         config = self.config
-        own = self.global_tokens[m.batch.global_rows]
-        v_a = losses.target_attention(
-            own, m.v[-1], m.assigned[-1] >= 0, gamma=config.gamma, enabled=config.target_attention
-        )
-        bank = self.global_tokens[self._negatives(m.batch.global_rows, generators)]
+        rows, matched = send(m.batch.global_rows, self.device), send(m.target[-1] >= 0, self.device)
+        own = self.global_tokens[rows]
+        v_a = losses.target_attention(own, m.v[-1], matched, gamma=config.gamma, enabled=config.target_attention)
+        bank = self.global_tokens[self._negatives(rows, generators)]
         return config.global_weight * losses.global_loss(v_a, own, bank, tau=config.tau, normaliser=m.images)
 
     def instance_loss(self, m: Matching, elsewhere: Tensor | None) -> Tensor:
         """L_l (Eq. 4) of the last decoder output. Segments too small for the teacher have no token and are left out."""
-        config, last = self.config, m.layer == len(m.assigned) - 1
-        own = torch.cat(m.batch.instance_tokens)[m.row[last]]
-        encoded = own.any(1)
+        config, tokens = self.config, torch.cat(m.batch.instance_tokens)
+        counted = (m.layer == len(m.target) - 1) & tokens.any(1)[m.row]
+        image, query, row = send(torch.stack((m.image, m.query, m.row))[:, counted], self.device)
         return config.instance_weight * losses.instance_loss(
-            m.v[-1][m.image[last], m.query[last]][encoded],
-            own[encoded],
-            m.image[last][encoded],
+            m.v[-1][image, query],
+            send(tokens, self.device)[row],
+            image,
             tau=config.tau,
             negatives=config.instance_negatives,
             elsewhere=elsewhere,
@@ -259,31 +267,31 @@ class G2SCriterion:
 
     def terms(self, batch: QueryBatch, generator: torch.Generator) -> dict[str, Tensor]:
         config = self.config
-        feature, category = batch.feature.to(self.device), batch.category.to(self.device)
-        image, query = (category >= 0).nonzero(as_tuple=True)
-        label, real = category[image, query], feature[image, query]
-        eps = torch.randn(len(label), self.text.shape[-1], generator=generator).to(self.device)
-        fake, mu, log_var = self.generator(real, self.text_of_class[label], eps)
+        image, query = (batch.category >= 0).nonzero(as_tuple=True)
+        label, real = batch.category[image, query], send(batch.feature[image, query], self.device)
+        eps = send(torch.randn(len(label), self.text.shape[-1], generator=generator), self.device)
+        fake, mu, log_var = self.generator(real, self.text_of_class[send(label, self.device)], eps)
         terms = {"mmd": config.mmd_weight * losses.mmd_loss(fake, real)}
         if config.diversity_weight:
-            terms["diversity"] = self.diversity_loss(fake, real, image, feature, category)
+            terms["diversity"] = self.diversity_loss(fake, real, image, batch)
         if config.semantic_weight:
             terms["semantic"] = self.semantic_loss(fake, label)
         if config.kl_weight:
             terms["kl"] = config.kl_weight * losses.kl_loss(mu, log_var)
         return terms
 
-    def diversity_loss(self, fake: Tensor, real: Tensor, image: Tensor, feature: Tensor, category: Tensor) -> Tensor:
+    def diversity_loss(self, fake: Tensor, real: Tensor, image: Tensor, batch: QueryBatch) -> Tensor:
         """L_div (Eq. 7): f'_i against its f_i; negatives are the image's other f'_j and its unmatched queries F_0."""
-        void_image, void_query = (category < 0).nonzero(as_tuple=True)
-        unmatched = feature[void_image, void_query]
+        void_image, void_query = (batch.category < 0).nonzero(as_tuple=True)
+        unmatched = batch.feature[void_image, void_query]
+        image, unmatched, void_image = (send(value, self.device) for value in (image, unmatched, void_image))
         loss = losses.diversity_loss(fake, real, image, unmatched, void_image, tau=self.config.tau)
         return self.config.diversity_weight * loss
 
     def semantic_loss(self, fake: Tensor, label: Tensor) -> Tensor:
         """L_gv2s (Eq. 8): the focal loss of P(F'_s) over A_s, the projector frozen."""
         logits = self.projector.logits(self.projector(fake), self.text)
-        target = one_hot(self.seen_row[label], len(self.text))
+        target = one_hot(send(self.seen_row[label], self.device), len(self.text))
         return self.config.semantic_weight * losses.focal_loss(logits, target, normaliser=len(label))
 
 
@@ -308,7 +316,7 @@ class CPACriterion:
         self.all_text, self.text_of_class = text.to(self.device), bank.first.to(self.device)
         self.seen_row = seen_rows(bank, self.device)[1]
         self.text = self.all_text[torch.tensor(bank.seen, device=self.device)]
-        self.unseen = torch.tensor([k for k, seen in enumerate(bank.seen) if not seen], device=self.device)
+        self.unseen = torch.tensor([k for k, seen in enumerate(bank.seen) if not seen])
 
     def __call__(self, batch: QueryBatch, step: int) -> Iterator[dict[str, Tensor]]:
         yield self.terms(batch, step_generator(self.config.seed, step))
@@ -318,17 +326,18 @@ class CPACriterion:
 
     def real_loss(self, batch: QueryBatch) -> Tensor:
         """focal(P(F)) of all cached queries over A_s only, so unseen objects are no negatives of their class."""
-        feature, category = batch.feature.to(self.device), batch.category.to(self.device)
-        target = one_hot(torch.where(category >= 0, self.seen_row[category], -1), len(self.text))
-        logits = self.projector.logits(self.projector(feature), self.text)
+        category = batch.category
+        row = torch.where(category >= 0, self.seen_row[category], -1)
+        target = one_hot(send(row, self.device), len(self.text))
+        logits = self.projector.logits(self.projector(send(batch.feature, self.device)), self.text)
         matched = max(int((category >= 0).sum()), 1)
         return self.config.real_weight * losses.focal_loss(logits, target, normaliser=matched)
 
     def synthetic_loss(self, generator: torch.Generator) -> Tensor:
         """focal(P(F'_u)) over A of U generated features, each of an unseen class drawn uniformly (D7)."""
         config = self.config
-        drawn = torch.randint(len(self.unseen), (config.synthetic,), generator=generator).to(self.device)
-        label = self.unseen[drawn]
+        drawn = torch.randint(len(self.unseen), (config.synthetic,), generator=generator)
+        label = send(self.unseen[drawn], self.device)
         fake = self.generator.generate(self.text_of_class[label], noise_into=config.noise_into, rng=generator)
         logits = self.projector.logits(self.projector(fake), self.all_text)
         target = one_hot(label, len(self.all_text))

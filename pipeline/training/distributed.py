@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.errors import ModelError
-from pipeline.runtime import Runtime, under_torchrun
+from pipeline.runtime import OUT_OF_MEMORY, Runtime, under_torchrun
 from storage.atomic import write_text
 from storage.errors import UserError
 
@@ -51,9 +51,9 @@ class Ranks:
         """The rows (n, ...) of every other process, in order of rank; n may differ between processes."""
         if self.world == 1:
             return []
-        counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(self.world)]
-        dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-        sizes = [int(count) for count in counts]
+        counts = list(rows.new_zeros(self.world, dtype=torch.int64).split(1))
+        dist.all_gather(counts, rows.new_full((1,), len(rows), dtype=torch.int64))
+        sizes = torch.cat(counts).tolist()
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: len(rows)] = rows
         gathered = [torch.empty_like(padded) for _ in range(self.world)]
@@ -83,8 +83,8 @@ def launch(function: Callable[..., None], *arguments: Any, runtime: Runtime) -> 
     """Call `function(ranks, runtime, *arguments)` in one process per device, and return when all have ended.
 
     With `runtime.devices` 1 this is a plain call. Under torchrun (several machines) it runs this process's part. A
-    UserError, ModelError or OSError in one process ends the others: the OSError is raised here as it is, else
-    UserError.
+    UserError, ModelError or OSError in one process, or too little memory of its device, ends the others: the OSError is
+    raised here as it is, else UserError.
     """
     if under_torchrun():
         return _member(function, runtime, *arguments)
@@ -130,12 +130,11 @@ def _reporting_member(folder: Path, function: Callable[..., None], runtime: Runt
     """`_member` in a launched process, which writes a user's error to a file in `folder` for the parent."""
     try:
         _member(function, runtime, *arguments)
-    except (UserError, ModelError, OSError) as error:
-        what = (
-            ["OSError", [error.errno, error.strerror, error.filename]]
-            if isinstance(error, OSError)
-            else ["", [str(error)]]
-        )
+    except (UserError, ModelError, OSError, torch.OutOfMemoryError) as error:
+        if isinstance(error, OSError):
+            what = ["OSError", [error.errno, error.strerror, error.filename]]
+        else:
+            what = ["", [OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else str(error)]]
         write_text(folder / f"{os.environ['RANK']}.json", json.dumps(what))
         raise
 
@@ -181,7 +180,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
-        count: Any = _Sum.apply(x.new_tensor([x.numel() // x.shape[1]]))
+        count: Any = _Sum.apply(x.new_full((1,), x.numel() // x.shape[1]))
         mean: Any = _Sum.apply(x.sum((0, 2, 3))) / count
         x = x - mean[:, None, None]
         variance: Any = _Sum.apply(x.square().sum((0, 2, 3))) / count

@@ -155,15 +155,15 @@ def train(
             ranks.sum_gradients(parameters)
             scaler.unscale_(optimiser)
             norm = nn.utils.clip_grad_norm_(parameters, schedule.clip or math.inf)
-            # The only synchronisation with the device in a step, after all its work is queued. The flag that asks every
-            # process to stop is part of the same reduction.
+            # The host waits for the device here, after all of the step's work is queued; before, only stage 1's match
+            # waits, once a part of the batch. The flag that asks every process to stop is part of the same reduction.
             numbers = torch.cat((mine, ranks.sum(torch.cat((mine, stop))), norm.view(1))).tolist()
             terms, (*sums, stopped, length) = numbers[: len(own)], numbers[len(own) :]
             _require_finite(name, step, batch.image_ids, list(own), terms, sums, length, scaled=scaler.is_enabled())
             scaler.step(optimiser)
             scaler.update()
-            for kept, parameter in zip(average, parameters, strict=False):
-                kept.lerp_(parameter.detach(), 1.0 - schedule.ema)
+            if average:
+                torch._foreach_lerp_(average, [p.detach() for p in parameters], 1.0 - schedule.ema)
             values = dict(zip(own, sums, strict=True))
             record.add(values, norm=length, waited=waited, seconds=time.perf_counter() - began)
             if stopped or (step + 1) % runtime.checkpoint_every == 0 or step + 1 == schedule.steps:

@@ -50,7 +50,9 @@ def compile_() -> None:
             types = dict.fromkeys(("bags", "CELLS", "QUERIES", "HEADS"), "i32") | dict.fromkeys(sizes, "constexpr")
             signature = {name: types.get(name, "*i32" if name == "levels" else "*fp32") for name in kernel.arg_names}
             source = ASTSource(fn=kernel, signature=signature, constexprs=sizes)
-            assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+            made = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
+            assert made["cubin"] and "acq_rel" not in made["ptx"]
+            assert made["ptx"].count("red.relaxed.gpu") == made["ptx"].count("red.") + made["ptx"].count("atom.")
             print("ok")
 
 
