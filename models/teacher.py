@@ -169,7 +169,7 @@ def load_teacher(
     folder = Path(pretrained) if is_teacher_folder(pretrained) else None
     preprocessing = None if name == "small" or pretrained == "random" else _preprocessing(name, pretrained, folder)
     # random weights are drawn without a change to the caller's random state
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             clip = open_clip.create_model(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from models.projector import Projector
 from models.segmenter import build_segmenter
@@ -46,7 +47,7 @@ def peak_bytes(config: V2CConfig, *, classes: int, text_dim: int, segments: int 
         key="", embedding=torch.ones(classes, text_dim), ids=[*range(classes)], names=[""] * classes,
         isthing=[True] * classes, seen=[True] * classes, teacher={}, templates=[],
     )  # fmt: skip
-    with FakeTensorMode(allow_non_fake_inputs=True), _Alive() as alive:
+    with gpu_memory() as alive:
         modules = [module.to_empty(device=GPU).train() for module in (network, projector)]
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         moments = [torch.empty_like(p) for p in parameters for _ in range(2)]
@@ -68,6 +69,24 @@ def peak_bytes(config: V2CConfig, *, classes: int, text_dim: int, segments: int 
             torch.stack(list(terms.values())).sum().backward()
         del moments
     return alive.peak
+
+
+class _Absent(_DummyBackendModule):
+    """A kind of device of which this machine has none."""
+
+    def is_available(self) -> bool:
+        return False
+
+
+@contextmanager
+def gpu_memory() -> Iterator[_Alive]:
+    """Inside, tensors on `GPU` are fake ones, and counted. Where there is no GPU, no backward pass may have run before:
+    torch looks for devices at a process's first."""
+    if not torch.cuda.is_available() and torch._C._get_privateuse1_backend_name() != "absent":
+        # A backward pass asks the machine's accelerator for its streams, and CUDA without a driver fails to answer.
+        _setup_privateuseone_for_python_backend("absent", backend_module=_Absent())
+    with FakeTensorMode(allow_non_fake_inputs=True), _Alive() as alive:
+        yield alive
 
 
 class _Draws(torch.Generator):
@@ -97,7 +116,10 @@ class _Alive(TorchDispatchMode):
         if func is aten._to_copy.default and kwargs.get("device") == CPU:
             with unset_fake_temporarily():
                 return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        result = func(*args, **kwargs)
+        if func is aten._to_copy.default and not isinstance(args[0], FakeTensor):
+            result = torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=GPU)
+        else:
+            result = func(*args, **kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._add(leaf.untyped_storage())

@@ -12,9 +12,8 @@ PRESETS = ("coco-zps-r50", "coco-zps-maskformer-r50", "coco-zss-r50", "coco-zss-
 def by_hand(out: str) -> None:
     """The peak of a few operations on tensors of 4 MB, each beginning with nothing."""
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from pipeline.planning.memory import GPU, _Alive
+    from pipeline.planning.memory import GPU, gpu_memory
 
     def tensor() -> torch.Tensor:
         return torch.empty(2**20, device=GPU)
@@ -35,7 +34,7 @@ def by_hand(out: str) -> None:
     }
     found = {}
     for name, operation in tried.items():
-        with FakeTensorMode(allow_non_fake_inputs=True), _Alive() as alive:
+        with gpu_memory() as alive:
             operation()
         found[name] = alive.peak
         assert alive.bytes == 0, name

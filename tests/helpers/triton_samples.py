@@ -52,7 +52,7 @@ def compile_() -> None:
             source = ASTSource(fn=kernel, signature=signature, constexprs=sizes)
             made = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
             assert made["cubin"] and "acq_rel" not in made["ptx"]
-            assert made["ptx"].count("red.relaxed.gpu") == made["ptx"].count("red.") + made["ptx"].count("atom.")
+            assert ("relaxed" in made["ptx"]) == (kernel is deformable_triton._backward)
             print("ok")
 
 
