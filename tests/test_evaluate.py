@@ -276,10 +276,10 @@ def test_only_the_networks_pass_is_in_tf32_and_the_setting_is_given_back() -> No
     model = tiny_model(0)
     images = [(i, torch.zeros(3, 64, 64, dtype=torch.uint8)) for i in range(2)]
 
-    def set_to() -> tuple[bool, bool]:
+    def set_to() -> tuple[object, object]:
         return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
-    before, during = set_to(), list[tuple[bool, bool]]()
+    before, during = set_to(), list[tuple[object, object]]()
     assert before != (True, True)
     model.segmenter.register_forward_pre_hook(lambda *_: during.append(set_to()))
     for _ in outputs(model.segmenter, images, ResizeConfig(short=64, longest=64), batch=1):
