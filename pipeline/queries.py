@@ -100,14 +100,12 @@ def _write_group(
 ) -> None:
     """Run the frozen segmenter on every view of one tar's images, and write queries and the matching sigma^ (Eq. 1).
 
-    Neighbours of one size share a batch, after every `window` images were sorted by it. On a GPU the network computes
-    in TF32, see `pipeline.inference.forward`.
+    Neighbours of one size share a batch, after every `window` images were sorted by it.
     """
     import numpy as np
     import torch
 
     from models.matcher import match
-    from pipeline.inference.forward import tf32
     from pipeline.training.criteria import seen_rows
     from pipeline.training.loader import collate
     from pipeline.training.loop import image_generator
@@ -128,8 +126,7 @@ def _write_group(
             items = [item for _, item in group]
             batch = collate(items).to(device)
             with torch.no_grad():
-                with tf32():
-                    output = model.segmenter(batch.images, dense=False)
+                output = model.segmenter(batch.images, dense=False)
                 logits = model.logits(output.features[-1:], text)
             assigned = match(
                 logits,

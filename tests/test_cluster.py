@@ -282,11 +282,11 @@ def test_what_is_no_cluster_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dask", "threads", "gpus", "jobs", "workers", "each"),
     [("local", 2, 0, 9, 1, 2), ("local", 7, 0, 9, 1, 7), ("local", 8, 0, 9, 2, 4), ("local", 64, 0, 9, 9, 7),
-     ("local:3", 2, 0, 9, 3, 1), ("local:3", 6, 0, 2, 2, 3), ("local", 16, 1, 900, 1, 16), ("local", 128, 1, 900, 1, 128),
-     ("local", 128, 8, 900, 8, 16), ("local", 128, 8, 3, 3, 42), ("local:4", 16, 1, 900, 4, 4)],
+     ("local:3", 2, 0, 9, 3, 1), ("local:3", 6, 0, 2, 2, 3), ("local", 2, 1, 900, 1, 2), ("local", 16, 1, 900, 4, 4),
+     ("local", 128, 1, 900, 4, 32), ("local", 128, 8, 900, 32, 4), ("local", 16, 8, 900, 8, 2), ("local", 128, 8, 3, 3, 42), ("local:4", 16, 1, 900, 4, 4)],
 )  # fmt: skip
 def test_how_cores_are_shared_out(dask: str, threads: int, gpus: int, jobs: int, workers: int, each: int) -> None:
-    """One worker a GPU, however many cores there are; they decode."""
+    """At most four workers a GPU, however many cores there are; they decode."""
     assert split_cores(Runtime(threads=threads, dask=dask), jobs, gpus) == (workers, each)
 
 

@@ -20,7 +20,7 @@ from pipeline import evaluate, scenes
 from pipeline.data.benchmarks import Benchmark
 from pipeline.data.config import AugmentConfig, ResizeConfig
 from pipeline.evaluate import _require_same_segmenter
-from pipeline.inference.forward import outputs, tf32
+from pipeline.inference.forward import outputs
 from pipeline.inference.maps import Output, classes_of, panoptic_map, semantic_map
 from pipeline.inference.model import CheckpointMeta, Model, build_model, load_model, require_same_classes, save_model
 from pipeline.line import Stage
@@ -270,24 +270,6 @@ def test_sorted_by_size_batches_are_fuller_and_results_the_same(
     seen.clear()
     list(outputs(model.segmenter, images, resize, batch=2))
     assert seen == [(2, 64, 96), (1, 64, 96), (1, 96, 64), (2, 64, 96), (1, 64, 64)]  # neighbours, on a CPU
-
-
-def test_only_the_networks_pass_is_in_tf32_and_the_setting_is_given_back() -> None:
-    model = tiny_model(0)
-    images = [(i, torch.zeros(3, 64, 64, dtype=torch.uint8)) for i in range(2)]
-
-    def set_to() -> tuple[object, object]:
-        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-
-    before, during = set_to(), list[tuple[object, object]]()
-    assert before != (True, True)
-    model.segmenter.register_forward_pre_hook(lambda *_: during.append(set_to()))
-    for _ in outputs(model.segmenter, images, ResizeConfig(short=64, longest=64), batch=1):
-        assert set_to() == before
-    assert during == [(True, True)] * 2
-    with pytest.raises(RuntimeError), tf32():
-        raise RuntimeError
-    assert set_to() == before
 
 
 # ------------------------------------------------------------------------------------------------ end to end

@@ -19,7 +19,7 @@ from models.projector import Projector
 from pipeline.bench.harness import Row, alternate, machine
 from pipeline.bench.reference import build_mask2former, ours_of_mask2former
 from pipeline.data.config import ResizeConfig
-from pipeline.inference.forward import outputs, tf32
+from pipeline.inference.forward import outputs
 from pipeline.inference.maps import Classes, Thresholds, panoptic_map
 from pipeline.runtime import Runtime
 
@@ -87,9 +87,7 @@ def _reference(image: Tensor, resize: ResizeConfig, device: torch.device) -> Any
 
     def run(threshold: float) -> Tensor:
         inputs = processor(images=image, return_tensors="pt", device=str(device))
-        # In the precision of ours
-        with tf32():
-            found: Any = network(pixel_values=inputs["pixel_values"])
+        found: Any = network(pixel_values=inputs["pixel_values"])
         processor.post_process_panoptic_segmentation(
             found, threshold=threshold, label_ids_to_fuse=stuff, target_sizes=[(HEIGHT, WIDTH)]
         )

@@ -156,9 +156,9 @@ def _our_training(images: Tensor, *, compiled: bool) -> Callable[[], None]:
         image_ids=list(range(len(images))),
         images=images,
         global_rows=torch.zeros(len(images), dtype=torch.int64),
-        labels=labels,
+        labels=[label.cpu() for label in labels],
         masks=masks,
-        instance_tokens=[torch.zeros(SEGMENTS, TEXT_DIM, device=device)] * len(images),
+        instance_tokens=[torch.zeros(SEGMENTS, TEXT_DIM)] * len(images),
     )
     steps = itertools.count()
 

@@ -1,13 +1,11 @@
 """Images through the frozen segmenter: for calibration, evaluation and prediction.
 
-On a GPU the network's matrix products and convolutions are in TF32, and nothing else is. `pipeline/README.md` has what
-that changes in the maps, and why autocast to bfloat16 is not used.
+In float32; `pipeline/README.md` has what TF32 and bfloat16 change in the maps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -22,17 +20,6 @@ from pipeline.inference.maps import Output
 WINDOW = 128  # images sorted by size at a time, on a GPU
 
 Tag = TypeVar("Tag")
-
-
-@contextmanager
-def tf32() -> Iterator[None]:
-    """TF32, 10 bits of mantissa, for the operands of a GPU's float32 matrix products and convolutions."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def outputs(
@@ -76,9 +63,8 @@ def _unordered(
 
     for group in grouped(enumerate(images), padded, most=batch, window=window):
         views, sizes = zip(*(resize_for_test(image.to(device), resize) for _, (_, image) in group), strict=True)
-        with tf32():
-            result = segmenter(torch.stack(views), dense=False)
-            features, masks = result.features[-1], result.masks[-1]
+        result = segmenter(torch.stack(views), dense=False)
+        features, masks = result.features[-1], result.masks[-1]
         for i, (number, (tag, image)) in enumerate(group):
             (height, width), (padded_height, padded_width) = image.shape[-2:], views[i].shape[-2:]
             yield (
