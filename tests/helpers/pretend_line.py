@@ -78,7 +78,7 @@ def walk(store: str, variant: str, image: str, out: str) -> None:
     assert interrupted == [2]
     predict.run(
         checkpoint=str(made.path(stages[-2].recipe.ref)), images=[image], out=str(Path(out).with_suffix("")), names=[],
-        teacher_weights="", store=made, runtime=RUNTIME,
+        teacher_weights="", skip_bad=False, store=made, runtime=RUNTIME,
     )  # fmt: skip
     counted["predict"] = {"steps": [], "besides": vars(TRAFFIC.take())}
     Path(out).write_text(json.dumps(counted, indent=1))
