@@ -102,7 +102,7 @@ def stage_1_bytes(batch: Batch, variant: str) -> int:
 
 def views_bytes(data: TrainingData, size: int, step: int) -> int:
     """What the loader ships of a batch of `size`: images as decoded, the numbers of their targets, and their places."""
-    entries = islice(chain.from_iterable(data._read(size, step * size, ALONE)), size)
+    entries = islice(chain.from_iterable(data._read(size, step, ALONE)), size)
     views = [data._view(*entry) for entry in entries]
     return sum(getattr(view, name).nbytes for view in views for name in SHIPPED)
 
@@ -124,10 +124,8 @@ def stage_3_bytes(batch: QueryBatch, text: int, synthetic: int) -> int:
 def test_a_training_step_copies_its_batch_and_nothing_else(walked: tuple[str, Store, dict[str, Any]]) -> None:
     variant, store, counted = walked
     used, stages = config(variant), {stage.name: stage for stage in line(config(variant))}
-    shards, tokens, text, queries = (
-        store.path(stages[name].recipe.ref) for name in ("shard", "cache-clip", "text", "queries")
-    )
-    bank, cached = open_text(text, ""), read_queries(queries)
+    shards, tokens, text = (store.path(stages[name].recipe.ref) for name in ("shard", "cache-clip", "text"))
+    bank, cached = open_text(text, ""), read_queries(store.open(stages["queries"].recipe.ref).folders(".zarr"))
     data = TrainingData(shards, tokens, bank, used.v2c.augment, seed=used.v2c.seed, workers=1)
     dim = bank.embedding.shape[-1]
     for step in STEADY:

@@ -163,7 +163,8 @@ def train(
             scaler.step(optimiser)
             scaler.update()
             if average:
-                torch._foreach_lerp_(average, [p.detach() for p in parameters], 1.0 - schedule.ema)
+                latest = [parameter.detach() for parameter in parameters]
+                torch._foreach_lerp_(average, latest, 1.0 - schedule.ema)  # pyright: ignore[reportPrivateImportUsage]
             values = dict(zip(own, sums, strict=True))
             record.add(values, norm=length, waited=waited, seconds=time.perf_counter() - began)
             if stopped or (step + 1) % runtime.checkpoint_every == 0 or step + 1 == schedule.steps:

@@ -61,9 +61,9 @@ TRAFFIC = Traffic()
 
 
 class Pretend(Tensor):
-    """A tensor on the device; `inner` has its numbers."""
+    """A tensor on the device; `held`, on the CPU, has its numbers."""
 
-    inner: Tensor
+    held: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Pretend:
@@ -75,7 +75,7 @@ class Pretend(Tensor):
             dtype=inner.dtype,
             device=DEVICE,
         )
-        made.inner = inner
+        made.held = inner
         return made
 
     def tolist(self) -> Any:
@@ -95,7 +95,7 @@ class _Generator(torch.Generator):
 
     def __new__(cls, device: Any = CPU) -> Any:
         there = torch.device(device).type == "pretend"
-        return super().__new__(cls) if there else torch.random.default_generator.__class__(device)
+        return super().__new__(cls) if there else type(torch.default_generator)(device)
 
     @property
     def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -118,7 +118,7 @@ def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
     def plain(value: Any) -> Any:
         if isinstance(value, torch.device):
             return CPU
-        return value.inner if isinstance(value, Pretend) else value
+        return value.held if isinstance(value, Pretend) else value
 
     plain_args, plain_kwargs = tree_map(plain, (args, kwargs))
     result = func(*plain_args, **plain_kwargs)
