@@ -68,7 +68,8 @@ class Runtime:
 
     "local" starts worker processes on this machine: one for every four cores, at least one, and on GPUs (of which
     `device` auto and cuda take all) one to four for each, with equal shares of the threads, by which they decode
-    images. "local:N" starts N. An address is such as "tcp://10.0.0.1:8786"; the file is the one that the cluster's scheduler wrote.
+    images. "local:N" starts N. An address is such as "tcp://10.0.0.1:8786"; the file is the one that the cluster's
+    scheduler wrote.
     """
 
     def __post_init__(self) -> None:
