@@ -7,7 +7,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from storage.errors import UserError
 
@@ -19,6 +19,7 @@ OUT_OF_MEMORY = (
     "the device has too little memory; stage 1 takes less, with the same gradient, by --v2c.accumulate 2, 4, ...; "
     "else lower --v2c.batch or --v2c.augment.size, or pass --device cpu"
 )
+LOG_EVERY = 10.0  # seconds between two lines of a progress bar in a log file
 
 
 def duration(seconds: float) -> str:
@@ -146,22 +147,36 @@ class Runtime:
             )
 
     def bar(self, total: int | None, desc: str, unit: str = "it", *, initial: int = 0) -> tqdm[Any]:
-        """A progress bar with rate and remaining time; a log file gets a line every 10 s instead of two a second.
+        """A progress bar with rate and remaining time; a log file gets a line of its own every `LOG_EVERY` seconds.
 
         `initial`: what an earlier run has done; it does not count in the rate.
         """
         from tqdm import tqdm
 
-        tty = sys.stderr.isatty()
+        shown: dict[str, Any] = {"total": total, "initial": initial, "desc": desc, "unit": unit}
+        if sys.stderr.isatty():
+            return tqdm(**shown, disable=not self.progress, mininterval=0.5, dynamic_ncols=True)
         return tqdm(
-            total=total,
-            initial=initial,
-            desc=desc,
-            unit=unit,
+            **shown,
             disable=not self.progress,
-            mininterval=0.5 if tty else 10.0,
-            dynamic_ncols=tty,
+            file=_Lines(sys.stderr),
+            mininterval=LOG_EVERY,
+            # looks at the clock in every update: else a stage that becomes slower is silent for longer
+            miniters=1,
+            bar_format="{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         )
+
+
+class _Lines:
+    """Where a progress bar writes whole lines to, each ended by a newline, without carriage returns and padding."""
+
+    def __init__(self, target: TextIO) -> None:
+        self.target = target
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            self.target.write(f"{line}\n")
+            self.target.flush()
 
 
 def driver_version(text: str) -> str:

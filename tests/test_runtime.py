@@ -45,6 +45,25 @@ def test_the_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
         assert ("shard: 100%" in capsys.readouterr().err) == progress
 
 
+def test_a_log_file_gets_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """One at the start, one every 10 s of a clock that is moved by hand, and one at the end."""
+    now = 0.0
+    with Runtime().bar(100, "training v2c", "step") as bar:
+        bar._time = lambda: now  # pyright: ignore[reportAttributeAccessIssue]
+        bar.start_t = bar.last_print_t = now
+        for _ in range(100):
+            now += 0.3
+            bar.set_postfix({"total": "1.5"}, refresh=False)
+            bar.update()
+    lines = capsys.readouterr().err.split("\n")
+    assert lines.pop() == "" and not any("\r" in line or line != line.strip() for line in lines)
+    assert lines[0].startswith("training v2c: 0%, 0 of 100 [")
+    assert [line.partition(" of")[0] for line in lines[1:]] == [
+        "training v2c: 34%, 34", "training v2c: 68%, 68", "training v2c: 100%, 100",
+    ]  # fmt: skip
+    assert lines[1].endswith("[00:10<00:19,  3.33step/s, total=1.5]")
+
+
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [
