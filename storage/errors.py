@@ -19,6 +19,11 @@ def anew(key: str = "") -> str:
     return f"`zs-seg {command} --set-aside` sets {what} aside, and the next run makes it anew"
 
 
+def counted(number: int, noun: str) -> str:
+    """Such as "1 artefact" and "2,000 artefacts"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The known word that is closest to this one, as " (did you mean 'x'?)"; "" where none is close."""
     close = get_close_matches(word, list(known), n=1)

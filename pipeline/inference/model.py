@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.data.config import AugmentConfig, ResizeConfig, SemanticAugmentConfig
 from pipeline.teacher.text_bank import ClassList
+from storage import names
 from storage.errors import UserError
+from storage.runs import Runs
 from storage.store import Store
 
 if TYPE_CHECKING:
@@ -174,13 +176,19 @@ def require_same_classes(classes: ClassList, bank: TextBank) -> None:
 
 
 def checkpoint_folder(store: Store, checkpoint: str) -> Path:
-    """The folder of a v2c or cpa checkpoint: `checkpoint` itself, or that of a key in the store.
+    """The folder of a v2c or cpa checkpoint: `checkpoint` itself, or that of a key or of a run in the store
+    (`storage.names`).
 
-    Raises UserError where there is none.
+    Raises UserError where there is none, and for a folder's bare name that is also a run's.
     """
     folder = Path(checkpoint)
-    if not folder.is_dir():
-        ref = store.find(checkpoint)
+    if folder.is_dir():
+        if checkpoint in Runs(store).names():
+            raise UserError(
+                f"{checkpoint!r} is a folder here and a run in {store.root}; write ./{checkpoint} or {checkpoint}:cpa"
+            )
+    else:
+        ref = names.find(store, checkpoint, kind="checkpoint")
         store.require_intact(ref)
         folder = store.path(ref)
     try:
