@@ -10,6 +10,7 @@ from pipeline.data.coco import file_sizes, read_split
 from pipeline.data.config import CocoConfig
 from pipeline.line import Config, Stage
 from pipeline.scenes import benchmark as benchmark_of_scenes
+from storage.errors import counted
 from storage.store import Store
 
 
@@ -38,13 +39,13 @@ class Counts:
 
     def __str__(self) -> str:
         def number(instances: int | None) -> str:
-            return "an unknown number of instances" if instances is None else f"{instances:,} instances"
+            return "an unknown number of instances" if instances is None else counted(instances, "instance")
 
         left = "an unknown number" if self.left is None else f"{self.left:,}"
         return (
-            f"{self.train:,} training images, "
+            f"{counted(self.train, 'training image')}, "
             f"of which the protocol leaves {left} with {number(self.train_instances)}; "
-            f"{self.val:,} validation images with {number(self.val_instances)}"
+            f"{counted(self.val, 'validation image')} with {number(self.val_instances)}"
         )
 
 
