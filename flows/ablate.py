@@ -15,7 +15,7 @@ from pipeline.ablation.tables import TABLES, Table, html, markdown, sweep
 from pipeline.line import Config
 from pipeline.runtime import Runtime, duration
 from storage.atomic import write_text
-from storage.errors import UserError
+from storage.errors import UserError, counted
 from storage.runs import RunRecord, Runs
 
 NAMES = *TABLES, "sweep"
@@ -73,6 +73,6 @@ def _tables(names: Sequence[str], config: Config) -> list[Table]:
 
 def _print_plan(plan: rows.Plan, runs: int, jobs: int) -> None:
     for name, artefacts in plan.artefacts.items():
-        print(f"{name:<10} {artefacts:>3} artefacts, {plan.missing[name]:>3} to build")
+        print(f"{name:<10} {counted(artefacts, 'artefact'):>13}, {plan.missing[name]:>3} to build")
     unknown = f", without {', '.join(plan.unknown)}" if plan.unknown else ""
     print(f"{runs} rows times seeds; about {duration(plan.seconds / jobs)} to go{unknown}", flush=True)

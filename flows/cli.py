@@ -23,6 +23,9 @@ from storage.errors import UserError, did_you_mean
 
 # those that take flags of the config tree
 TREE_COMMANDS = ("plan", "run", "stage", "ablate")
+# storage/names.py has the rule
+ARTEFACT = "a key, the beginning of one, the name of a run, or RUN:STAGE"
+CHECKPOINT = f"a checkpoint's folder, {ARTEFACT}; of a run the last checkpoint"
 BENCHES = ("segmenter", "evaluate", "cache", "train")
 
 
@@ -228,7 +231,7 @@ def _add_plan_flags(plan: _Parser) -> None:
         type=float,
         default=50.0,
         metavar="X",
-        help="assumed speed of the teacher, where none was measured; default: 50",
+        help="assumed speed of the teacher and of published networks, where none was measured; default: 50",
     )
     plan.add_argument(
         "--step-seconds",
@@ -242,6 +245,7 @@ def _add_plan_flags(plan: _Parser) -> None:
         action="store_true",
         help="also compute the GPU memory that v2c takes; needs no GPU, but some seconds",
     )
+    plan.add_argument("--json", action="store_true", help="as JSON")
 
 
 def _add_run_flags(run: _Parser) -> None:
@@ -271,14 +275,16 @@ def _add_store_commands(add: Callable[..., _Parser]) -> _Parser:
     listing.add_argument("--kind", default="", metavar="KIND", help="only artefacts of this kind, such as checkpoint")
     listing.add_argument("--json", action="store_true", help="as JSON, with the keys of the users")
     show = add("show", store_commands.show_artefact, "show an artefact: its manifest, inputs and users")
-    show.add_argument("key", metavar="KEY", help="its key, or the beginning of it")
+    show.add_argument("key", metavar="KEY", help=f"{ARTEFACT}; of a run the last stage")
+    show.add_argument("--json", action="store_true", help="as JSON")
     diff = add(
         "diff", store_commands.diff, "show the settings in which two artefacts, or what they were made from, differ"
     )
-    diff.add_argument("one", metavar="KEY", help="a key, the beginning of one, or the name of a run")
+    diff.add_argument("one", metavar="KEY", help=ARTEFACT)
     diff.add_argument("other", metavar="KEY", help="the same")
     gc = add("gc", store_commands.gc, "find, and with --delete remove, what no named run reaches")
     gc.add_argument("--delete", action="store_true", help="remove it; without this flag nothing changes")
+    gc.add_argument("--json", action="store_true", help="as JSON")
     gc.add_argument(
         "--keep",
         type=int,
@@ -295,7 +301,7 @@ def _add_store_commands(add: Callable[..., _Parser]) -> _Parser:
         help="keep interrupted builds that no run needs for so long; default: 7",
     )
     verify = add("verify", store_commands.verify_artefacts, "compare artefacts, byte by byte, with their manifests")
-    verify.add_argument("key", metavar="KEY", nargs="?", default="", help="one key; default: all")
+    verify.add_argument("key", metavar="KEY", nargs="?", default="", help=f"{ARTEFACT}; of a run all; default: all")
     verify.add_argument(
         "--sample", type=int, default=0, metavar="N", help="read only N files, drawn at random; default: all"
     )
@@ -313,7 +319,7 @@ def _add_store_commands(add: Callable[..., _Parser]) -> _Parser:
 
 
 def _add_predict_flags(predict: _Parser) -> None:
-    predict.add_argument("--checkpoint", required=True, metavar="KEY", help="a checkpoint's key, or its folder")
+    predict.add_argument("--checkpoint", required=True, metavar="KEY", help=CHECKPOINT)
     predict.add_argument("--images", required=True, nargs="+", metavar="PATH", help="image files, or folders of them")
     predict.add_argument(
         "--out",
@@ -329,7 +335,7 @@ def _add_predict_flags(predict: _Parser) -> None:
 
 
 def _add_evaluate_flags(evaluate: _Parser) -> None:
-    evaluate.add_argument("--checkpoint", required=True, metavar="KEY", help="a checkpoint's key, or its folder")
+    evaluate.add_argument("--checkpoint", required=True, metavar="KEY", help=CHECKPOINT)
     evaluate.add_argument(
         "--benchmark",
         required=True,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from flows import runs
 from flows.request import Request, configure, open_request, open_runtime, open_store
@@ -14,9 +16,13 @@ from pipeline import v2c
 from pipeline.line import Config, Stage, benchmark_of, line
 from pipeline.runtime import Runtime, duration, torchrun_rank, under_torchrun
 from storage.differences import Explainer
-from storage.errors import UserError
+from storage.errors import UserError, counted
+from storage.keys import Ref
 from storage.lineage import Lineage
 from storage.store import State, Store
+
+if TYPE_CHECKING:
+    from pipeline.planning.estimates import Estimator
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -32,57 +38,94 @@ def plan(options: argparse.Namespace) -> int:
     counts, lineage = count(config, stages, store), Lineage(store)
     estimator = Estimator(config, stages, lineage, counts, tflops=options.tflops, step_seconds=options.step_seconds)
     explainer = Explainer((stage.recipe for stage in stages), lineage)
-    rows, notes = [], []
-    for stage in stages:
-        ref, state = stage.recipe.ref, store.state(stage.recipe.ref)
-        if state == "fresh":
-            built = store.open(ref).manifest
-            rows.append((stage.name, str(ref), state, size(built.bytes), duration(built.provenance["seconds"]), ""))
-            continue
-        guess = estimator.estimate(stage)
-        takes = (
-            "-" if guess.bytes is None else f"~{size(guess.bytes)}",
-            "-" if guess.seconds is None else f"~{duration(guess.seconds)}",
-        )
-        rows.append((stage.name, str(ref), state, *takes, _why(stage, state, store, explainer)))
-        if guess.seconds is not None:
-            notes.append(f"{stage.name} {guess.source}")
-            if stage.name == "v2c":
-                notes[-1] += f"; {duration(guess.seconds / 8)} on 8 such devices, if they are 8 times as fast"
-    print_table(("stage", "artefact", "state", "bytes", "time", "why"), rows)
-    missing = sum(row[2] != "fresh" for row in rows)
-    print(f"\n{missing} of {len(rows)} stages to build in {store.root}")
-    for note in notes:
-        print(f"~ {note}")
-    if any(row[4] == "-" for row in rows):
+    rows = [_planned(stage, store, estimator, explainer) for stage in stages]
+    missing = sum(row.state != "fresh" for row in rows)
+    if options.json:
+        content = {"store": str(store.root), "to_build": missing, "stages": [row.plain() for row in rows]}
+        memory = {"memory": _peak(config)} if options.memory else {}
+        print(json.dumps({**content, "counts": asdict(counts), **memory}, indent=1))
+        return 0
+    print_table(("stage", "artefact", "state", "bytes", "time", "why"), [row.cells() for row in rows])
+    print(f"\n{missing} of {counted(len(rows), 'stage')} to build in {store.root}")
+    for row in rows:
+        if row.source and row.seconds is not None:
+            eight = f"; {duration(row.seconds / 8)} on 8 such devices, if they are 8 times as fast"
+            print(f"~ {row.stage} {row.source}{eight if row.stage == 'v2c' else ''}")
+    if any(row.seconds is None for row in rows):
         print(
-            "- has no estimate: there is one as soon as a stage like it was built in this store, "
+            "- has no time: there is one as soon as a stage like it was built in this store, "
             "of v2c also with --step-seconds"
         )
     print(counts)
     if counts.left:
         batch, length = config.v2c.batch, config.v2c.steps
         print(
-            f"v2c: {length:,} steps of {batch} images are {length * batch / counts.left:.1f} epochs of the images left"
+            f"v2c: {counted(length, 'step')} of {counted(batch, 'image')}: "
+            f"{length * batch / counts.left:.1f} epochs of the images left"
         )
     if options.memory:
         print(_memory(config))
     return 0
 
 
-def _memory(config: Config) -> str:
-    """The GPU memory of stage 1 in words."""
+def _peak(config: Config) -> int:
+    """The GPU memory of stage 1 in bytes."""
     from pipeline.planning.estimates import teacher_dim
-    from pipeline.planning.memory import SEGMENTS, peak_bytes
+    from pipeline.planning.memory import peak_bytes
 
-    v2c = config.v2c
     classes = sum(benchmark_of(config).seen)
     # some MB at most depend on the width, where the teacher's is not known
-    peak = peak_bytes(v2c, classes=classes, text_dim=teacher_dim(config.teacher.name) or 512)
+    return peak_bytes(config.v2c, classes=classes, text_dim=teacher_dim(config.teacher.name) or 512)
+
+
+def _memory(config: Config) -> str:
+    """The GPU memory of stage 1 in words."""
+    from pipeline.planning.memory import SEGMENTS
+
+    v2c = config.v2c
     return (
-        f"v2c: {size(peak)} of one GPU's memory, computed for {v2c.batch} images of {v2c.augment.size} pixels with "
-        f"{SEGMENTS} segments each, in {v2c.precision}, --v2c.accumulate {v2c.accumulate}; libraries take some GB more"
+        f"v2c: {size(_peak(config))} of one GPU's memory, computed for {v2c.batch} images of {v2c.augment.size} pixels "
+        f"with {SEGMENTS} segments each, in {v2c.precision}, --v2c.accumulate {v2c.accumulate}; libraries take some GB more"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Planned:
+    """A stage as `plan` shows it. `bytes` and `seconds` are measured of a "fresh" one, else estimated, None = unknown;
+    `source`: the basis of estimated seconds; `why`: why it is not fresh, or who builds it."""
+
+    stage: str
+    ref: Ref
+    state: State
+    bytes: float | None
+    seconds: float | None
+    source: str = ""
+    why: str = ""
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {"stage": self.stage, "kind": self.ref.kind, "key": self.ref.key} | {
+            name: value for name, value in asdict(self).items() if name not in ("stage", "ref")
+        }
+
+    def cells(self) -> tuple[str, ...]:
+        """Its row of the table."""
+        about = "" if self.state == "fresh" else "~"
+        takes = (
+            "-" if self.bytes is None else f"{about}{size(self.bytes)}",
+            "-" if self.seconds is None else f"{about}{duration(self.seconds)}",
+        )
+        return (self.stage, str(self.ref), self.state, *takes, self.why)
+
+
+def _planned(stage: Stage, store: Store, estimator: Estimator, explainer: Explainer) -> _Planned:
+    ref, state = stage.recipe.ref, store.state(stage.recipe.ref)
+    if state == "fresh":
+        built = store.open(ref).manifest
+        return _Planned(stage=stage.name, ref=ref, state=state, bytes=built.bytes, seconds=built.provenance["seconds"])
+    guess, why = estimator.estimate(stage), _why(stage, state, store, explainer)
+    known: Any = {"bytes": guess.bytes, "seconds": guess.seconds, "source": guess.source}
+    return _Planned(stage=stage.name, ref=ref, state=state, **known, why=why)
 
 
 def _why(stage: Stage, state: State, store: Store, explainer: Explainer) -> str:
@@ -112,6 +155,7 @@ def _walk(request: Request, runtime: Runtime, first: str, last: str, force: Sequ
     runs.require_shares(config, selected, runtime.devices)
     runs.require_inputs(request, store, stages, selected, again)
     runs.show_device(request, store, selected, runtime, again)
+    runs.show_work(config, store, stages, selected, again)
     with runs.noted(request, stages, store):
         runs.remove(store, again)
         for number, stage in enumerate(stages, 1):
@@ -152,7 +196,6 @@ def predict_images(options: argparse.Namespace) -> int:
 
 
 def evaluate_checkpoint(options: argparse.Namespace) -> int:
-    import json
     from pathlib import Path
 
     from rich.console import Console
@@ -182,7 +225,6 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
 
 
 def panoptic_quality(options: argparse.Namespace) -> int:
-    import json
     from pathlib import Path
 
     from rich.console import Console

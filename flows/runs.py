@@ -12,11 +12,13 @@ from typing import Any
 
 from flows.presets import GPU_PRESETS
 from flows.request import Request
+from flows.tables import roughly
 from pipeline import v2c
 from pipeline.line import Config, Stage
 from pipeline.runtime import Runtime, duration, torchrun_rank
-from storage.errors import UserError, did_you_mean
+from storage.errors import UserError, counted, did_you_mean
 from storage.keys import Ref
+from storage.lineage import Lineage
 from storage.runs import RunRecord, Runs
 from storage.store import Store
 
@@ -100,6 +102,39 @@ def require_shares(config: Config, selected: Sequence[Stage], devices: int) -> N
         config.v2c.share(devices)
 
 
+def show_work(
+    config: Config, store: Store, stages: Sequence[Stage], selected: Sequence[Stage], again: Sequence[Stage] = ()
+) -> None:
+    """Log how many of several selected stages are to be built, and about how long that takes, by `zs-seg plan`."""
+    if len(selected) == 1:
+        return
+    due = [stage for stage in selected if stage in again or store.state(stage.recipe.ref) != "fresh"]
+    log.info("%s, %s", counted(len(selected), "stage"), _work(config, store, stages, due) if due else "none to build")
+
+
+def _work(config: Config, store: Store, stages: Sequence[Stage], due: Sequence[Stage]) -> str:
+    from pipeline.planning.counts import count
+    from pipeline.planning.estimates import Estimator
+
+    text = f"{len(due)} to build"
+    try:
+        counts = count(config, list(stages), store)
+    except UserError:
+        # the stage that reads these images stops at the same fault in a moment, with the artefact's name and the cure
+        return f"{text}; no time, as the images cannot be counted"
+    estimator = Estimator(config, list(stages), Lineage(store), counts)
+    guesses = {stage.name: estimator.estimate(stage) for stage in due}
+    known = [guess.seconds for guess in guesses.values() if guess.seconds is not None]
+    unknown = [name for name, guess in guesses.items() if guess.seconds is None]
+    if known:
+        text += f", about {roughly(max(sum(known), 1))}"
+    if unknown:
+        text += f" without {', '.join(unknown)}, of which nothing is known"
+    if assumed := [name for name, guess in guesses.items() if guess.assumed]:
+        text += f" (assumed of {', '.join(assumed) if len(assumed) < len(due) else 'all'}, see `zs-seg plan`)"
+    return text
+
+
 def show_device(
     request: Request, store: Store, selected: Sequence[Stage], runtime: Runtime, again: Sequence[Stage] = ()
 ) -> None:
@@ -156,8 +191,8 @@ def build(stage: Stage, store: Store, runtime: Runtime) -> Outcome:
     if torchrun_rank():  # the first process finishes it
         return Outcome(stage=stage.name, ref=ref, built=built, seconds=time.monotonic() - started)
     if skipped := store.open(ref).manifest.counts.get("skipped"):  # `open` refuses an artefact that is damaged
-        count = f"{len(skipped)} bad image{'s' * (len(skipped) > 1)}"
-        log.warning("%s: %s left out; `zs-seg show %s` lists them", stage.name, count, ref.key)
+        bad = counted(len(skipped), "bad image")
+        log.warning("%s: %s left out; `zs-seg show %s` lists them", stage.name, bad, ref.key)
     return Outcome(stage=stage.name, ref=ref, built=built, seconds=time.monotonic() - started)
 
 

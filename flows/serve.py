@@ -96,7 +96,7 @@ def stop(home: Path) -> int:
     _end(running.values())
     for file in home.glob("*.pid"):
         file.unlink(missing_ok=True)
-    print(f"stopped {len(running)} processes" if running else "nothing is running")
+    print(f"stopped {len(running)} process{'es' * (len(running) != 1)}" if running else "nothing is running")
     return 0
 
 

@@ -7,17 +7,20 @@ import json
 import random
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from flows.request import open_runtime, open_store
 from flows.tables import age, print_table, print_tree, size
 from pipeline.line import STAGES
-from storage.collect import collect, survey
+from storage import names
+from storage.collect import Survey, collect, survey
 from storage.differences import differences
-from storage.errors import UserError, anew
+from storage.errors import UserError, anew, counted
 from storage.keys import Ref
 from storage.lineage import Lineage, Node
 from storage.runs import Runs
-from storage.store import MANIFEST, Store
+from storage.store import MANIFEST, Artefact, Store
 
 SHOWN = 20  # files, and artefacts of a lineage, that `show` prints before it only counts
 
@@ -58,7 +61,7 @@ def list_artefacts(options: argparse.Namespace) -> int:
     rows += [("?", str(ref), "damaged", "-", "-", "see `zs-seg verify`") for ref in damaged]
     if rows:
         print_table(("stage", "artefact", "size", "age", "used by", "runs"), rows)
-    print(f"{len(rows)} artefacts, {size(sum(node.bytes for node in known))}, in {store.root}")
+    print(f"{counted(len(rows), 'artefact')}, {size(sum(node.bytes for node in known))}, in {store.root}")
     return 0
 
 
@@ -89,15 +92,19 @@ def _damaged(ref: Ref) -> dict[str, object]:
 
 def show_artefact(options: argparse.Namespace) -> int:
     store = open_store(options)
-    artefact = store.open(store.find(options.key))
+    artefact = store.open(names.find(store, options.key))
     manifest, lineage, runs = artefact.manifest, Lineage(store), Runs(store)
+    users = _users(lineage, manifest.ref)
+    reached = [n for n in runs.names() if manifest.ref in lineage.reach(runs.lines(n)[-1].refs.values())]
+    if options.json:
+        print(json.dumps(_shown(artefact, users, reached), indent=1))
+        return 0
     print(f"{manifest.ref}, made by stage {manifest.stage} (version {manifest.version})\n{artefact.path}")
     print("\ninputs")
     _print_inputs(lineage, manifest.ref, "  ", {manifest.ref})
     print("\nused by")
-    _print_users(lineage, manifest.ref)
-    names = [n for n in runs.names() if manifest.ref in lineage.reach(runs.lines(n)[-1].refs.values())]
-    print(f"\nruns: {', '.join(names) or 'none'}")
+    _print_users(lineage, users)
+    print(f"\nruns: {', '.join(reached) or 'none'}")
     for title, content in (
         ("config", manifest.config),
         ("counts", manifest.counts),
@@ -112,11 +119,22 @@ def show_artefact(options: argparse.Namespace) -> int:
     if len(shown) < len(manifest.files):
         print(f"  and {len(manifest.files) - len(shown)} more in {artefact.path / MANIFEST}")
     if manifest.kind == "tokens":
-        from pipeline.teacher.checks import summary
-
         print("\nrows")
-        print_tree(summary(artefact.folders(".zarr")), "  ")
+        print_tree(_rows(artefact), "  ")
     return 0
+
+
+def _shown(artefact: Artefact, users: Mapping[Ref, int], runs: Sequence[str]) -> dict[str, Any]:
+    """What `show` prints, as JSON has it: all of the manifest, and what is around it."""
+    around = {"path": str(artefact.path), "used_by": list(map(str, users)), "runs": list(runs)}
+    rows = {"rows": _rows(artefact)} if artefact.ref.kind == "tokens" else {}
+    return {**asdict(artefact.manifest), "bytes": artefact.manifest.bytes, **around, **rows}
+
+
+def _rows(artefact: Artefact) -> dict[str, dict[str, Any]]:
+    from pipeline.teacher.checks import summary
+
+    return summary(artefact.folders(".zarr"))
 
 
 def _print_inputs(lineage: Lineage, ref: Ref, indent: str, printed: set[Ref]) -> None:
@@ -131,19 +149,24 @@ def _print_inputs(lineage: Lineage, ref: Ref, indent: str, printed: set[Ref]) ->
             _print_inputs(lineage, source, indent + "  ", printed)
 
 
-def _print_users(lineage: Lineage, ref: Ref) -> None:
-    """What was made from it, the nearest first, each with the number of steps in between."""
+def _users(lineage: Lineage, ref: Ref) -> dict[Ref, int]:
+    """What was made from it, the nearest first, each with its number of steps from there."""
     found, waiting = {ref: 0}, [ref]
     for one in waiting:
         new = [user for user in lineage.users(one) if user not in found]
         found |= dict.fromkeys(new, found[one] + 1)
         waiting += new
-    for user in waiting[1 : 1 + SHOWN]:
-        node, steps = lineage.node(user), found[user]
+    del found[ref]
+    return found
+
+
+def _print_users(lineage: Lineage, users: Mapping[Ref, int]) -> None:
+    for user, steps in list(users.items())[:SHOWN]:
+        node = lineage.node(user)
         print(f"  {user} ({node.stage if node else '?'}){'' if steps == 1 else ', through others'}")
-    if len(waiting) > 1 + SHOWN:
-        print(f"  and {len(waiting) - 1 - SHOWN} more")
-    if len(waiting) == 1:
+    if len(users) > SHOWN:
+        print(f"  and {len(users) - SHOWN} more")
+    if not users:
         print("  nothing")
 
 
@@ -152,7 +175,7 @@ def verify_artefacts(options: argparse.Namespace) -> int:
         if value < 0:
             raise UserError(f"{flag} must be 0 or more, not {value}")
     store = open_store(options)
-    refs: list[Ref] = [store.find(options.key)] if options.key else store.refs()
+    refs = _named(store, options.key) if options.key else store.refs()
     drawn = _draw(store, refs, options) if options.sample else None
     damaged = []
     for ref in refs:
@@ -177,13 +200,35 @@ def verify_artefacts(options: argparse.Namespace) -> int:
     if damaged:
         if options.set_aside:
             return _set_aside(store, damaged)
-        named = ", ".join(map(str, damaged))
-        raise UserError(f"{len(damaged)} of {len(refs)} artefacts are damaged ({named}); {anew()}")
+        listed, verb = ", ".join(map(str, damaged)), "is" if len(damaged) == 1 else "are"
+        raise UserError(f"{len(damaged)} of {counted(len(refs), 'artefact')} {verb} damaged ({listed}); {anew()}")
+    artefacts = f"{counted(len(refs), 'artefact')} in {store.root}"
     if drawn is None:
-        print(f"{len(refs)} artefacts in {store.root} are intact")
+        print(f"{artefacts} {'is' if len(refs) == 1 else 'are'} intact")
     else:
-        print(f"{len(refs)} artefacts in {store.root} have all their files, in their sizes; the drawn ones are intact")
+        print(f"{artefacts} with all files, in their sizes; the drawn ones are intact")
     return 0
+
+
+def _named(store: Store, text: str) -> list[Ref]:
+    """The artefact that `text` is for, or those of a run that are complete; the others of the run are printed.
+
+    Raises UserError as `names.named`, and for a run of which nothing is complete.
+    """
+    found = names.named(store, text)
+    if isinstance(found, Ref):
+        return [found]
+    states = {ref: store.state(ref) for ref in found.refs.values()}
+    if "fresh" not in states.values():
+        raise _unbuilt(text, store)
+    for ref, state in states.items():
+        if state != "fresh":
+            print(f"{ref!s:<28} {state}, nothing to compare")
+    return [ref for ref, state in states.items() if state == "fresh"]
+
+
+def _unbuilt(run: str, store: Store) -> UserError:
+    return UserError(f"nothing of run {run} is built in {store.root}; run it, or give keys")
 
 
 def _set_aside(store: Store, damaged: Sequence[Ref]) -> int:
@@ -202,7 +247,7 @@ def _draw(store: Store, refs: Sequence[Ref], options: argparse.Namespace) -> dic
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
     files = [(ref, name) for ref in refs for name in store.file_names(ref)]
     number = min(options.sample, len(files))
-    print(f"{number} of {len(files)} files, drawn with --seed {seed}")
+    print(f"{number} of {counted(len(files), 'file')}, drawn with --seed {seed}")
     drawn: dict[Ref, list[str]] = {}
     for ref, name in random.Random(seed).sample(files, number):
         drawn.setdefault(ref, []).append(name)
@@ -216,22 +261,21 @@ def diff(options: argparse.Namespace) -> int:
     rows = [(difference.field, *difference.values) for difference in differences(before, after)]
     if rows:
         print_table(("field", one_name, other_name), rows)
-    print(f"{len(rows)} fields differ" if rows else f"{one_name} and {other_name} differ in no field")
+    count = f"{counted(len(rows), 'field')} differ{'s' * (len(rows) == 1)}"
+    print(count if rows else f"{one_name} and {other_name} differ in no field")
     return 0
 
 
 def _line(name: str, store: Store, lineage: Lineage) -> tuple[dict[str, Node], str]:
     """A run's stages, as far as they are built, or an artefact and what it was made from; and what to call it."""
-    runs = Runs(store)
-    if name not in runs.names():
-        ref = store.find(name)
-        if not lineage.node(ref):
-            raise UserError(f"{ref} is damaged; `zs-seg verify {ref.key}` says how")
-        return lineage.line(ref), str(ref)
-    refs = runs.lines(name)[-1].refs
-    line = {stage: node for stage, ref in refs.items() if (node := lineage.node(ref))}
+    found = names.named(store, name)
+    if isinstance(found, Ref):
+        if not lineage.node(found):
+            raise UserError(f"{found} is damaged; `zs-seg verify {found.key}` says how")
+        return lineage.line(found), str(found)
+    line = {stage: node for stage, ref in found.refs.items() if (node := lineage.node(ref))}
     if not line:
-        raise UserError(f"nothing of run {name} is built in {store.root}; run it, or give keys")
+        raise _unbuilt(name, store)
     return line, name
 
 
@@ -241,15 +285,34 @@ def gc(options: argparse.Namespace) -> int:
         raise UserError(f"--partial-age must be 0 days or more, not {options.partial_age:g}")
     work = collect if options.delete else survey
     found = work(store, keep=options.keep, forget=options.forget, partial_age=options.partial_age * 86400)
+    if options.json:
+        print(json.dumps({"store": str(store.root), "deleted": options.delete, **_survey(found)}, indent=1))
+        return 0
     if found.waste:
         rows = [(one.name, size(one.bytes), one.reason) for one in found.waste]
         print_table(("removed" if options.delete else "to remove", "size", "reason"), rows)
     for ref in found.locked:
         print(f"{ref} is being built by {store.holder(ref)}: left alone")
-    kept = f"{len(found.kept)} artefacts with {size(found.kept_bytes)} stay in {store.root}"
+    stay = "stays" if len(found.kept) == 1 else "stay"
+    kept = f"{counted(len(found.kept), 'artefact')} with {size(found.kept_bytes)} {stay} in {store.root}"
+    folders = f"{counted(len(found.waste), 'folder')} with {size(found.bytes)}"
     if options.delete:
-        print(f"{len(found.waste)} folders with {size(found.bytes)} removed; {kept}")
+        print(f"{folders} removed; {kept}")
     else:
-        cure = "; `--delete` removes them" if found.waste else ""
-        print(f"{len(found.waste)} folders with {size(found.bytes)} that no run reaches{cure}; {kept}")
+        cure = "; `--delete` removes what is listed" if found.waste else ""
+        print(f"{folders} that no run reaches{cure}; {kept}")
     return 0
+
+
+def _survey(found: Survey) -> dict[str, Any]:
+    """What `gc` prints, as JSON has it."""
+    folders = [
+        {"name": one.name, "path": str(one.path), "bytes": one.bytes, "reason": one.reason} for one in found.waste
+    ]
+    return {
+        "folders": folders,
+        "bytes": found.bytes,
+        "kept": list(map(str, found.kept)),
+        "kept_bytes": found.kept_bytes,
+        "locked": list(map(str, found.locked)),
+    }

@@ -40,7 +40,11 @@ def size(count: float) -> str:
 def age(created: str) -> str:
     """Since an ISO 8601 date: "3 days", "5 h", "20 min" or "12 s"."""
     then = datetime.fromisoformat(created)
-    seconds = max(0.0, (datetime.now(then.tzinfo) - then).total_seconds())
+    return roughly(max(0.0, (datetime.now(then.tzinfo) - then).total_seconds()))
+
+
+def roughly(seconds: float) -> str:
+    """A time of two units or more: "3 days", "5 h", "20 min" or "12 s"."""
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds // length:.0f} {unit}"

@@ -10,7 +10,7 @@ from pipeline.data.samples import samples_with_tokens
 from pipeline.runtime import Runtime
 from pipeline.scoring.config import EvaluateConfig
 from pipeline.scoring.records import HEADLINE, Report
-from storage.errors import UserError
+from storage.errors import UserError, counted
 from storage.keys import Recipe, Ref
 from storage.store import Build
 
@@ -91,8 +91,8 @@ def build(build: Build, config: EvaluateConfig, runtime: Runtime, *, benchmark: 
     build.add(*write_report(build.path, report, curves=curves, pictures=pictures))
     left_out = report.left_out
     log.info(
-        "ceilings leave out %d crowd segments; %d segments have no query over them",
-        left_out.crowd_segments,
+        "ceilings leave out %s; segments without a query over them: %d",
+        counted(left_out.crowd_segments, "crowd segment"),
         left_out.segments_without_a_query,
     )
     build.counts |= counts(report, benchmark.task)

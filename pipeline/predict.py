@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.data.images import SUFFIXES, check_header, read_image
 from pipeline.inference.model import checkpoint_folder
 from pipeline.runtime import Runtime
-from storage.errors import UserError
+from storage.errors import UserError, counted
 from storage.store import Store
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def run(
     reason. Without, it ends the run, as any failure does; the JSON then holds what was done before, and `unfinished`
     lists what was not.
 
-    `checkpoint` is a key in the store or a checkpoint's folder, which may lie anywhere: it holds all that is needed.
+    `checkpoint` is a key or a run in the store, or a checkpoint's folder, which may lie anywhere and holds all that is
+    needed.
     `names` are added to its classes as unseen things, and encoded by its own teacher; `teacher_weights` is the
     teacher's weights file where it was a local one.
 
@@ -150,7 +151,7 @@ def find_images(paths: Sequence[str]) -> list[Path]:
             shown = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
             inside = [file for file in shown if file.suffix.lower() in SUFFIXES]
             if others := [file.name for file in shown if file.suffix.lower() not in SUFFIXES]:
-                log.warning("predict: %s: %d other files left out, such as %s", path, len(others), others[0])
+                log.warning("predict: %s: %s left out, such as %s", path, counted(len(others), "other file"), others[0])
             if not inside:
                 raise UserError(f"folder {path} holds no image ({', '.join(SUFFIXES)}); pass another --images")
             found += inside

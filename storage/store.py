@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from storage.atomic import clean, delete, fsync, write_text
-from storage.errors import UserError, anew
+from storage.errors import UserError, anew, counted
 from storage.inputs import NOTE, Inputs
 from storage.keys import KEY_LENGTH, Recipe, Ref, canonical, recipe_key, sha256_file
 from storage.lock import Lock
@@ -226,7 +226,8 @@ class Store:
         # Only now, so that a kill a moment earlier costs no training.
         for file in (partial / NOTE, *build.scratch):
             delete(self.path(ref) / file.relative_to(partial))
-        log.info("%s: %s complete, %d files, %.1f MB", recipe.stage, ref, len(files), manifest.bytes / 1e6)
+        size = manifest.bytes / 1e6
+        log.info("%s: %s complete, %s, %.1f MB", recipe.stage, ref, counted(len(files), "file"), size)
 
     def _list(self, build: Build) -> dict[str, dict[str, Any]]:
         """The files that a build has named, flushed to the disk and hashed, for its manifest; others are logged."""

@@ -119,7 +119,7 @@ def test_one_row_of_another_image_is_named(
     capsys.readouterr()
     assert main((*words, "--rows", "10000")) == 2
     output = capsys.readouterr()
-    assert name in output.out and "1 of 1 artefacts are damaged" in output.err
+    assert name in output.out and "1 of 1 artefact is damaged" in output.err
 
 
 def test_verify_says_how_many_rows_agree(made: tuple[Store, Ref], capsys: pytest.CaptureFixture[str]) -> None:

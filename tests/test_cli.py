@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -201,7 +202,7 @@ def test_plan_tells_fresh_from_missing(small_store: Store, capsys: pytest.Captur
     rows = [row.split() for row in capsys.readouterr().out.splitlines()[1 : 1 + len(STAGES)]]
     assert [row[0] for row in rows] == list(STAGES)
     assert [row[2] for row in rows] == ["fresh"] * 3 + ["missing"] * 6
-    assert rows[4][3:5] == ["-", "-"]  # of v2c nothing is known
+    assert rows[4][3] == "-" and rows[4][4].startswith("~")  # the bytes of v2c are not known, its time is assumed
 
 
 def test_plan_says_where_estimates_come_from(
@@ -210,8 +211,51 @@ def test_plan_says_where_estimates_come_from(
     for store, stages_alike in ((tmp_path, False), (small_store.root, True)):
         assert main(("plan", *TREE, "--shard.samples-per-tar", "5", "--store", str(store))) == 0
         message = capsys.readouterr().out.partition("stages to build")[2]
-        assert "no estimate" in message  # of v2c, for one
+        assert "~ v2c assumed: 0.23 s a step, measured on 2 CPU cores" in message
         assert ("~ shard measured: " in message) == stages_alike
+
+
+def test_plan_as_json(small_store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(("plan", *TREE, "--store", str(small_store.root), "--json")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["store"] == str(small_store.root) and found["to_build"] == 6
+    assert [row["stage"] for row in found["stages"]] == list(STAGES)
+    assert [f"{row['kind']}/{row['key']}" for row in found["stages"]] == [
+        str(stage.recipe.ref) for stage in line(small_config())
+    ]
+    shard, v2c = found["stages"][1], found["stages"][4]
+    manifest = small_store.open(small_store.find(shard["key"])).manifest
+    assert (shard["state"], shard["bytes"], shard["seconds"]) == (
+        "fresh", manifest.bytes, manifest.provenance["seconds"],
+    )  # fmt: skip
+    assert (v2c["state"], v2c["bytes"]) == ("missing", None) and v2c["source"].startswith("assumed: ")
+    assert v2c["why"] == "no v2c in this store yet" and (found["counts"]["train"], found["counts"]["val"]) == (24, 6)
+
+
+def test_a_run_begins_with_what_there_is_to_do(small_store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    config = small_config()
+    stages = line(config)
+    caplog.set_level(logging.INFO)
+    for selected, again, expected in (
+        (stages[:3], (), r"3 stages, none to build"),
+        (stages[:3], stages[:1], r"3 stages, 1 to build, about \d+ s"),
+        (stages, (), r"9 stages, 6 to build, about \d+ s \(assumed of all, see `zs-seg plan`\)"),
+    ):
+        caplog.clear()
+        runs.show_work(config, small_store, stages, selected, again)
+        (message,) = caplog.messages
+        assert re.fullmatch(expected, message), message
+    caplog.clear()
+    runs.show_work(config, small_store, stages, stages[1:2])
+    assert not caplog.messages
+    annotations = small_store.path(stages[0].recipe.ref) / "annotations/panoptic_train2017.json"
+    intact = annotations.read_bytes()
+    annotations.write_text("{")
+    try:
+        runs.show_work(config, small_store, stages, stages)
+    finally:
+        annotations.write_bytes(intact)
+    assert caplog.messages == ["9 stages, 6 to build; no time, as the images cannot be counted"]
 
 
 def test_plan_estimates_from_the_last_artefact_alike(small_store: Store, capsys: pytest.CaptureFixture[str]) -> None:

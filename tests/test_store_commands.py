@@ -111,7 +111,7 @@ def test_verify_of_a_sample_reads_what_its_seed_draws(copied: Store, capsys: pyt
         main(("verify", "--sample", "60", "--seed", str(seed), "--store", str(copied.root))) for seed in range(20)
     ]
     capsys.readouterr()
-    assert "are damaged" in says(capsys, copied, "verify", "--sample", "999", status=2)[-1]
+    assert "1 of 14 artefacts is damaged" in says(capsys, copied, "verify", "--sample", "999", status=2)[-1]
     files[-1].unlink()
     key = files[-1].parent.name
     assert key in says(capsys, copied, "verify", key, "--sample", "1", status=2)[-1]  # sizes are always compared
@@ -144,7 +144,7 @@ def test_verify_names_stray_files_and_sets_damage_aside(copied: Store, capsys: p
 def test_diff_of_keys_and_runs(copied: Store, capsys: pytest.CaptureFixture[str]) -> None:
     head, row, total = says(capsys, copied, "diff", keys()["evaluate"], keys(100)["evaluate"])
     assert head.split() == ["field", f"report/{keys()['evaluate']}", f"report/{keys(100)['evaluate']}"]
-    assert (row.split(), total) == (["v2c.lr", "0.001", "0.0011"], "1 fields differ")
+    assert (row.split(), total) == (["v2c.lr", "0.001", "0.0011"], "1 field differs")
     note(copied, "other", demo_line(100))
     assert says(capsys, copied, "diff", "demo", "other")[0].split() == ["field", "demo", "other"]
     assert says(capsys, copied, "diff", "demo", "demo") == ["demo and demo differ in no field"]
@@ -152,6 +152,45 @@ def test_diff_of_keys_and_runs(copied: Store, capsys: pytest.CaptureFixture[str]
     assert "queries" in between and "v2c." not in between  # one has a stage more, all else is shared
     note(copied, "planned", demo_line(7)[4:])
     assert "run it" in says(capsys, copied, "diff", "demo", "planned", status=2)[0]
+
+
+def test_show_and_verify_of_a_run(copied: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert says(capsys, copied, "show", "demo")[0].startswith(f"report/{keys()['evaluate']}, made by stage evaluate")
+    assert says(capsys, copied, "show", "demo:v2c")[0].startswith(f"checkpoint/{keys()['v2c']}, made by stage v2c")
+    *rows, total = says(capsys, copied, "verify", "demo")
+    assert {row.split()[0].partition("/")[2] for row in rows} == set(keys().values())
+    assert total.startswith("9 artefacts in ") and total.endswith(" are intact")
+    assert says(capsys, copied, "verify", "demo:text")[-1] == f"1 artefact in {copied.root} is intact"
+    copied.remove(copied.find(keys()["evaluate"]))
+    rows = says(capsys, copied, "verify", "demo")
+    assert rows[0].split() == [f"report/{keys()['evaluate']}", "missing,", "nothing", "to", "compare"]
+    assert "8 artefacts" in rows[-1]
+    note(copied, "planned", demo_line(7)[4:])
+    assert "nothing of run planned" in says(capsys, copied, "verify", "planned", status=2)[0]
+
+
+def test_show_as_json_is_the_manifest_and_what_is_around_it(filled: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads("\n".join(says(capsys, filled, "show", keys()["g2s"], "--json")))
+    ref = filled.find(keys()["g2s"])
+    manifest = json.loads((filled.path(ref) / "manifest.json").read_text())
+    del manifest["checksum"]
+    assert {name: found[name] for name in manifest} == manifest
+    assert found.keys() - manifest.keys() == {"path", "bytes", "used_by", "runs"}
+    assert found["path"] == str(filled.path(ref)) and found["runs"] == ["demo"]
+    assert found["bytes"] == sum(file["bytes"] for file in manifest["files"].values())
+    assert set(found["used_by"]) == {f"checkpoint/{keys()['cpa']}", f"report/{keys()['evaluate']}"}
+
+
+def test_gc_as_json_finds_and_removes_the_same(copied: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    look = json.loads("\n".join(says(capsys, copied, "gc", "--json")))
+    assert {one["name"].partition("/")[2] for one in look["folders"]} == set(keys(100).values()) - set(keys().values())
+    assert all(Path(one["path"]).is_dir() and one["reason"] == "no run reaches it" for one in look["folders"])
+    assert look["bytes"] == sum(one["bytes"] for one in look["folders"]) and not look["deleted"] and not look["locked"]
+    assert {ref.partition("/")[2] for ref in look["kept"]} == set(keys().values())
+    gone = json.loads("\n".join(says(capsys, copied, "gc", "--json", "--delete")))
+    assert gone == {**look, "deleted": True}
+    assert not any(Path(one["path"]).exists() for one in gone["folders"])
+    assert "9 artefacts with" in says(capsys, copied, "gc")[-1]
 
 
 def test_gc_is_a_look_until_told(copied: Store, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.runtime import Runtime
+from storage.errors import counted
 from storage.keys import Ref
 from storage.store import Store
 from storage.tokens import TokenGroup, read_tokens
@@ -95,7 +96,7 @@ def encode_again(
                 )
     if not cosines:
         return [], "no rows to check"
-    return problems, f"{len(cosines)} rows encoded again, least cosine {min(cosines):.5f}"
+    return problems, f"{counted(len(cosines), 'row')} encoded again, least cosine {min(cosines):.5f}"
 
 
 def _draw(groups: list[TokenGroup], rows: int, seed: int) -> list[tuple[int, int, int | None]]:
