@@ -171,12 +171,14 @@ class _Lines:
     """Where a progress bar writes whole lines to, each ended by a newline, without carriage returns and padding."""
 
     def __init__(self, target: TextIO) -> None:
-        self.target = target
+        self.target, self.last = target, ""
 
     def write(self, text: str) -> None:
-        if line := text.strip():
+        # A bar is written once more when it is closed, also where nothing was done since.
+        if (line := text.strip()) and line != self.last:
             self.target.write(f"{line}\n")
             self.target.flush()
+            self.last = line
 
 
 def driver_version(text: str) -> str:

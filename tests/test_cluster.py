@@ -110,7 +110,7 @@ def test_worker_processes_of_this_machine_change_no_byte(
     assert made.manifest.provenance["workers"] == 2
     assert made.manifest.provenance["device"] == calm.manifest.provenance["device"]
     shown = capfd.readouterr().err
-    assert "| 50/50 [" in shown and re.search(r"(image/s|s/image), \d+ instance/s", shown)
+    assert "100%, 50 of 50 [" in shown and re.search(r"(image/s|s/image), \d+ instance/s", shown)
     assert "distributed" not in shown and "Traceback" not in shown
     assert not workers_of(psutil.Process())
 
