@@ -37,7 +37,7 @@ from models.deformable import sample_levels
 from models.projector import Projector
 from models.segmenter import build_segmenter
 from pipeline.bench import cache, inference, segmenter, train
-from pipeline.bench.harness import Row, machine, table, write_rows
+from pipeline.bench.harness import Row, machine, numbered_bank, table, write_rows
 from pipeline.inference.maps import Classes, Output, Thresholds, panoptic_map
 from pipeline.runtime import Runtime
 from pipeline.teacher.text_bank import TextBank
@@ -302,16 +302,7 @@ class _Stage:
             masks=[masks.roll(i, 1) for i in range(config.batch)],
             instance_tokens=[normalize(torch.randn(SEGMENTS, TEXT_DIM), dim=-1) for _ in range(config.batch)],
         )
-        bank = TextBank(
-            key="",
-            embedding=text,
-            ids=list(range(SEEN)),
-            names=[str(k) for k in range(SEEN)],
-            isthing=[True] * SEEN,
-            seen=[True] * SEEN,
-            teacher={},
-            templates=[],
-        )
+        bank = numbered_bank(text, seen=SEEN)
         return cls(
             config=config,
             network=network.to(device).train(),

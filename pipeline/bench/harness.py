@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
+    from pipeline.teacher.text_bank import TextBank
+
 PACKAGES = ("torch", "transformers", "timm", "hotcoco", "numpy")
 
 
@@ -75,6 +77,23 @@ def machine(device: torch.device) -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def numbered_bank(rows: torch.Tensor, *, seen: int) -> TextBank:
+    """A text bank of the rows (K, D), whose classes are things named by their number, the first `seen` of them seen."""
+    from pipeline.teacher.text_bank import TextBank
+
+    classes = len(rows)
+    return TextBank(
+        key="",
+        embedding=rows,
+        ids=list(range(classes)),
+        names=[str(k) for k in range(classes)],
+        isthing=[True] * classes,
+        seen=[k < seen for k in range(classes)],
+        teacher={},
+        templates=[],
+    )
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -22,10 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.folding import for_inference
 from models.projector import Projector
-from pipeline.bench.harness import Row, alternate, machine
+from pipeline.bench.harness import Row, alternate, machine, numbered_bank
 from pipeline.bench.reference import build_mask2former, ours_of_mask2former
 from pipeline.runtime import Runtime
-from pipeline.teacher.text_bank import TextBank
 from pipeline.training.config import V2CConfig
 from pipeline.training.criteria import V2CCriterion
 from pipeline.training.loader import Batch
@@ -137,16 +136,7 @@ def _our_training(images: Tensor, *, compiled: bool) -> Callable[[], None]:
     projector = Projector(dim=256, text_dim=TEXT_DIM, hidden=512, layers=3).to(device)
     optimizer = _optimizer(segmenter, projector)
     text = normalize(torch.randn(CLASSES, TEXT_DIM, generator=torch.Generator().manual_seed(0)), dim=-1)
-    bank = TextBank(
-        key="",
-        embedding=text,
-        ids=list(range(CLASSES)),
-        names=[str(k) for k in range(CLASSES)],
-        isthing=[True] * CLASSES,
-        seen=[True] * CLASSES,
-        teacher={},
-        templates=[],
-    )
+    bank = numbered_bank(text, seen=CLASSES)
     network: Any = _compile(segmenter, compiled)
     precision: Any = "bfloat16" if images.is_cuda else "float32"
     config = V2CConfig(steps=1, batch=len(images), lr=1e-6, global_weight=0.0, instance_weight=0.0, precision=precision)

@@ -26,7 +26,7 @@ from models.generator import Generator
 from models.projector import Projector
 from models.segmenter import build_segmenter
 from models.teacher import Teacher
-from pipeline.bench.harness import Row, machine
+from pipeline.bench.harness import Row, machine, numbered_bank
 from pipeline.data.config import AugmentConfig, CocoConfig, ShardConfig
 from pipeline.data.transforms import place_for_training
 from pipeline.line import Config, line
@@ -248,16 +248,7 @@ def epochs(
 def _bank() -> TextBank:
     classes = SEEN + UNSEEN
     rows = torch.randn(classes, TEXT_DIM, generator=torch.Generator().manual_seed(0))
-    return TextBank(
-        key="",
-        embedding=normalize(rows, dim=-1),
-        ids=list(range(classes)),
-        names=[str(k) for k in range(classes)],
-        isthing=[True] * classes,
-        seen=[k < SEEN for k in range(classes)],
-        teacher={},
-        templates=[],
-    )
+    return numbered_bank(normalize(rows, dim=-1), seen=SEEN)
 
 
 def _write_queries(folder: Path, views: int, *, a_group: int = 1000, found: int = 11) -> None:
