@@ -27,13 +27,12 @@ log = logging.getLogger(__name__)
 
 
 def recipe(config: V2CConfig, *, shards: Ref, tokens: Ref, text: Ref) -> Recipe:
-    content = asdict(config)
-    content["segmenter"]["backbone_weights"] = _weights_identity(config.segmenter)
+    segmenter = replace(config.segmenter, backbone_weights=_weights_identity(config.segmenter))
     return Recipe(
         kind="checkpoint",
         stage=STAGE,
         version=VERSION,
-        config=content,
+        config=replace(config, segmenter=segmenter),
         inputs={"shards": shards, "tokens": tokens, "text": text},
     )
 

@@ -13,13 +13,22 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from storage.errors import UserError
 
 KEY_LENGTH = 16
+_OPTION = "an option"
 _KIND = re.compile(r"[a-z][a-z0-9-]*")
 _KEY = re.compile(rf"[0-9a-f]{{{KEY_LENGTH}}}")
+Value = TypeVar("Value")
+
+
+def option(default: Value) -> Value:
+    """A field of a config that came after the first artefacts: at its default it is in no key, so that what was built
+    without it keeps its own. Use as `weight: float = option(0.0)`; the default must mean what there was before."""
+    field: Any = dataclasses.field(default=default, metadata={_OPTION: True})
+    return field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +89,7 @@ def recipe_key(stage: str, version: int, config: Any, inputs: Mapping[str, str])
 def canonical(value: Any) -> str:
     """Canonical JSON: sorted keys, no spaces, ASCII; equal values give equal text in every process.
 
-    Dataclasses become objects and tuples arrays. Raises UserError for NaN and infinities, TypeError for anything that
+    Dataclasses become objects, without options (`option`) at their default, and tuples arrays. Raises UserError for NaN and infinities, TypeError for anything that
     is neither a dataclass, mapping with string keys, list, tuple, str, int, float, bool nor None (a Path, a set).
     """
     return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -94,7 +103,8 @@ def _plain(value: Any) -> Any:
             raise UserError(f"{value} has no place in a key; use a finite number or None")
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        items = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {field.name: _plain(item) for field, item in items if not _left_out(field, item)}
     if isinstance(value, Mapping):
         if not all(isinstance(name, str) for name in value):
             raise TypeError(f"a mapping in a key needs string keys, not {list(value)[:3]}")
@@ -102,6 +112,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     raise TypeError(f"{type(value).__name__} has no place in a key; use plain values or dataclasses of them")
+
+
+def _left_out(field: dataclasses.Field[Any], value: Any) -> bool:
+    return _OPTION in field.metadata and value == field.default
 
 
 def sha256_file(path: Path) -> str:

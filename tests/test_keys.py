@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.keys import Recipe, Ref, canonical, sha256_file
+from storage.keys import Recipe, Ref, canonical, option, sha256_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,3 +147,14 @@ def test_what_is_no_ref_is_refused(kind: str, key: str) -> None:
 def test_sha256_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256_file(tmp_path / "x") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_an_option_at_its_default_moves_no_key() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Later(Config):
+        dial: float = option(0.5)
+
+    assert Later().dial == 0.5
+    assert canonical(Later()) == canonical(Config())
+    assert canonical({"config": [Later(dial=0.5)]}) == canonical({"config": [Config()]})
+    assert json.loads(canonical(Later(dial=1.0))) == json.loads(canonical(Config())) | {"dial": 1.0}
