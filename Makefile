@@ -6,6 +6,7 @@ COCO ?=
 STORE ?=
 ARGS ?=
 PREFECT_PORT ?= 4200
+REPORTS_PORT ?= 0
 RUNS ?= 1
 PYTHONS := python3.11 python3.12 python3.13
 PYTHON3 ?=
@@ -90,8 +91,8 @@ cpa: install  ## training stage 3: the projector adapts; the transductive checkp
 evaluate: install  ## the report in runs/PRESET/
 	@$(ZS_SEG) run --preset $(PRESET) $(FLAGS)
 
-serve: install  ## local Prefect server and worker in the foreground; PREFECT_PORT=4200, RUNS=1 at a time
-	@exec env $(SERVE) start --port $(PREFECT_PORT) --runs $(RUNS)
+serve: install  ## local Prefect server and worker in the foreground; PREFECT_PORT=4200, REPORTS_PORT=4201, RUNS=1 at a time
+	@exec env $(SERVE) start --port $(PREFECT_PORT) --reports-port $(REPORTS_PORT) --runs $(RUNS)
 
 stop: install  ## stop what `make serve` started
 	@$(SERVE) stop

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.report.page import SETTINGS, percent
 from pipeline.report.pictures import TITLES, data_url
 from pipeline.report.write import PREVIEW, headline
 from pipeline.scoring.records import Report
+from storage.errors import counted
 
 
 def score_rows(report: Report) -> list[dict[str, str]]:
@@ -16,6 +18,15 @@ def score_rows(report: Report) -> list[dict[str, str]]:
         {"percent": setting.name} | {name: percent(getattr(report.rows[key], name)) for name in headline(report)}
         for key, setting in SETTINGS.items()
     ]
+
+
+def summary(done: Mapping[str, str]) -> str:
+    """How many stages a run found and made, and which: `done` gives "cached" or "built" by stage."""
+    parts = []
+    for kind in ("cached", "built"):
+        names = [stage for stage, how in done.items() if how == kind]
+        parts.append(f"{len(names)} {kind}" + (f" ({', '.join(names)})" if names else ""))
+    return f"{counted(len(done), 'stage')}: {', '.join(parts)}"
 
 
 def preview(folder: Path) -> str:

@@ -6,10 +6,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import quote
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, State
 from pydantic import Field
 
 from flows import artifacts, child, runs
@@ -28,15 +30,16 @@ else:  # lists to choose from in the form that starts a run
 RETRY_DELAY = 5  # seconds, for a GPU to become free again
 
 
-def _build(stage: Stage, inputs: dict[str, Ref], request: Request, flags: list[str]) -> Ref:
-    """Build one stage from its cached inputs, in a process of its own; a complete artefact is left as it is."""
+def _build(stage: Stage, inputs: dict[str, Ref], request: Request, flags: list[str]) -> Ref | State[Ref]:
+    """Build one stage from its cached inputs, in a process of its own; a complete artefact is left as it is, and the
+    task ends as "Cached"."""
     assert inputs == dict(stage.recipe.inputs)
     ref, store, logger = stage.recipe.ref, request.open_store(), get_run_logger()
     if store.state(ref) == "fresh":
         logger.info("%s", runs.build(stage, store, Runtime()))
-    else:
-        words = [*request.arguments("stage", stage.name), *flags]
-        child.run(f"{stage.name} ({ref})", words, lambda text: logger.info("%s  %s", ref.key, text))
+        return Completed(name="Cached", message=f"{ref} is complete in {store.root}; nothing was computed", data=ref)
+    words = [*request.arguments("stage", stage.name), *flags]
+    child.run(f"{stage.name} ({ref})", words, lambda text: logger.info("%s  %s", ref.key, text))
     return ref
 
 
@@ -77,7 +80,7 @@ def zs_seg(
 
     Args:
         preset: The run's configuration, see flows/presets.py.
-        until_stage: The last stage to build; with evaluate the report goes to runs/<preset>/ of the worker.
+        until_stage: The last stage to build; with evaluate the report goes to the folder runs/PRESET of the worker.
         from_stage: Begin there, and fail at once if an earlier stage is not complete; empty = build what is missing.
         overrides: Flags that change single fields of the preset, as on the command line, e.g. ["--v2c.lr", "2e-4"].
         coco: Folder of real images in COCO's layout; empty = COCO_ROOT of the worker.
@@ -102,20 +105,26 @@ def zs_seg(
     selected = runs.select(stages, first=from_stage or "", last=until_stage)
     runs.require_shares(config, selected, devices)
     runs.require_inputs(request, artefacts, stages, selected)
-    built: dict[Ref, Ref] = {}  # what earlier tasks returned: Prefect draws its graph from these very objects
+    # what earlier tasks returned: Prefect draws its graph from these very objects
+    built: dict[Ref, Ref | State[Ref]] = {}
     with runs.noted(request, stages, artefacts):
         for stage in selected:
             inputs = {name: built.get(ref, ref) for name, ref in stage.recipe.inputs.items()}
             built[stage.recipe.ref] = TASKS[stage.name].with_options(retries=retries)(stage, inputs, request, flags)
-    _show_stages(preset, stages, artefacts)
+    done = {stage.name: "cached" if isinstance(built[stage.recipe.ref], State) else "built" for stage in selected}
+    get_run_logger().info("%s", artifacts.summary(done))
+    _show_stages(preset, stages, artefacts, done)
     if selected[-1] is stages[-1]:
         _show_report(preset, runs.publish(preset, stages, artefacts))
     return str(selected[-1].recipe.ref)
 
 
-def _show_stages(preset: str, stages: list[Stage], store: Store) -> None:
+def _show_stages(preset: str, stages: list[Stage], store: Store, done: dict[str, str]) -> None:
     there = runs.lineage(stages, store)
-    rows = [{"stage": stage, "artefact": made["ref"], "seconds": made["seconds"]} for stage, made in there.items()]
+    rows = [
+        {"stage": stage, "this run": done.get(stage, "-"), "artefact": made["ref"], "seconds": made["seconds"]}
+        for stage, made in there.items()
+    ]
     create_table_artifact(rows, key=f"{preset}-stages", description=f"What {preset} has in {store.root}")
 
 
@@ -124,7 +133,11 @@ def _show_report(preset: str, folder: Path) -> None:
     report = read_report(folder / "report.json")
     marks = "; ".join((report.benchmark, *report.marks))
     create_table_artifact(artifacts.score_rows(report), key=f"{preset}-scores", description=marks)
-    create_link_artifact(page.as_uri(), str(page), key=f"{preset}-report", description="On the worker's machine")
+    # browsers open no file that a page of a server links to
+    served = os.environ.get("ZS_SEG_REPORTS")
+    link = f"{served}/{quote(folder.name)}/{page.name}" if served else page.as_uri()
+    where = "Served as long as `make serve` runs" if served else "A file on the worker's machine"
+    create_link_artifact(link, f"Report of {preset}", key=f"{preset}-report", description=f"{where}: {page}")
     if shown := artifacts.preview(folder):
         create_markdown_artifact(shown, key=f"{preset}-pictures", description=marks)
-    get_run_logger().info("report: %s", page)
+    get_run_logger().info("report: %s", link)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from reports import panoptic_scores, report
 
-from flows.artifacts import preview, score_rows
+from flows.artifacts import preview, score_rows, summary
 from pipeline.report.page import SETTINGS
 
 
@@ -28,3 +28,10 @@ def test_the_preview_is_the_reports_own_file(tmp_path: Path) -> None:
     text, image = preview(tmp_path).split("\n\n")
     assert text.startswith("image, ground truth, inductive, transductive")
     assert image == f"![{text}](data:image/jpeg;base64,{base64.b64encode(b'a picture').decode()})"
+
+
+def test_the_summary_counts_and_names_cached_and_built_stages() -> None:
+    assert summary({"shard": "cached", "text": "cached", "v2c": "built"}) == (
+        "3 stages: 2 cached (shard, text), 1 built (v2c)"
+    )
+    assert summary({"v2c": "built"}) == "1 stage: 0 cached, 1 built (v2c)"

@@ -68,6 +68,8 @@ class Served:
     environment: dict[str, str]
     store: Store
     process: psutil.Process
+    port: int
+    reports: str
 
     def ask(self, path: str, **body: object) -> Any:
         """Prefect's REST interface. Where its SQLite is busy for a moment it answers 503, and Prefect's own client asks
@@ -87,25 +89,26 @@ class Served:
 
         return wait_for(answer, 60, self.log)[0]
 
-    def prefect(self, *words: str) -> str:
-        command = [sys.executable, "-m", "prefect", *words]
-        done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=60, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
     def start(self, deployment: str, **parameters: object) -> str:
         """Start a flow run as the button of the UI does; its id."""
         found = self.ask(f"deployments/name/zs-seg/{deployment}")
         once = {"idempotency_key": str(uuid.uuid4()), "parameters": self._parameters(**parameters)}
         return self.ask(f"deployments/{found['id']}/create_flow_run", **once)["id"]
 
-    def start_as_a_user(self, deployment: str) -> str:
-        """`prefect deployment run zs-seg/DEPLOYMENT`; the flow run's id."""
+    def start_as_a_user(self, deployment: str) -> tuple[str, Callable[[], str]]:
+        """`prefect deployment run zs-seg/DEPLOYMENT --watch`; the flow run's id, and what it has printed at its end."""
         words = [word for name, value in self._parameters().items() for word in ("-p", f"{name}={_text(value)}")]
-        message = self.prefect("deployment", "run", f"zs-seg/{deployment}", *words)
-        return message.split("UUID: ")[1].split()[0]
+        printed = self.folder / f"{deployment}.log"
+        command = [sys.executable, "-m", "prefect", "deployment", "run", f"zs-seg/{deployment}", "--watch", *words]
+        with printed.open("wb") as output:
+            process = subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=output, stderr=output)
+
+        def text() -> str:
+            assert process.wait(60) == 0, printed.read_text()
+            return printed.read_text()
+
+        wait_for(lambda: "URL: " in printed.read_text() or process.poll(), 60, printed.read_text)
+        return printed.read_text().split("UUID: ")[1].split()[0], text
 
     def _parameters(self, **parameters: object) -> dict[str, object]:
         return {"store": str(self.store.root), "dask": "none", "overrides": list(OVERRIDES), **parameters}
@@ -153,13 +156,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("project")
     for name in ("flows", "prefect.yaml"):
         (folder / name).symlink_to(ROOT / name)
-    port, log = free_port(), folder / "log"
+    port, reports_port, log = free_port(), free_port(), folder / "log"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "PYTEST_"))}
     environment |= {"PREFECT_HOME": str(folder / ".prefect"), "PYTHONPATH": str(ROOT), "PWD": str(folder)}
+    start = [*SERVE, "start", "--port", str(port), "--reports-port", str(reports_port)]
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*SERVE, "start", "--port", str(port)], cwd=folder, env=environment, stdout=output, stderr=output
-        )
+        process = subprocess.Popen(start, cwd=folder, env=environment, stdout=output, stderr=output)
     tree: list[psutil.Process] = []
     store = Store(tmp_path_factory.mktemp("store"))
     try:
@@ -176,6 +178,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             environment={**environment, "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"},
             store=store,
             process=top,
+            port=port,
+            reports=f"http://127.0.0.1:{reports_port}",
         )
     finally:
         tree += psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
@@ -192,10 +196,42 @@ def test_the_form_of_every_deployment_has_types_choices_and_descriptions(served:
     for name, row in found.items():
         form = row["parameter_openapi_schema"]["properties"]
         assert all(field.get("description") for field in form.values()), form
+        texts = [row["description"], *(field["description"] for field in form.values())]
+        assert not [text for text in texts if "<" in text]  # the pages would take it for HTML
         assert form["preset"]["enum"] == list(PRESETS) and form["until_stage"]["enum"] == list(STAGES)
         assert form["devices"] | {"type": "integer", "minimum": 1} == form["devices"]
         assert row["description"] and row["parameters"]["until_stage"] == DEPLOYMENTS[name]
         assert row["enforce_parameter_schema"]
+
+
+def test_a_second_serve_on_the_port_changes_nothing(served: Served, tmp_path: Path) -> None:
+    """From another folder: it ends with the cure, and the first one's pools and deployments are as they were."""
+
+    def state() -> dict[str, list[dict[str, Any]]]:
+        found = {what: served.ask(f"{what}/filter", limit=20) for what in ("work_pools", "deployments")}
+        for row in (row for rows in found.values() for row in rows):
+            row.pop("status")  # what the worker's next look changes
+            row.pop("last_polled", None)
+        return found
+
+    for name in ("flows", "prefect.yaml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    before = state()
+    assert len(before["deployments"]) == len(DEPLOYMENTS) and before["work_pools"]
+    environment = {**served.environment, "PREFECT_HOME": str(tmp_path / ".prefect"), "PWD": str(tmp_path)}
+    words = [*SERVE, "start", "--port", str(served.port)]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"port {served.port} cannot be used" in done.stderr and "PREFECT_PORT=" in done.stderr
+    assert state() == before and not (tmp_path / ".prefect").exists()
+
+
+def test_what_serve_prints_names_every_deployment_once(served: Served) -> None:
+    lines = (served.folder / "log").read_text().splitlines()
+    for name in DEPLOYMENTS:
+        assert sum(line.startswith(f"zs-seg/{name} ") for line in lines) == 1
+    assert not [line for line in lines if "\u256d" in line or "\u2502" in line]  # no boxes
+    assert f"reports at {served.reports}" in lines
 
 
 def test_every_deployment_completes_one_after_the_other(served: Served) -> None:
@@ -204,7 +240,7 @@ def test_every_deployment_completes_one_after_the_other(served: Served) -> None:
     """
     early = served.start("evaluate")
     runs = {name: served.start(name) for name in list(DEPLOYMENTS)[:-1]}
-    runs["full"] = served.start_as_a_user("full")
+    runs["full"], watched = served.start_as_a_user("full")
     message = served.ended(early)["state"]
     assert message["type"] == "FAILED" and "reads what stage v2c makes" in message["message"], message
     assert "`zs-seg run --until v2c " in message["message"]
@@ -223,6 +259,16 @@ def test_every_deployment_completes_one_after_the_other(served: Served) -> None:
     key = steps["v2c"].recipe.ref.key
     assert any(line["message"].startswith(f"{key}  v2c: building checkpoint/{key}") for line in logs)
 
+    for name, cached in (("v2c", STAGES[:4]), ("full", STAGES)):
+        tasks = served.ask("task_runs/filter", flow_runs={"id": {"any_": [runs[name]]}}, limit=20)
+        assert {row["name"]: row["state_name"] for row in tasks} == {
+            row["name"]: "Cached" if row["name"] in cached else "Completed" for row in tasks
+        }
+    assert len(tasks) == len(STAGES)
+    for row in tasks:  # the graph of the run: a task has the tasks as sources that made its inputs
+        assert len(row["task_inputs"]["inputs"]) == len(steps[row["name"]].recipe.inputs), row
+    assert all(f"prefect.task-run.Cached * {stage}" in watched() for stage in STAGES)
+
     shown = {row["key"]: row for row in served.ask("artifacts/filter", limit=200) if row["flow_run_id"] == runs["full"]}
     assert shown.keys() == {"demo-stages", "demo-scores", "demo-report", "demo-pictures"}
     scores = json.loads(shown["demo-scores"]["data"])
@@ -231,7 +277,11 @@ def test_every_deployment_completes_one_after_the_other(served: Served) -> None:
         **{name: f"{report['inductive'][name]:.1f}" for name in ("sPQ", "uPQ", "hPQ", "sIoU", "uIoU", "hIoU")},
     }
     assert [row["stage"] for row in json.loads(shown["demo-stages"]["data"])] == list(STAGES)
-    assert (served.folder / "runs/demo/report.html").as_uri() in shown["demo-report"]["data"]
+    assert {row["this run"] for row in json.loads(shown["demo-stages"]["data"])} == {"cached"}
+    link = f"{served.reports}/demo/report.html"
+    assert f"]({link})" in shown["demo-report"]["data"]
+    with urllib.request.urlopen(link, timeout=60) as answer:
+        assert answer.read() == (served.folder / "runs/demo/report.html").read_bytes()
     assert (
         "](data:image/jpeg;base64," in shown["demo-pictures"]["data"] and len(shown["demo-pictures"]["data"]) < 300_000
     )
