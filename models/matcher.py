@@ -1,4 +1,7 @@
-"""The assignment of segments to queries: bipartite matching, for every decoder output (sigma^ of paper Eq. 1)."""
+"""The assignment of segments to queries: bipartite matching, for every decoder output (sigma^ of paper Eq. 1).
+
+Queries that no segment has can be assigned to class-less regions, by their masks alone (E3; not in the paper).
+"""
 
 from __future__ import annotations
 
@@ -33,23 +36,26 @@ def match(
     gamma: float = 2.0,
     mask_loss: Literal["points", "full"] = "points",
 ) -> Tensor:
-    """Assign segments to queries at least cost, for all layers and images.
+    """Assign segments to queries at least cost, for all layers and images; then regions to the queries that are left.
 
     The cost of (query, segment) is the loss of that pair: class_weight * (focal loss of the segment's class as positive
     minus as negative) + bce_weight * BCE + dice_weight * dice, the last two over `points` uniform points that all
     layers of an image share. With `mask_loss` "full", as in MaskFormer, bce_weight is the weight of a focal loss, and
-    both it and dice are over all pixels of the predicted maps, the segments resized to these (nearest).
+    both it and dice are over all pixels of the predicted maps, the segments resized to these (nearest). The cost of
+    (query, region) is the same without its class.
 
     Args:
         class_logits: (L, B, Q, K), over the K seen classes. mask_logits: (L, B, Q, h, w).
         labels: B tensors (O_b,) int64 in [0, K), on the CPU. O_b may be 0.
-        masks: B tensors (O_b, H, W) bool, of one size, on the logits' device.
+        masks: B tensors (O_b + R_b, H, W) bool, of one size, on the logits' device: of the segments, then of the
+            regions. R_b may be 0.
         points: points an image. generators: B, each draws on its own device (see `models.losses.sample_points`).
         alpha, gamma: of the focal loss.
 
     Returns:
-        (L, B, Q) int64 on the CPU, where it is computed: the index of the segment assigned to a query, or -1. Every
-        segment has exactly one query in every layer while O_b <= Q; else Q of the segments have.
+        (L, B, Q) int64 on the CPU, where it is computed: the index in `masks` of the segment or region assigned to a
+        query, or -1. Every segment has exactly one query in every layer while O_b <= Q, else Q of the segments have; and
+        so have the regions of the Q - O_b queries that are left.
 
     Raises:
         ModelError: the predictions are not finite.
@@ -57,17 +63,24 @@ def match(
     layers, batch, queries = class_logits.shape[:3]
     device = class_logits.device
     where = torch.stack([torch.rand(points, 2, generator=rng, device=rng.device) for rng in generators]).to(device)
-    counts = [len(label) for label in labels]
+    segments, counts = [len(label) for label in labels], [len(mask) for mask in masks]
     found = np.full((layers, batch, queries), -1, dtype=np.int64)
     if not any(counts):
         return torch.from_numpy(found)
 
-    # segments of all images side by side, (B, max O_b), padded at the end
+    # segments and regions of all images side by side, (B, max O_b + R_b), padded at the end
     image = torch.repeat_interleave(torch.tensor(counts))
     place = torch.cat([torch.arange(count) for count in counts])
     label = torch.zeros(batch, max(counts), dtype=torch.int64)
-    label[image, place] = torch.cat(list(labels))
+    # Of regions the class is any: its cost is not counted.
+    named = place < torch.tensor(segments)[image]
+    label[image[named], place[named]] = torch.cat(list(labels))
     label = send(label, device)
+    classed = None
+    if segments != counts:
+        classed = torch.zeros(batch, 1, max(counts))
+        classed[image[named], 0, place[named]] = 1.0
+        classed = send(classed, device)
     image, place = send(torch.stack((image, place)), device)
     if mask_loss == "full":
         size = (mask_logits.pixels if isinstance(mask_logits, MaskLogits) else mask_logits).shape[-2:]
@@ -88,16 +101,22 @@ def match(
                 cost = _full_mask_cost(values, truth, bce_weight, dice_weight, alpha, gamma)
             else:
                 cost = _mask_cost(values, truth, bce_weight, dice_weight)
-            costs.append(cost + class_weight * _focal_cost(own, alpha, gamma))
-    cost = torch.stack(costs).cpu().numpy()  # (L, B, Q, max O_b); the only time that the host waits for the device
+            named_cost = class_weight * _focal_cost(own, alpha, gamma)
+            costs.append(cost + (named_cost if classed is None else named_cost * classed))
+    # (L, B, Q, max O_b + R_b); the only time that the host waits for the device
+    cost = torch.stack(costs).cpu().numpy()
     if not np.isfinite(cost).all():
         raise ModelError("predictions hold NaN or infinity: training has diverged; lower the learning rate")
 
     for layer in range(layers):
-        for b, count in enumerate(counts):
-            if count:
-                query, segment = linear_sum_assignment(cost[layer, b, :, :count])
+        for b, (first, count) in enumerate(zip(segments, counts, strict=True)):
+            if first:
+                query, segment = linear_sum_assignment(cost[layer, b, :, :first])
                 found[layer, b, query] = segment
+            free = np.flatnonzero(found[layer, b] < 0)
+            if count > first and len(free):
+                query, region = linear_sum_assignment(cost[layer, b, free, first:count])
+                found[layer, b, free[query]] = first + region
     return torch.from_numpy(found)
 
 

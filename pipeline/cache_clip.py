@@ -62,7 +62,7 @@ def build(
     """Encode every tar into one token group of the same name, one Dask task per tar; existing groups are kept.
 
     Raises UserError as `run_tasks` does, if a tar is damaged or a worker lacks the store, and, before anything is
-    encoded, as `_require_targets`.
+    encoded, as `_require_targets` and, where regions are wanted, `_require_regions`.
     """
     from storage.atomic import clean
     from storage.shards import Shards
@@ -70,6 +70,8 @@ def build(
 
     opened = Shards(build.open("shards").path)
     _require_targets(opened.tars("train"), benchmark)
+    if config.regions != "none":
+        _require_regions(opened.tars("train"), config, benchmark)
     jobs = [
         Job(
             tar=tar,
@@ -129,18 +131,49 @@ def _require_targets(tars: Sequence[Path], benchmark: Benchmark) -> None:
     )
 
 
+def _require_regions(tars: Sequence[Path], config: TokensConfig, benchmark: Benchmark) -> None:
+    """Read the training tars until an image that the protocol leaves has a candidate region. Raises UserError if none
+    has."""
+    from pipeline.teacher.encode import kept_for_training, shown_in_training
+    from pipeline.teacher.regions import find_regions
+    from storage.shards import decode_ids, read_shard
+
+    for tar in tars:
+        for sample in read_shard(tar):
+            labelled = [s.id for s in shown_in_training(sample, benchmark).segments]
+            if kept_for_training(sample, benchmark) and find_regions(decode_ids(sample), labelled, config).count:
+                return
+    raise UserError(
+        f"no training image that protocol {benchmark.protocol} leaves has {config.region_min_area} connected pixels "
+        "without a label, so there is no region to encode; pass --tokens.regions none, --data.protocol pixel-ignore, or "
+        "a smaller --tokens.region-min-area"
+    )
+
+
 def _counts(split: str, jobs: list[Job], benchmark: Benchmark) -> dict[str, int]:
     from storage.tokens import read_tokens
 
     images, kept, instances, too_small = sum(job.images for job in jobs), 0, 0, 0
+    regions = {"regions": 0, "images_with_regions": 0, "region_fragments": 0}
     for job in jobs:
         group = read_tokens(job.group)
         kept, instances = kept + int(group.kept.sum()), instances + len(group.instance)
         too_small += int((~group.encoded).sum())
+        if group.regions:
+            found = group.regions.counts, group.regions.counts > 0, group.regions.fragments
+            regions = {
+                name: count + int(more.sum()) for (name, count), more in zip(regions.items(), found, strict=True)
+            }
     counts = {"images": images, "encoded": kept, "instances": instances, "too_small": too_small}
     if split == "train":
         counts["left_out_by_image_filter"] = images - kept
         log.info("%s: %d of %d training images are left for training", benchmark.protocol, kept, images)
+        if jobs and jobs[0].config.regions != "none":
+            counts |= regions
+            log.info(
+                "%d regions of the area without a label in %d images were encoded; %d smaller than %d pixels were not",
+                *regions.values(), jobs[0].config.region_min_area,
+            )  # fmt: skip
     return counts
 
 

@@ -135,8 +135,14 @@ class Stage:
 def line(config: Config) -> list[Stage]:
     """The stages of a run in order. Reads no artefact; of real images it takes the fingerprint.
 
-    Raises UserError where the data folder, the benchmark or the teacher's weights file cannot be found.
+    Raises UserError where the data folder, the benchmark or the teacher's weights file cannot be found, and where stage
+    1 is to learn from regions that are not looked for.
     """
+    if config.v2c.candidates and config.tokens.regions == "none":
+        raise UserError(
+            "v2c: candidate_mask_weight and candidate_token_weight need regions of what has no label; pass "
+            "--tokens.regions components, or set both weights to 0"
+        )
     stages: list[Stage] = []
     networks = 1 if max(config.v2c.augment.size, config.v2c.resize.longest) <= SMALL_VIEW else 0
 
@@ -172,7 +178,7 @@ def benchmark_of(config: Config) -> benchmarks.Benchmark:
     """
     if isinstance(config.data, ScenesConfig):
         return scenes.benchmark(config.data)
-    return _for_training(benchmarks.load_benchmark(config.data.benchmark))
+    return _for_training(benchmarks.benchmark_of_coco(config.data))
 
 
 def _for_training(benchmark: benchmarks.Benchmark) -> benchmarks.Benchmark:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from pipeline.data.benchmarks import Benchmark, Category
@@ -36,11 +37,13 @@ def benchmark(config: ScenesConfig) -> Benchmark:
         name=f"scenes-{config.split}",
         categories=categories,
         unseen_ids=tuple(c.id for c in categories if c.name in unseen),
-        protocol="image-filter",
+        protocol=config.protocol,
     )
 
 
 def recipe(config: ScenesConfig) -> Recipe:
+    """Scenes of one seed and one `unseen_share` are the same under both protocols, and so is their key."""
+    config = replace(config, protocol="image-filter")
     return Recipe(
         kind="scenes",
         stage=STAGE,

@@ -113,7 +113,15 @@ def train_model(
     config.share(ranks.world)
     device = runtime.torch_device()
     bank = open_text(text, text_key)
-    data = TrainingData(shards, tokens, bank, config.augment, seed=config.seed, workers=runtime.decoders)
+    data = TrainingData(
+        shards,
+        tokens,
+        bank,
+        config.augment,
+        seed=config.seed,
+        workers=runtime.decoders,
+        regions=config.candidates,
+    )
     if ranks.rank == 0:
         _warn_of_crowded(data, config.segmenter.queries)
     torch.manual_seed(config.seed)

@@ -143,7 +143,7 @@ def test_a_killed_build_ends_with_the_bytes_of_an_undisturbed_one(
 
     written: list[Path] = []
 
-    def write_and_die(path: Path, **content: np.ndarray) -> None:
+    def write_and_die(path: Path, **content: Any) -> None:
         real(path, **content)
         written.append(path)
         if len(written) == 2:  # the second group is written and has no name yet

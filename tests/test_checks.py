@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def spoiled(made: tuple[Store, Ref], root: Path, what: str) -> tuple[Store, Ref,
         for path in sorted(source.glob("*.zarr")):
             group = read_tokens(path)
             arrays = group.arrays()
-            columns = {"global_": arrays.pop("global"), **arrays}
+            columns: dict[str, Any] = {"global_": arrays.pop("global"), **arrays}
             if path.stem == "val-000000":
                 columns["global_" if what == "image" else "instance"][0] = columns["instance"][1]
             write_tokens(there.path / path.name, **columns)

@@ -79,12 +79,13 @@ def test_every_right_choice_constructs(config: type, field: str, choices: tuple[
 
 @LITERAL
 def test_a_wrong_choice_is_refused_as_a_flag(config: type, field: str, choices: tuple[Any, ...]) -> None:
-    demo = preset("demo")
-    path, sound = next(found for found in parts(demo) if type(found[1]) is config)
+    run, (path, sound) = next(
+        (run, found) for run in map(preset, ("demo", "coco-sample")) for found in parts(run) if type(found[1]) is config
+    )
     flag = "--" + ".".join((*path, field)).replace("_", "-")
     wrong = "9" if isinstance(choices[0], int) else "zzz"
     with pytest.raises(UserError, match=f"{field} must be one of {choices[0]}, "):
-        override(demo, [flag, wrong])
+        override(run, [flag, wrong])
     assert getattr(sound, field) in choices
 
 

@@ -382,7 +382,10 @@ def judged(
     def work(build: Build) -> None:
         for path in sorted(store.path(good).glob("*.zarr")):
             group = read_tokens(path)
-            arrays = {**group.arrays(), "instance": group.instance[np.arange(len(group.instance)) // 2 * 2]}
+            arrays: dict[str, Any] = {
+                **group.arrays(),
+                "instance": group.instance[np.arange(len(group.instance)) // 2 * 2],
+            }
             write_tokens(build.path / path.name, global_=arrays.pop("global"), **arrays)
             build.add(*token_files(build.path / path.name))
 

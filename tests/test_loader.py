@@ -142,7 +142,8 @@ def test_any_number_of_targets_keeps_its_masks(count: int, dtype: torch.dtype) -
     nothing = torch.zeros(0)
     item = View(
         image_id=1, placement=placement, image=torch.zeros(3, 25, 40, dtype=torch.uint8), targets=targets, rows=rows,
-        columns=columns, numbers=numbers, labels=nothing, segments=nothing, instance_tokens=nothing, global_row=0,
+        columns=columns, numbers=numbers, labels=nothing, segments=nothing, instance_tokens=nothing,
+        region_tokens=nothing, global_row=0,
     ).item()  # fmt: skip
     expected = torch.from_numpy(np.stack([ids == segment for segment in segments])).flip(-1)
     assert torch.equal(item.masks[:, :25, :40], expected)

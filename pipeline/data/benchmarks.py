@@ -10,11 +10,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pipeline.data.config import CocoConfig
 from storage.errors import UserError
 
 Protocol = Literal["image-filter", "pixel-ignore", "none"]
@@ -136,6 +137,13 @@ class Benchmark:
     def names(self) -> list[str]:
         """Class names in category order."""
         return [category.name for category in self.categories]
+
+
+def benchmark_of_coco(config: CocoConfig) -> Benchmark:
+    """The benchmark of real images, under its own protocol or the one in its place. Raises UserError as
+    `load_benchmark`."""
+    benchmark = load_benchmark(config.benchmark)
+    return benchmark if config.protocol == "own" else replace(benchmark, protocol=config.protocol)
 
 
 def load_benchmark(name: str) -> Benchmark:

@@ -10,6 +10,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from storage.errors import UserError, did_you_mean
+from storage.keys import option
 
 STRIDE = 32  # the network's input is padded to a multiple of this
 
@@ -73,6 +74,12 @@ class CocoConfig:
 
     benchmark: str = "coco-panoptic-zps"
     """Classes, seen and unseen: those of coco-panoptic-zps or coco-stuff-zss, or of a JSON file in the same format."""
+
+    protocol: Literal["own", "image-filter", "pixel-ignore", "none"] = option("own")
+    """What hides unseen classes from training: the benchmark's own protocol, or another in its place."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.benchmarks import Benchmark, load_benchmark
+from pipeline.data.benchmarks import Benchmark, benchmark_of_coco
 from pipeline.data.coco import file_sizes, read_split
 from pipeline.data.config import CocoConfig
 from pipeline.line import Config, Stage
@@ -55,7 +55,7 @@ def count(config: Config, stages: list[Stage], store: Store) -> Counts:
     Raises UserError as `read_split` and `find_split` do.
     """
     if isinstance(config.data, CocoConfig):
-        benchmark = load_benchmark(config.data.benchmark)
+        benchmark = benchmark_of_coco(config.data)
         if benchmark.files:
             return _count_label_maps(benchmark, Path(config.data.root), config.shard.limit)
         return _count_panoptic(benchmark, Path(config.data.root), config.shard.limit)

@@ -40,7 +40,8 @@ FREE = frozenset(
 SWITCHES = frozenset(
     {
         "clip", "ema", "class_weight", "bce_weight", "dice_weight", "global_weight", "instance_weight", "mmd_weight",
-        "diversity_weight", "semantic_weight", "kl_weight", "real_weight", "synthetic_weight",
+        "diversity_weight", "semantic_weight", "kl_weight", "real_weight", "synthetic_weight", "candidate_mask_weight",
+        "candidate_token_weight",
     }
 )  # fmt: skip
 
@@ -246,7 +247,8 @@ def _amount(manifest: Node) -> int:
     if manifest.stage == "shard":
         return counts["train"]["images"] + counts["val"]["images"]
     if manifest.stage == "cache-clip":
-        return sum(counts[split]["encoded"] + counts[split]["instances"] for split in ("train", "val"))
+        inputs = sum(counts[split]["encoded"] + counts[split]["instances"] for split in ("train", "val"))
+        return inputs + counts["train"].get("regions", 0)
     return counts[{"text": "classes", "queries": "views", "evaluate": "images"}[manifest.stage]]
 
 

@@ -35,6 +35,7 @@ from pipeline.training.loader import Batch
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 SEGMENTS = 20  # an image, about twice the mean of COCO's panoptic annotations
+REGIONS = 5  # an image, of a training with candidate regions
 BLOCK = 512  # bytes; CUDA's allocator rounds up to multiples of it
 
 
@@ -44,7 +45,7 @@ def peak_bytes(config: V2CConfig, *, classes: int, text_dim: int, segments: int 
     Args:
         classes: seen classes. text_dim: width D of the text bank. segments: targets of every image.
     """
-    images = config.batch
+    images, regions = config.batch, REGIONS if config.candidates else 0
     with torch.device("meta"):
         network = build_segmenter(**asdict(replace(config.segmenter, backbone_weights=None)))
         projector = Projector(dim=config.segmenter.dim, text_dim=text_dim, **asdict(config.projector))
@@ -62,8 +63,9 @@ def peak_bytes(config: V2CConfig, *, classes: int, text_dim: int, segments: int 
             images=torch.empty(images, 3, side, side, device=GPU),
             global_rows=torch.arange(images),
             labels=[torch.arange(segments) % classes] * images,
-            masks=[torch.empty(segments, side, side, dtype=torch.bool, device=GPU) for _ in range(images)],
+            masks=[torch.empty(segments + regions, side, side, dtype=torch.bool, device=GPU) for _ in range(images)],
             instance_tokens=[torch.ones(segments, text_dim)] * images,
+            region_tokens=[torch.ones(regions, text_dim)] * images,
         )
         tokens = torch.empty(images + 1, text_dim, device=GPU)
         criterion = V2CCriterion(network, projector, bank, tokens, config)

@@ -11,7 +11,7 @@ from pipeline.data.config import check_choices
 from pipeline.runtime import Runtime
 from pipeline.teacher.prompts import template_sets
 from storage.errors import UserError
-from storage.keys import sha256_file
+from storage.keys import option, sha256_file
 
 if TYPE_CHECKING:
     from models.teacher import Teacher, Tokenizer
@@ -166,12 +166,21 @@ class TokensConfig:
     dtype: Precision = "float32"
     """Precision in which the image tower computes; tokens are stored in float16 whatever it is."""
 
+    regions: Literal["none", "components"] = option("none")
+    """Also encode class-less regions of the area without a label in training images, candidates for things nobody
+    labelled: none, or its connected components."""
+
+    region_min_area: int = option(40)
+    """Area in pixels below which a part of the area without a label is no region, at least 1."""
+
     def __post_init__(self) -> None:
         check_choices(self)
         if self.batch < 1:
             raise UserError(f"tokens: batch must be at least 1, not {self.batch}")
         if self.min_area < 0 or self.margin < 0:
             raise UserError("tokens: min_area and margin must be 0 or more")
+        if self.region_min_area < 1:
+            raise UserError(f"tokens: region_min_area must be at least 1, not {self.region_min_area}")
         if self.method == "attention" and self.crop == "box":
             raise UserError(
                 "tokens: method 'attention' encodes the whole image at once; set crop 'full', or method 'pixels'"

@@ -23,12 +23,15 @@ from pipeline.data.benchmarks import Benchmark
 from pipeline.data.transforms import channels_first
 from pipeline.teacher.config import TokensConfig
 from pipeline.teacher.instances import instance_box, own_patches
+from pipeline.teacher.regions import Regions, find_regions
 from storage.shards import Sample, decode_ids, decode_image, read_shard
-from storage.tokens import write_tokens
+from storage.tokens import region_group, write_tokens
 
 MASK_PIXELS = 2**24  # of full-size masks at a time: 64 MB of float32
 # Method "attention": an image with more instances takes several places in a batch.
 INSTANCES_A_PASS = 64
+# Among the ids of an image's pixels its regions come behind those of segments, which are below 2^24.
+BEHIND_SEGMENTS = 2**24 - 1
 
 
 def kept_for_training(sample: Sample, benchmark: Benchmark) -> bool:
@@ -57,21 +60,24 @@ def encode_tar(
 ) -> None:
     """Encode one tar into one token group.
 
-    `hide`: leave out what the benchmark's protocol excludes from training. `progress(images, instances)` is called
-    after each sample is left out or passed to the device. Decoding uses as many threads as torch has in this process.
+    `hide`: leave out what the benchmark's protocol excludes from training, and look for regions of what then has no
+    label if `config` wants them. `progress(images, instances)`, regions among the latter, is called after each sample
+    is left out or passed to the device. Decoding uses as many threads as torch has in this process.
 
     Raises UserError when the teacher does not support `config.method`.
     """
     device = next(teacher.parameters()).device
     encoder = _ByAttention(teacher, config) if config.method == "attention" else _ByPixels(teacher, config)
     segment_id, encoded, kept, counts = [], [], [], []
-    # For each of the encoder's rows: True for an image, False for an instance of the last image before it.
-    is_image: list[bool] = []
+    looks = hide and config.regions != "none"
+    found: list[Regions | None] = []
+    # For each of the encoder's rows: an image, or an instance or region of the last image before it.
+    kinds: list[str] = []
 
     def decode(sample: Sample) -> _Decoded | None:
         if hide and not kept_for_training(sample, benchmark):
             return None
-        decoded = encoder.decode(sample)
+        decoded = encoder.decode(sample, regions=looks)
         return decoded.pinned() if device.type == "cuda" else decoded
 
     samples = (shown_in_training(sample, benchmark) if hide else sample for sample in read_shard(tar))
@@ -82,16 +88,18 @@ def encode_tar(
         segment_id += [s.id for s in segments]
         large = [s.area >= config.min_area for s in segments]
         encoded += large
+        regions = decoded.regions if decoded else None
+        found.append(regions)
         if decoded:
             encoder.add(decoded.to(device))
-            is_image += [True, *[False] * sum(large)]
-        progress(1, len(segments))
-    rows = encoder.finish().cpu().numpy()  # (views, images + instances, D)
-    kept, encoded, image = np.array(kept, bool), np.array(encoded, bool), np.array(is_image, bool)
+            kinds += ["image", *["instance"] * sum(large), *["region"] * (regions.count if regions else 0)]
+        progress(1, len(segments) + (regions.count if regions else 0))
+    rows, kind = encoder.finish().cpu().numpy(), np.array(kinds, "U8")  # (views, images + instances + regions, D)
+    kept, encoded = np.array(kept, bool), np.array(encoded, bool)
     global_ = np.zeros((config.views, len(kept), rows.shape[2]), np.float16)
     instance = np.zeros((config.views, len(encoded), rows.shape[2]), np.float16)
-    global_[:, kept] = rows[:, image]
-    instance[:, encoded] = rows[:, ~image]
+    global_[:, kept] = rows[:, kind == "image"]
+    instance[:, encoded] = rows[:, kind == "instance"]
     write_tokens(
         group,
         global_=global_[0],
@@ -101,6 +109,14 @@ def encode_tar(
         offsets=np.cumsum([0, *counts]),
         segment_id=np.array(segment_id),
         kept=kept,
+        regions=region_group(
+            rows[:, kind == "region"],
+            [one.map if one and one.count else None for one in found],
+            [one.count if one else 0 for one in found],
+            [one.fragments if one else 0 for one in found],
+        )
+        if looks
+        else None,
     )
 
 
@@ -120,15 +136,16 @@ def _ahead(
 
 
 class _Decoded(NamedTuple):
-    """A decoded sample: `image` (3, H, W) uint8, `ids` (H, W) int32, and for the k segments to encode their ids
-    `wanted` (k,) int32 and, where the config needs them, the `boxes` of their crops and their `own` patches (k, P)
-    bool."""
+    """A decoded sample: `image` (3, H, W) uint8, `ids` (H, W) int32, and for the k segments and regions to encode their
+    ids `wanted` (k,) int32 and, where the config needs them, the `boxes` of their crops and their `own` patches (k, P)
+    bool; `regions`, where they were looked for."""
 
     image: Tensor
     ids: Tensor
     wanted: Tensor
     boxes: list[tuple[int, int, int, int]]
     own: Tensor
+    regions: Regions | None
 
     def pinned(self) -> _Decoded:
         return self._replace(image=self.image.pin_memory(), ids=self.ids.pin_memory(), wanted=self.wanted.pin_memory())
@@ -140,10 +157,10 @@ class _Decoded(NamedTuple):
 
 
 class _ByPixels:
-    """One input per image and one per instance; in the latter all other pixels are filled.
+    """One input per image and one per instance or region; in the latter all other pixels are filled.
 
     `rows`, one list per view, stay on the device in float16 until the end: for each image its own row, then those of
-    its instances.
+    its instances, then those of its regions.
     """
 
     def __init__(self, teacher: Teacher, config: TokensConfig) -> None:
@@ -153,9 +170,13 @@ class _ByPixels:
         self.filled = 0
         self.rows: list[list[Tensor]] = [[] for _ in range(config.views)]
 
-    def decode(self, sample: Sample) -> _Decoded:
+    def decode(self, sample: Sample, *, regions: bool) -> _Decoded:
         ids = decode_ids(sample)
         wanted = np.array([s.id for s in sample.segments if s.area >= self.config.min_area], np.int32)
+        found = find_regions(ids, [s.id for s in sample.segments], self.config) if regions else None
+        if found:
+            ids = np.where(found.map > 0, found.map + np.int32(BEHIND_SEGMENTS), ids)
+            wanted = np.append(wanted, np.arange(1, found.count + 1, dtype=np.int32) + BEHIND_SEGMENTS)
         crops = self.config.crop == "box"
         return _Decoded(
             image=channels_first(decode_image(sample)),
@@ -163,6 +184,7 @@ class _ByPixels:
             wanted=torch.from_numpy(wanted),
             boxes=[instance_box(ids == i, self.config.margin) for i in wanted] if crops else [],
             own=self.patches(ids, wanted),
+            regions=found,
         )
 
     def patches(self, ids: np.ndarray, wanted: np.ndarray) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pipeline.data.config import STRIDE, AugmentConfig, ResizeConfig, SemanticAugmentConfig, check_choices
 from storage.errors import UserError
+from storage.keys import option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +187,14 @@ class V2CConfig(Schedule):
     instance_negatives: Literal["image", "batch"] = "image"
     """Negatives of an instance in L_l: the other instances of its image (Eq. 4), or of the whole batch."""
 
+    candidate_mask_weight: float = option(0.0)
+    """w_c, weight of the mask losses of queries without a segment that are matched to class-less regions of what has no
+    label, 0 or more; not in the paper (E3)."""
+
+    candidate_token_weight: float = option(0.0)
+    """w_r, weight of L_l between these queries and the tokens of their regions, against all other tokens of the batch,
+    0 or more; not in the paper (E3)."""
+
     text_centering: bool = False
     """Subtract the mean of the seen classes' text embeddings from all of them before the class logits (D1)."""
 
@@ -235,6 +244,13 @@ class V2CConfig(Schedule):
             )
         if self.tau <= 0 or self.bank < 1 or self.points < 1 or self.calibration_images < 1:
             raise UserError("v2c: tau must be above 0; bank, points and calibration_images at least 1")
+        if self.candidate_mask_weight < 0 or self.candidate_token_weight < 0:
+            raise UserError("v2c: candidate_mask_weight and candidate_token_weight must be 0 or more")
+
+    @property
+    def candidates(self) -> bool:
+        """Whether candidate regions take part in the training."""
+        return bool(self.candidate_mask_weight or self.candidate_token_weight)
 
     def share(self, devices: int) -> int:
         """Images of a batch for each of `devices` devices, which computes them in `accumulate` parts.

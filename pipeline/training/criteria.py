@@ -50,15 +50,41 @@ def one_hot(rows: Tensor, classes: int) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """N queries and what each was assigned to, ordered by image; (N,) int64 on the CPU. `row` is the index of the
+    segment or region among all of its kind, image after image; `shown` the index of its mask among all masks."""
+
+    image: Tensor
+    layer: Tensor
+    query: Tensor
+    row: Tensor
+    shown: Tensor
+
+    @classmethod
+    def of(
+        cls, assigned: Tensor, chosen: Tensor, first: Sequence[int], counts: Sequence[int], masks: Sequence[int]
+    ) -> Pairs:
+        """The `chosen` (L, B, Q) bool of the queries of `assigned` (L, B, Q). Image b has `masks[b]` masks, of which
+        `counts[b]` from `first[b]` on are of this kind."""
+        # Transposed, so that the matches are ordered by image.
+        image, layer, query = chosen.transpose(0, 1).nonzero(as_tuple=True)
+        place = assigned[layer, image, query]
+        before, all_before = (torch.tensor([0, *numbers]).cumsum(0)[image] for numbers in (counts, masks))
+        own = place - torch.tensor(first)[image]
+        return cls(image=image, layer=layer, query=query, row=before + own, shown=all_before + place)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Matching:
-    """The outputs of one part of a batch, L decoder outputs of B images, and which query was assigned to which segment.
+    """The outputs of one part of a batch, L decoder outputs of B images, and which query was assigned to which segment,
+    or to which class-less region.
 
-    On the device: `totals` (3,), images, segments and instances of the global batch, each at least 1; `shown` (S, H, W)
-    bool, the masks of all S segments of the part, image after image; `v` (L, B, Q, D), `logits` (L, B, Q, K_s), `masks`
-    (L, B, Q, h, w).
+    On the device: `totals` (3,), or (4,) with regions: images, segments, instances and regions of the global batch, each
+    at least 1; `shown` (S, H, W) bool, the masks of all S segments and regions of the part, image after image; `v` (L,
+    B, Q, D), `logits` (L, B, Q, K_s), `masks` (L, B, Q, h, w).
 
-    On the CPU, int64: `target` (L, B, Q), the row of A_s of a query's segment, or -1; and the N matches, ordered by
-    image, with the segment as its index among the S: `image`, `layer`, `query`, `row` (N,).
+    On the CPU: `target` (L, B, Q) int64, the row of A_s of a query's segment, or -1; `matched`, the queries with a
+    segment, and `candidates`, those with a region.
     """
 
     batch: Batch
@@ -68,10 +94,8 @@ class Matching:
     logits: Tensor
     masks: Tensor | MaskLogits
     target: Tensor
-    image: Tensor
-    layer: Tensor
-    query: Tensor
-    row: Tensor
+    matched: Pairs
+    candidates: Pairs
 
     @property
     def images(self) -> Tensor:
@@ -85,9 +109,17 @@ class Matching:
     def instances(self) -> Tensor:
         return self.totals[2]
 
+    @property
+    def regions(self) -> Tensor:
+        return self.totals[3]
+
 
 class V2CCriterion:
     """L_v2c = L_match + w_g L_g + w_l L_l (paper Eq. 5): L_match on every decoder output, L_g and L_l on the last (D4).
+
+    With candidate regions (E3, not in the paper), + w_c L_mask + w_r L_l of the queries that were left free and matched
+    to a region by their masks: the mask losses on every decoder output, L_l towards the region's token on the last.
+    Such a query is left out of the class loss on that output.
 
     A global batch may be split over processes, and over `accumulate` parts in sequence. Every sum is divided by a count
     of the global batch and every random draw belongs to an image, so the gradients add up to those of the undivided
@@ -119,23 +151,36 @@ class V2CCriterion:
         rngs = [image_generator(config.seed, step, first + i, self.device) for i in range(len(batch.image_ids))]
         totals = self.ranks.sum(self.totals(batch))
         tokens: list[Tensor] = []
-        if config.instance_negatives == "batch":
+        if config.instance_negatives == "batch" or config.candidate_token_weight:
             tokens = [send(_encoded(torch.cat(part.instance_tokens)), self.device) for part in parts]
             tokens += self.ranks.others(torch.cat(tokens))
+        regions: list[Tensor] = []
+        if config.candidate_token_weight:
+            regions = [send(torch.cat(part.region_tokens), self.device) for part in parts]
+            regions += self.ranks.others(torch.cat(regions))
         for number, part in enumerate(parts):
-            elsewhere = torch.cat([*tokens[:number], *tokens[number + 1 :]]) if len(tokens) > 1 else None
             own_rngs, rngs = rngs[: len(part.image_ids)], rngs[len(part.image_ids) :]
             with autocast(self.device, config.precision):
-                terms = self.terms(part, own_rngs, totals=totals, elsewhere=elsewhere)
+                terms = self.terms(
+                    part,
+                    own_rngs,
+                    totals=totals,
+                    elsewhere=_but(tokens, number),
+                    regions_elsewhere=_but(regions, number),
+                )
             yield terms
 
     def totals(self, batch: Batch) -> Tensor:
         """(3,): images, segments, and instances that have a negative in L_l. At most Q segments of an image are
-        matched."""
+        matched. Where candidate regions take part (4,): also those that are matched, to queries that are left."""
         found = [min(len(_encoded(tokens)), self.config.segmenter.queries) for tokens in batch.instance_tokens]
         if self.config.instance_negatives == "image":
             found = [count for count in found if count > 1]
-        return send(torch.tensor([len(batch.labels), sum(map(len, batch.labels)), sum(found)]), self.device)
+        counts = [len(batch.labels), sum(map(len, batch.labels)), sum(found)]
+        if self.config.candidates:
+            free = [max(self.config.segmenter.queries - len(labels), 0) for labels in batch.labels]
+            counts.append(sum(map(min, free, map(len, batch.region_tokens))))
+        return send(torch.tensor(counts), self.device)
 
     def terms(
         self,
@@ -144,20 +189,31 @@ class V2CCriterion:
         *,
         totals: Tensor,
         elsewhere: Tensor | None = None,
+        regions_elsewhere: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """This part's share of every loss. `generators`: one per image. `totals` (3,): counts of the global batch, see
-        `totals`. `elsewhere` (M, D): instance tokens of the other parts of the batch, for batch negatives."""
+        """This part's share of every loss. `generators`: one per image. `totals`: counts of the global batch, see
+        `totals`. `elsewhere` (M, D): instance tokens of the other parts of the batch, for batch negatives, and
+        `regions_elsewhere` those of regions."""
         matching = self.matching(batch, generators, totals)
-        mask_losses = self.mask_losses(matching, generators)
+        mask_losses = self.mask_losses(matching, matching.matched, matching.segments, generators)
         terms = {"class": self.class_loss(matching), **mask_losses}
         if self.config.global_weight:
             terms["global"] = self.global_loss(matching, generators)
         if self.config.instance_weight:
             terms["instance"] = self.instance_loss(matching, elsewhere)
+        # Last, so that they leave the other losses' draws where they are.
+        if self.config.candidate_mask_weight:
+            found = self.mask_losses(matching, matching.candidates, matching.regions, generators)
+            terms["candidate mask"] = self.config.candidate_mask_weight * sum(
+                found.values(), torch.zeros_like(found["dice"])
+            )
+        if self.config.candidate_token_weight:
+            terms["candidate token"] = self.candidate_token_loss(matching, elsewhere, regions_elsewhere)
         return terms
 
     def matching(self, batch: Batch, generators: Sequence[torch.Generator], totals: Tensor) -> Matching:
-        """The network's outputs for this part, and the matching sigma^ of every decoder output (Eq. 1)."""
+        """The network's outputs for this part, and the matching sigma^ of every decoder output (Eq. 1), with that of
+        the other queries to regions, as far as the batch shows any."""
         config = self.config
         labels = [self.seen_row[label] for label in batch.labels]
         masks = [mask.to(self.device, non_blocking=True) for mask in batch.masks]
@@ -175,13 +231,13 @@ class V2CCriterion:
             points=config.points,
             generators=generators,
             mask_loss=config.mask_loss,
-        )  # (L, B, Q): segment of the image, or -1
-        # Transposed, so that the matches are ordered by image.
-        image, layer, query = (assigned >= 0).transpose(0, 1).nonzero(as_tuple=True)
-        first = torch.tensor([0, *map(len, labels)]).cumsum(0)
-        row = first[image] + assigned[layer, image, query]
+        )  # (L, B, Q): segment or region of the image, or -1
+        segments, shown = [len(label) for label in labels], [len(mask) for mask in masks]
+        named = assigned < torch.tensor(segments)[:, None]
+        matched = Pairs.of(assigned, (assigned >= 0) & named, [0] * len(shown), segments, shown)
+        regions = [both - one for both, one in zip(shown, segments, strict=True)]
         target = torch.full_like(assigned, -1)
-        target[layer, image, query] = torch.cat(labels)[row]
+        target[matched.layer, matched.image, matched.query] = torch.cat(labels)[matched.row]
         return Matching(
             batch=batch,
             totals=totals.clamp(min=1),
@@ -190,31 +246,38 @@ class V2CCriterion:
             logits=logits,
             masks=output.masks,
             target=target,
-            image=image,
-            layer=layer,
-            query=query,
-            row=row,
+            matched=matched,
+            candidates=Pairs.of(assigned, ~named, segments, regions, shown),
         )
 
     def class_loss(self, m: Matching) -> Tensor:
-        """The focal loss of Eq. 1 over A_s, on every decoder output; an unmatched query has an all-zero target (D2)."""
-        targets = one_hot(send(m.target, self.device), len(self.text))
-        return self.config.class_weight * losses.focal_loss(m.logits, targets, normaliser=m.segments)
+        """The focal loss of Eq. 1 over A_s, on every decoder output; an unmatched query has an all-zero target (D2), one
+        that is matched to a region is left out: its class may be any."""
+        logits, target = m.logits, m.target
+        if len(m.candidates.query):
+            counted = torch.ones_like(target, dtype=torch.bool)
+            counted[m.candidates.layer, m.candidates.image, m.candidates.query] = False
+            target = target[counted]
+            logits = logits.flatten(0, 2)[send(counted.flatten().nonzero()[:, 0], self.device)]
+        targets = one_hot(send(target, self.device), len(self.text))
+        return self.config.class_weight * losses.focal_loss(logits, targets, normaliser=m.segments)
 
-    def mask_losses(self, m: Matching, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+    def mask_losses(
+        self, m: Matching, pairs: Pairs, normaliser: Tensor, generators: Sequence[torch.Generator]
+    ) -> dict[str, Tensor]:
         """BCE (or focal, "mask") and dice of Eq. 1 on every decoder output, at sampled points or over all pixels."""
         config = self.config
-        predicted, rows = m.masks[m.layer, m.image, m.query], send(m.row, self.device)
+        predicted, rows = m.masks[pairs.layer, pairs.image, pairs.query], send(pairs.shown, self.device)
         if config.mask_loss == "full":
-            mask, dice = losses.full_mask_losses(predicted, m.shown, rows=rows, normaliser=m.segments)
+            mask, dice = losses.full_mask_losses(predicted, m.shown, rows=rows, normaliser=normaliser)
             return {"mask": config.bce_weight * mask, "dice": config.dice_weight * dice}
-        counts = torch.bincount(m.image, minlength=len(generators)).tolist()
+        counts = torch.bincount(pairs.image, minlength=len(generators)).tolist()
         bce, dice = losses.mask_losses(
             predicted,
             m.shown,
             rows=rows,
             points=config.points,
-            normaliser=m.segments,
+            normaliser=normaliser,
             draws=list(zip(generators, counts, strict=True)),
         )
         return {"bce": config.bce_weight * bce, "dice": config.dice_weight * dice}
@@ -230,9 +293,9 @@ class V2CCriterion:
 
     def instance_loss(self, m: Matching, elsewhere: Tensor | None) -> Tensor:
         """L_l (Eq. 4) of the last decoder output. Segments too small for the teacher have no token and are left out."""
-        config, tokens = self.config, torch.cat(m.batch.instance_tokens)
-        counted = (m.layer == len(m.target) - 1) & tokens.any(1)[m.row]
-        image, query, row = send(torch.stack((m.image, m.query, m.row))[:, counted], self.device)
+        config, tokens, pairs = self.config, torch.cat(m.batch.instance_tokens), m.matched
+        counted = (pairs.layer == len(m.target) - 1) & tokens.any(1)[pairs.row]
+        image, query, row = send(torch.stack((pairs.image, pairs.query, pairs.row))[:, counted], self.device)
         return config.instance_weight * losses.instance_loss(
             m.v[-1][image, query],
             send(tokens, self.device)[row],
@@ -241,6 +304,28 @@ class V2CCriterion:
             negatives=config.instance_negatives,
             elsewhere=elsewhere,
             normaliser=m.instances,
+        )
+
+    def candidate_token_loss(self, m: Matching, elsewhere: Tensor | None, regions_elsewhere: Tensor | None) -> Tensor:
+        """L_l of the last decoder output between queries and the tokens of their regions; negatives are all other tokens
+        of the batch's regions and instances."""
+        config, tokens, pairs = self.config, torch.cat(m.batch.region_tokens), m.candidates
+        last = pairs.layer == len(m.target) - 1
+        image, query, row = torch.stack((pairs.image, pairs.query, pairs.row))[:, last]
+        # Regions for which no query was left are negatives all the same, as they are for other parts.
+        rest = torch.ones(len(tokens), dtype=torch.bool)
+        rest[row] = False
+        own = torch.cat((tokens[row], tokens[rest], _encoded(torch.cat(m.batch.instance_tokens))))
+        own, (image, query) = send(own, self.device), send(torch.stack((image, query)), self.device)
+        others = [tokens for tokens in (own[len(row) :], elsewhere, regions_elsewhere) if tokens is not None]
+        return config.candidate_token_weight * losses.instance_loss(
+            m.v[-1][image, query],
+            own[: len(row)],
+            image,
+            tau=config.tau,
+            negatives="batch",
+            elsewhere=torch.cat(others),
+            normaliser=m.regions,
         )
 
     def _negatives(self, own: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
@@ -342,6 +427,11 @@ class CPACriterion:
         logits = self.projector.logits(self.projector(fake), self.all_text)
         target = one_hot(label, len(self.all_text))
         return config.synthetic_weight * losses.focal_loss(logits, target, normaliser=config.synthetic)
+
+
+def _but(tokens: Sequence[Tensor], number: int) -> Tensor | None:
+    """The tokens of all parts of the global batch but this one; None where there is no other."""
+    return torch.cat([*tokens[:number], *tokens[number + 1 :]]) if len(tokens) > 1 else None
 
 
 def _encoded(tokens: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ normalised view of 1024 x 1024 pixels with its masks has 24 MB. The device compu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import TypeVar
@@ -42,7 +42,10 @@ T = TypeVar("T")
 @dataclass(frozen=True, kw_only=True)
 class Item:
     """One view: image (3, H, W), and of its O targets class indices and indices among the image's segments (O,), masks
-    (O, H, W) bool and tokens (O, D) float32."""
+    (O, H, W) bool and tokens (O, D) float32.
+
+    With R candidate regions: their masks behind those of the targets, (O + R, H, W), and their tokens (R, D) float32.
+    """
 
     image_id: int
     image: Tensor
@@ -50,6 +53,7 @@ class Item:
     segments: Tensor
     masks: Tensor
     instance_tokens: Tensor
+    region_tokens: Tensor
     global_row: int  # of the image's global token in `TrainingData.global_tokens`
 
 
@@ -57,9 +61,9 @@ class Item:
 class View:
     """A view that is still to be computed: the image (3, h, w) uint8, and where it will lie.
 
-    `targets` (h, w) uint8, or int32 for more than 255 of them, is the number of each pixel's target, or 0; `rows` and
-    `columns` are those of it that the view shows, see `Placement.sources`. `numbers` (O,) are the visible targets, in
-    the order of the rest, which is an `Item`'s.
+    `targets` (h, w) uint8, or int32 for more than 255 of them, is the number of each pixel's target or, behind these,
+    candidate region, or 0; `rows` and `columns` are those of it that the view shows, see `Placement.sources`. `numbers`
+    (O + R,) are the visible ones, in the order of the rest, which is an `Item`'s.
     """
 
     image_id: int
@@ -72,6 +76,7 @@ class View:
     labels: Tensor
     segments: Tensor
     instance_tokens: Tensor
+    region_tokens: Tensor
     global_row: int
 
     def item(self) -> Item:
@@ -84,6 +89,7 @@ class View:
             segments=self.segments,
             masks=targets == self.numbers.view(-1, 1, 1),
             instance_tokens=self.instance_tokens,
+            region_tokens=self.region_tokens,
             global_row=self.global_row,
         )
 
@@ -93,7 +99,7 @@ class View:
 
     def pinned(self) -> View:
         """The view in page-locked memory, which a GPU reads beside its computations."""
-        return self._each(Tensor.pin_memory, *SHIPPED, "labels", "instance_tokens")
+        return self._each(Tensor.pin_memory, *SHIPPED, "labels", "instance_tokens", "region_tokens")
 
     def _each(self, change: Callable[[Tensor], Tensor], *names: str) -> View:
         return replace(self, **{name: change(getattr(self, name)) for name in names})
@@ -104,7 +110,8 @@ SHIPPED = ("image", "targets", "rows", "columns", "numbers")
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """B items: images (B, 3, S, S), global rows (B,), and lists of B tensors of labels, masks and instance tokens.
+    """B items: images (B, 3, S, S), global rows (B,), and lists of B tensors of labels, masks, instance tokens and, as
+    far as there are candidate regions, whose masks follow those of the targets, region tokens.
 
     As the loader makes it, images and masks lie on the training's device and the rest on the CPU, where its counts are
     known without waiting for the device; `to` moves the rest.
@@ -116,6 +123,7 @@ class Batch:
     labels: list[Tensor]
     masks: list[Tensor]
     instance_tokens: list[Tensor]
+    region_tokens: list[Tensor] = field(default_factory=list)
 
     def split(self, parts: int) -> list[Batch]:
         """The batch in `parts` equal parts, in order."""
@@ -135,25 +143,36 @@ class Batch:
             labels=move(self.labels),
             masks=move(self.masks),
             instance_tokens=move(self.instance_tokens),
+            region_tokens=move(self.region_tokens),
         )
 
 
 class TrainingData:
     """The training images that the protocol leaves, with their teacher tokens.
 
-    Segments of unseen classes and crowds are no targets; a segment outside the crop loses its mask and token row.
+    Segments of unseen classes and crowds are no targets; a segment outside the crop loses its mask and token row, and
+    so does a candidate region. With `regions`, which the tokens must have, views show these, too.
     """
 
     def __init__(
-        self, shards: Path, tokens: Path, bank: TextBank, augment_config: AugmentConfig, *, seed: int, workers: int
+        self,
+        shards: Path,
+        tokens: Path,
+        bank: TextBank,
+        augment_config: AugmentConfig,
+        *,
+        seed: int,
+        workers: int,
+        regions: bool = False,
     ):
         self.tars = Shards(shards).tars("train")
         self.groups = [read_tokens(tokens / f"{tar.stem}.zarr") for tar in self.tars]
+        assert not regions or all(group.regions for group in self.groups)
         self.kept = [np.flatnonzero(group.kept) for group in self.groups]
         self.first_row = np.concatenate([[0], np.cumsum([len(kept) for kept in self.kept])])
         self.class_index = {i: k for k, i in enumerate(bank.ids)}
         self.seen = bank.seen
-        self.augment, self.seed, self.workers = augment_config, seed, workers
+        self.augment, self.seed, self.workers, self.regions = augment_config, seed, workers, regions
         # All groups were made with one config, so their views agree.
         self.token_views = min(group.views for group in self.groups)
 
@@ -303,7 +322,8 @@ class TrainingData:
 
     def _placed(self, tar: int, row: int, sample: Sample, image: Tensor, placement: Placement) -> View:
         """The view with its visible targets: segments of seen classes that are no crowds, with tokens of the mirrored
-        image if the view is mirrored. Under pixel-ignore only segments of seen classes have tokens."""
+        image if the view is mirrored, and its visible candidate regions. Under pixel-ignore only segments of seen
+        classes have tokens."""
         group = self.groups[tar]
         first_row = self.first_row[tar] + (len(self) if placement.mirrored and self.token_views == 2 else 0)
         tokens = group.view(mirrored=placement.mirrored)[1]
@@ -313,10 +333,15 @@ class TrainingData:
         places = self._targets_of(sample)
         token_rows = [token_row[sample.segments[i].id] for i in places]
         targets = _targets(decode_ids(sample), [sample.segments[i].id for i in places])
+        regions = group.regions if self.regions else None
+        region_tokens = regions.of(row, mirrored=placement.mirrored) if regions else tokens[:0]
+        if regions and len(region_tokens):
+            targets = _and_regions(targets, len(places), regions.map(row), len(region_tokens))
         rows, columns = placement.sources(*targets.shape)
-        shown = np.zeros(len(places) + 1, bool)
+        shown = np.zeros(len(places) + len(region_tokens) + 1, bool)
         shown[targets[np.ix_(np.unique(rows), np.unique(columns))]] = True
-        visible = shown[1:].nonzero()[0]
+        every = shown[1:].nonzero()[0]
+        visible = every[every < len(places)]
         return View(
             image_id=sample.image_id,
             placement=placement,
@@ -324,12 +349,20 @@ class TrainingData:
             targets=torch.from_numpy(targets),
             rows=rows,
             columns=columns,
-            numbers=torch.from_numpy((visible + 1).astype(targets.dtype)),
+            numbers=torch.from_numpy((every + 1).astype(targets.dtype)),
             labels=torch.tensor([labels[places[i]] for i in visible], dtype=torch.int64),
             segments=torch.tensor([places[i] for i in visible], dtype=torch.int64),
             instance_tokens=torch.from_numpy(tokens[[token_rows[i] for i in visible]]).float(),
+            region_tokens=torch.from_numpy(region_tokens[every[len(visible) :] - len(places)]).float(),
             global_row=int(first_row + np.searchsorted(self.kept[tar], row)),
         )
+
+
+def _and_regions(targets: np.ndarray, count: int, regions: np.ndarray, more: int) -> np.ndarray:
+    """The map (H, W) of `count` targets with that of `more` regions, which have no pixel in common: they are numbered
+    behind the targets."""
+    targets = targets.astype(np.uint8 if count + more < 256 else np.int32)
+    return np.where(regions > 0, regions.astype(targets.dtype) + targets.dtype.type(count), targets)
 
 
 def _image(sample: Sample) -> Tensor:
@@ -378,4 +411,5 @@ def collate(items: Sequence[Item]) -> Batch:
         labels=[i.labels for i in items],
         masks=[i.masks for i in items],
         instance_tokens=[i.instance_tokens for i in items],
+        region_tokens=[i.region_tokens for i in items],
     )

@@ -8,6 +8,7 @@ from typing import Literal
 from pipeline.data.config import check_choices
 from pipeline.world.names import SHAPES
 from storage.errors import UserError
+from storage.keys import option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,11 @@ class ScenesConfig:
 
     unseen_share: float = 0.1
     """Share of the training images, 0..1, that may show unseen classes; the image filter drops most of these, as in
-    COCO."""
+    COCO, and under pixel-ignore they stay."""
+
+    protocol: Literal["image-filter", "pixel-ignore"] = option("image-filter")
+    """What hides unseen classes from training: image-filter drops every image that shows one, pixel-ignore keeps all
+    images and makes the pixels of unseen classes unlabelled."""
 
     split: Literal["test", "validation"] = "test"
     """Which classes are unseen: test holds out the reported ones, validation others of the same structure, disjoint

@@ -70,22 +70,31 @@ def whole_item(data: TrainingData, epoch: int, tar: int, row: int, sample: Sampl
     """The training item of one sample."""
     rng = np.random.default_rng([data.seed, epoch, sample.image_id])
     image, ids = torch.from_numpy(decode_image(sample)).permute(2, 0, 1), torch.from_numpy(decode_ids(sample))
-    image, ids, mirrored = whole_view(image, ids, data.augment, rng)
     group = data.groups[tar]
+    regions = group.regions if data.regions else None
+    count = int(regions.counts[row]) if regions else 0
+    if regions and count:
+        drawn = torch.from_numpy(regions.map(row).astype(np.int32))
+        ids = torch.where(drawn > 0, drawn + 2**24, ids)
+    image, ids, mirrored = whole_view(image, ids, data.augment, rng)
     tokens = group.view(mirrored=mirrored)[1]
     own = group.rows(row)
     token_row = {int(segment): i for i, segment in enumerate(group.segment_id[own], own.start)}
     labels = [data.class_index[segment.category_id] for segment in sample.segments]
     places = [i for i, s in enumerate(sample.segments) if not s.iscrowd and data.seen[labels[i]]]
-    masks = ids == torch.tensor([sample.segments[i].id for i in places], dtype=ids.dtype).view(-1, 1, 1)
-    visible = masks.flatten(1).any(1)
+    wanted = [sample.segments[i].id for i in places] + [2**24 + 1 + number for number in range(count)]
+    masks = ids == torch.tensor(wanted, dtype=ids.dtype).view(-1, 1, 1)
+    every = masks.flatten(1).any(1)
+    visible = every[: len(places)]
+    region_tokens = torch.from_numpy(regions.of(row, mirrored=mirrored) if regions else tokens[:0]).float()
     first_row = data.first_row[tar] + (len(data) if mirrored and data.token_views == 2 else 0)
     return Item(
         image_id=sample.image_id,
         image=image,
         labels=torch.tensor([labels[i] for i in places], dtype=torch.int64)[visible],
         segments=torch.tensor(places, dtype=torch.int64)[visible],
-        masks=masks[visible],
+        masks=masks[every],
         instance_tokens=torch.from_numpy(tokens[[token_row[sample.segments[i].id] for i in places]]).float()[visible],
+        region_tokens=region_tokens[every[len(places) :]],
         global_row=int(first_row + np.searchsorted(data.kept[tar], row)),
     )
