@@ -21,7 +21,7 @@ import psutil
 import pytest
 from children import PATH, Child, zs_seg
 from cluster_jobs import die, fail_first
-from tiny import QUIET, build, copy_artefacts, tiny_config
+from tiny import QUIET, build, copy_artefacts, tiny_regions
 
 from pipeline import cache_clip
 from pipeline.line import line
@@ -34,7 +34,8 @@ from storage.keys import Ref
 from storage.shards import Shards
 from storage.store import Artefact, Manifest, Store
 
-CONFIG = tiny_config()
+# With regions, so that these have no less to withstand than the other rows.
+CONFIG = tiny_regions()
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +202,7 @@ def test_a_job_that_ends_every_worker_is_given_up(monkeypatch: pytest.MonkeyPatc
 
 COMMAND = (
     "run", "--preset", "demo", "--until", "cache-clip", "--threads", "1", "--data.train-images", "40", "--data.val-images", "10",
-    "--shard.samples-per-tar", "8",
+    "--shard.samples-per-tar", "8", "--data.protocol", "pixel-ignore", "--data.unseen-share", "0.7", "--tokens.regions", "components",
 )  # fmt: skip
 BEFORE = ("scenes", "shard", "text")
 

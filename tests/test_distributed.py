@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from children import PATH, zs_seg
-from tiny import build, copy_artefacts, tiny_config
+from tiny import build, copy_artefacts, tiny_config, tiny_regions
 from torch import Tensor, nn
 
 from flows.cli import main
@@ -143,7 +143,10 @@ class Doubled(TrainingData):
     def batches(self, size: int, *, start: int, ranks: Ranks = ALONE, device: torch.device = CPU) -> Iterator[Batch]:
         for batch in super().batches(size, start=start, ranks=ranks, device=device):
             yield replace(
-                batch, images=batch.images.double(), instance_tokens=[t.double() for t in batch.instance_tokens]
+                batch,
+                images=batch.images.double(),
+                instance_tokens=[t.double() for t in batch.instance_tokens],
+                region_tokens=[t.double() for t in batch.region_tokens],
             )
 
 
@@ -154,7 +157,7 @@ def _train(
     runtime.torch_device()
     bank = open_text(text, "")
     bank = replace(bank, embedding=bank.embedding.double())
-    data = Doubled(shards, tokens, bank, config.augment, seed=config.seed, workers=1)
+    data = Doubled(shards, tokens, bank, config.augment, seed=config.seed, workers=1, regions=config.candidates)
     torch.manual_seed(config.seed)
     model = build_model(v2c._meta(config, bank), bank.embedding)
     assert isinstance(model.projector, Projector)
@@ -190,16 +193,15 @@ def cached(shared_store: Store) -> tuple[Store, dict[str, Stage]]:
 
 
 @pytest.mark.slow
-def test_two_processes_end_where_one_does_and_parts_where_one_piece_does(
-    tmp_path: Path, cached: tuple[Store, dict[str, Stage]]
-) -> None:
-    """10 steps of 4 images; negatives come from the whole batch. Two processes: BatchNorm learns; parts: it is
-    frozen.
+def test_two_processes_end_where_one_does_and_parts_where_one_piece_does(tmp_path: Path, shared_store: Store) -> None:
+    """10 steps of 4 images; negatives come from the whole batch. Two processes: BatchNorm learns, and so does the
+    network from candidate regions; parts: it is frozen.
     """
-    store, steps = cached
-    inputs = [store.path(steps[stage].recipe.ref) for stage in ("shard", "cache-clip", "text")]
+    steps = build(shared_store, tiny_regions(), until="cache-clip", runtime=ONE)
+    inputs = [shared_store.path(steps[stage].recipe.ref) for stage in ("shard", "cache-clip", "text")]
     config = replace(tiny_config().v2c, steps=10, instance_negatives="batch")
-    learns = replace(config, segmenter=replace(config.segmenter, frozen_batchnorm=False))
+    candidates = replace(config, candidate_mask_weight=0.5, candidate_token_weight=1.0)
+    learns = replace(candidates, segmenter=replace(config.segmenter, frozen_batchnorm=False))
     for folder, used, runtime in (
         ("learns", learns, ONE), ("learns", learns, TWO), ("frozen", config, ONE), ("frozen", replace(config, accumulate=2), ONE),
     ):  # fmt: skip

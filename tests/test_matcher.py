@@ -168,3 +168,81 @@ def test_predictions_that_are_not_finite_are_refused(bad: float) -> None:
     class_logits, mask_logits, labels, masks = world()
     with pytest.raises(ValueError, match="diverged; lower the learning rate"):
         match(class_logits, mask_logits * bad, labels, masks, **WEIGHTS, points=10, generators=[rng()] * len(masks))
+
+
+# ------------------------------------------------------------------------------------------------ regions without a class
+
+
+def with_regions(masks: list[Tensor], counts: tuple[int, ...], seed: int) -> list[Tensor]:
+    """The masks of the segments, then of so many regions."""
+    g = rng(seed + 100)
+    return [
+        torch.cat((own, torch.rand(more, 24, 24, generator=g) > 0.6)) for own, more in zip(masks, counts, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_regions_get_the_queries_that_are_left_at_least_cost_of_their_masks(seed: int) -> None:
+    """Segments have the queries that they have without regions; of the others no assignment is cheaper."""
+    class_logits, mask_logits, labels, masks = world(seed=seed)
+    more = (2, 4, 3, 0)
+    both = with_regions(masks, more, seed)
+    options: dict[str, Any] = {**WEIGHTS, "points": 40}
+    alone = match(class_logits, mask_logits, labels, masks, **options, generators=[rng(9)] * B)
+    found = match(class_logits, mask_logits, labels, both, **options, generators=[rng(9)] * B)
+    points = torch.rand(B, 40, 2, generator=rng(9))
+    for layer in range(L):
+        for b, (count, regions) in enumerate(zip(COUNTS, more, strict=True)):
+            own = torch.where(found[layer, b] < count, found[layer, b], -1)
+            assert torch.equal(own, alone[layer, b])
+            free = (own < 0).nonzero()[:, 0].tolist()
+            chosen = {q: int(found[layer, b, q]) - count for q in free if found[layer, b, q] >= 0}
+            assert len(chosen) == len(set(chosen.values())) == min(regions, len(free))
+            if not chosen:
+                continue
+            none = torch.zeros(Q, 1)
+            cost = slow_costs(
+                none, mask_logits[layer, b], torch.zeros(regions).long(), both[b][count:], points[b : b + 1]
+            )
+            cost = cost - slow_class_cost()
+            queries, few = (free, regions) if len(free) >= regions else (range(regions), len(free))
+            pairs = cost[free] if len(free) >= regions else cost[free].T
+            least = min(
+                sum(float(pairs[q, o]) for o, q in enumerate(qs)) for qs in permutations(range(len(queries)), few)
+            )
+            assert sum(float(cost[q, r]) for q, r in chosen.items()) == pytest.approx(least, abs=1e-4)
+
+
+def slow_class_cost() -> float:
+    """What `slow_costs` adds for a class logit of 0."""
+    zero = torch.zeros(())
+    return 2 * float(focal_loss(zero, torch.tensor(1), normaliser=1) - focal_loss(zero, torch.tensor(0), normaliser=1))
+
+
+@pytest.mark.parametrize("mask_loss", ["points", "full"])
+def test_the_class_is_nothing_to_a_region(mask_loss: Any) -> None:
+    class_logits, mask_logits, labels, masks = world()
+    both = with_regions(masks, (1, 2, 0, 2), 0)
+    options: dict[str, Any] = {**WEIGHTS, "points": 40, "mask_loss": mask_loss}
+    found = match(class_logits, mask_logits, labels, both, **options, generators=[rng(1)] * B)
+    others = torch.ones_like(class_logits, dtype=torch.bool)  # the logits that decide nothing for a segment
+    for b, label in enumerate(labels):
+        others[:, b, :, label] = False
+    moved = torch.where(others, class_logits * -3 + 1, class_logits)
+    assert torch.equal(match(moved, mask_logits, labels, both, **options, generators=[rng(1)] * B), found)
+
+
+def test_without_a_query_left_a_region_has_none() -> None:
+    class_logits, mask_logits, labels, masks = world((9, 1))
+    both = with_regions(masks, (3, 7), 0)
+    found = match(class_logits, mask_logits, labels, both, **WEIGHTS, points=40, generators=[rng()] * 2)
+    assert found[:, 0].max() < 9
+    assert all(sorted(row)[0] == 0 and len(set(row)) == Q and min(row) >= 0 for row in found[:, 1].tolist())
+
+
+def test_images_with_regions_alone() -> None:
+    class_logits, mask_logits, labels, masks = world((0, 0))
+    found = match(
+        class_logits, mask_logits, labels, with_regions(masks, (1, 2), 0), **WEIGHTS, points=10, generators=[rng()] * 2
+    )
+    assert [sorted(row) for row in found[0].tolist()] == [[-1] * (Q - 1) + [0], [-1] * (Q - 2) + [0, 1]]

@@ -47,19 +47,22 @@ def test_the_device_refuses_and_counts_as_cuda_does(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ the stages on it
 
 
+def walk(variant: str, shared_store: Store, folder: Path) -> tuple[str, Store, dict[str, Any]]:
+    """A variant of the tiny line, the store where it ran on the device, and what was counted there."""
+    made = build(shared_store, config(variant), until="shard")
+    store = Store(folder / "store")
+    copy_artefacts(shared_store, store, [stage.recipe.ref for stage in made.values()])
+    image = next((store.path(made["scenes"].recipe.ref) / "val2017").iterdir())
+    child = start(pretend_line.walk, store.root, variant, image, folder / "counted.json")
+    assert child.wait() == 0, child.err
+    return variant, store, json.loads((folder / "counted.json").read_text())
+
+
 @pytest.fixture(scope="module", params=["mask2former", "maskformer"])
 def walked(
     request: pytest.FixtureRequest, shared_store: Store, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Store, dict[str, Any]]:
-    """A variant of the tiny line, the store where it ran on the device, and what was counted there."""
-    folder = tmp_path_factory.mktemp(request.param)
-    made = build(shared_store, config(request.param), until="shard")
-    store = Store(folder / "store")
-    copy_artefacts(shared_store, store, [stage.recipe.ref for stage in made.values()])
-    image = next((store.path(made["scenes"].recipe.ref) / "val2017").iterdir())
-    child = start(pretend_line.walk, store.root, request.param, image, folder / "counted.json")
-    assert child.wait() == 0, child.err
-    return request.param, store, json.loads((folder / "counted.json").read_text())
+    return walk(request.param, shared_store, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.slow
@@ -80,6 +83,22 @@ def test_every_stage_runs_and_a_training_step_waits_no_more_than_it_must(
                 file = place.partition(":")[0]
                 waits[file] = waits.get(file, 0) + number
             assert waits == expected, (stage, step, counted[stage]["steps"][step]["waits"])
+
+
+@pytest.mark.slow
+def test_a_step_with_candidate_regions_waits_no_more_often(shared_store: Store, tmp_path: Path) -> None:
+    """Their costs come back with those of the segments; the masks of both are one map on the way to the device."""
+    _, store, counted = walk("regions", shared_store, tmp_path)
+    used, stages = config("regions"), {stage.name: stage for stage in line(config("regions"))}
+    shards, tokens, text = (store.path(stages[name].recipe.ref) for name in ("shard", "cache-clip", "text"))
+    data = TrainingData(
+        shards, tokens, open_text(text, ""), used.v2c.augment, seed=used.v2c.seed, workers=1, regions=True
+    )
+    for step in STEADY:
+        traffic = counted["v2c"]["steps"][step]
+        assert sum(traffic["waits"].values()) == 2, traffic["waits"]
+        loaded = sum(number for place, number in traffic["copied"].items() if "training/loader.py" in place)
+        assert loaded == views_bytes(data, used.v2c.batch, step)
 
 
 def stage_1_bytes(batch: Batch, variant: str) -> int:

@@ -7,7 +7,8 @@ classes lie in it, and how they divide it, is not: the pixels of all segments th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -15,7 +16,8 @@ from scipy import ndimage
 from pipeline.teacher.config import TokensConfig
 
 
-class Regions(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Regions:
     """`map` (H, W) uint8, or uint16 for more than 255 regions: the number of each pixel's region from 1, or 0; `count`
     regions; `fragments`, the number of parts that were too small to be one."""
 

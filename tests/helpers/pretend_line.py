@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tiny import tiny_config
+from tiny import tiny_config, tiny_regions
 
 from pipeline.line import Config, line
 from pipeline.runtime import Runtime
@@ -21,8 +21,9 @@ RUNTIME = Runtime(device="pretend:0", threads=1, progress=False, checkpoint_ever
 
 def config(variant: str) -> Config:
     """The tiny line on 12 images: "mask2former" as in the demo, "maskformer" with losses over full masks, tokens by
-    attention, batches in two parts, averaged weights, and negatives from the whole batch."""
-    base = tiny_config()
+    attention, batches in two parts, averaged weights, and negatives from the whole batch; "regions" with candidate
+    regions."""
+    base = tiny_regions() if variant == "regions" else tiny_config()
     small = replace(
         base.v2c, steps=STEPS, points=32, bank=8, calibration_images=4, instance_negatives="image",
         segmenter=replace(base.v2c.segmenter, decoder_layers=2, queries=10),
@@ -34,7 +35,7 @@ def config(variant: str) -> Config:
         g2s=replace(base.g2s, steps=STEPS, batch=4),
         cpa=replace(base.cpa, steps=STEPS, batch=4),
     )
-    if variant == "mask2former":
+    if variant in ("mask2former", "regions"):
         return base
     other = replace(small.segmenter, architecture="maskformer")
     return replace(
@@ -45,7 +46,7 @@ def config(variant: str) -> Config:
 
 
 def walk(store: str, variant: str, image: str, out: str) -> None:
-    """Run all stages that the store has not, and predict `image`. Stage 1 is interrupted when it has saved its state,
+    """Run all stages that the store has not, and predict `image`; of "regions" those up to stage 1. Stage 1 is interrupted when it has saved its state,
     and goes on. The file `out` gets, by stage, what `TRAFFIC` counted: in every training step, and besides."""
     from pretend_device import TRAFFIC
 
@@ -68,6 +69,8 @@ def walk(store: str, variant: str, image: str, out: str) -> None:
 
     loop.Record.add, loop.save_training_state = add_and_count, save_and_stop
     made, counted, stages = Store(Path(store)), {}, line(config(variant))
+    if variant == "regions":
+        stages = stages[: [stage.name for stage in stages].index("v2c") + 1]
     for stage in stages:
         if stage.name == "v2c":
             with contextlib.suppress(KeyboardInterrupt):
@@ -76,11 +79,12 @@ def walk(store: str, variant: str, image: str, out: str) -> None:
         counted[stage.name] = {"steps": list(steps), "besides": vars(TRAFFIC.take())}
         steps.clear()
     assert interrupted == [2]
-    predict.run(
-        checkpoint=str(made.path(stages[-2].recipe.ref)), images=[image], out=str(Path(out).with_suffix("")), names=[],
-        teacher_weights="", skip_bad=False, store=made, runtime=RUNTIME,
-    )  # fmt: skip
-    counted["predict"] = {"steps": [], "besides": vars(TRAFFIC.take())}
+    if variant != "regions":
+        predict.run(
+            checkpoint=str(made.path(stages[-2].recipe.ref)), images=[image], out=str(Path(out).with_suffix("")), names=[],
+            teacher_weights="", skip_bad=False, store=made, runtime=RUNTIME,
+        )  # fmt: skip
+        counted["predict"] = {"steps": [], "besides": vars(TRAFFIC.take())}
     Path(out).write_text(json.dumps(counted, indent=1))
 
 

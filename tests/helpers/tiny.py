@@ -30,6 +30,17 @@ def tiny_config() -> Config:
     )
 
 
+def tiny_regions() -> Config:
+    """The same under pixel-ignore, with candidate regions of what then has no label."""
+    tiny = tiny_config()
+    return replace(
+        tiny,
+        data=replace(tiny.data, protocol="pixel-ignore", unseen_share=0.7),
+        tokens=replace(tiny.tokens, regions="components"),
+        v2c=replace(tiny.v2c, candidate_mask_weight=0.5, candidate_token_weight=1.0),
+    )
+
+
 def build(store: Store, config: Config, *, until: str = "evaluate", runtime: Runtime = QUIET) -> dict[str, Stage]:
     """Run the line up to and including the stage `until`; its steps by stage."""
     steps: dict[str, Stage] = {}
