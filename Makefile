@@ -36,7 +36,7 @@ name one (make PYTHON3=/path/to/python3.11), or fetch one (uv python install 3.1
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev python lock demo ablate test test-faults check plan shards text cache-clip v2c queries g2s cpa evaluate serve stop image clean
+.PHONY: help install install-dev python lock demo ablate test test-faults check plan shards text cache-clip v2c queries g2s cpa mask-tokens evaluate serve stop image clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -87,6 +87,9 @@ g2s: install  ## training stage 2: the generator
 
 cpa: install  ## training stage 3: the projector adapts; the transductive checkpoint
 	@$(ZS_SEG) run --preset $(PRESET) $(FLAGS) --until cpa
+
+mask-tokens: install  ## what the teacher sees in the masks that the network finds
+	@$(ZS_SEG) run --preset $(PRESET) $(FLAGS) --until mask-tokens
 
 evaluate: install  ## the report in runs/PRESET/
 	@$(ZS_SEG) run --preset $(PRESET) $(FLAGS)

@@ -19,6 +19,7 @@ from flows.presets import PRESETS, preset
 from models.errors import ModelError
 from pipeline.line import STAGES
 from pipeline.runtime import OUT_OF_MEMORY
+from pipeline.scoring.config import EvaluateConfig
 from storage.errors import UserError, did_you_mean
 
 # those that take flags of the config tree
@@ -351,6 +352,7 @@ def _add_evaluate_flags(evaluate: _Parser) -> None:
         metavar="X",
         help="subtracted from the scores of seen classes; default: 0",
     )
+    _add_with_teacher_flags(evaluate)
     evaluate.add_argument(
         "--match-names",
         action="store_true",
@@ -360,7 +362,31 @@ def _add_evaluate_flags(evaluate: _Parser) -> None:
         "--json", default="", metavar="FILE", help="also write scores, classes and settings to this file"
     )
     evaluate.add_argument("--out", default="", metavar="DIR", help="folder for the predictions")
-    _add_teacher_flag(evaluate, "for classes that the checkpoint does not have")
+    _add_teacher_flag(evaluate, "for classes that the checkpoint does not have, and --with-teacher")
+
+
+def _add_with_teacher_flags(command: _Parser) -> None:
+    command.add_argument(
+        "--with-teacher",
+        action="store_true",
+        help="multiply the class scores with those of the checkpoint's teacher for the masks that are found",
+    )
+    for name, classes in (("alpha", "seen"), ("beta", "unseen")):
+        default = getattr(EvaluateConfig(), name)
+        command.add_argument(
+            f"--{name}",
+            type=float,
+            default=default,
+            metavar="X",
+            help=f"the teacher's exponent for {classes} classes, 0..1; 1 = the teacher alone; default: {default:g}",
+        )
+    command.add_argument(
+        "--object-threshold",
+        type=float,
+        default=None,
+        metavar="X",
+        help="least score of a segment, 0..1; default: the checkpoint's own, which was chosen without the teacher",
+    )
 
 
 def _add_teacher_flag(command: _Parser, when: str) -> None:
@@ -385,7 +411,7 @@ def _add_training_flags(command: _Parser) -> None:
         "--dask",
         default="local",
         metavar="WHERE",
-        help="workers of cache-clip: local (default), local:N, none, tcp://HOST:PORT, or a scheduler file",
+        help="workers of cache-clip and mask-tokens: local (default), local:N, none, tcp://HOST:PORT, or a scheduler file",
     )
 
 

@@ -200,7 +200,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from pipeline import evaluate_checkpoint
+    from pipeline.scoring import evaluate_checkpoint
     from storage.atomic import write_text
 
     if options.json and not Path(options.json).parent.is_dir():
@@ -211,6 +211,10 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
         data=options.data,
         split=options.split,
         seen_offset=options.seen_offset,
+        with_teacher=options.with_teacher,
+        alpha=options.alpha,
+        beta=options.beta,
+        object_threshold=options.object_threshold,
         match_names=options.match_names,
         out=options.out,
         teacher_weights=options.teacher,

@@ -25,7 +25,7 @@ from storage.store import Store
 log = logging.getLogger(__name__)
 
 # Their work, beside that of the CPU, is a device's; the few sentences of stage text are encoded in seconds anywhere.
-ON_DEVICE = ("cache-clip", "v2c", "queries", "g2s", "cpa", "evaluate")
+ON_DEVICE = ("cache-clip", "v2c", "queries", "g2s", "cpa", "mask-tokens", "evaluate")
 
 
 def select(stages: Sequence[Stage], *, first: str = "", last: str = "") -> list[Stage]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
-import socket
 import threading
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +15,7 @@ from pipeline.data.benchmarks import Benchmark
 from pipeline.runtime import Runtime
 from pipeline.teacher.cluster import Progress, run_tasks
 from pipeline.teacher.config import TeacherConfig, TokensConfig
+from pipeline.teacher.pieces import require_here, write_once
 from storage.errors import UserError
 from storage.keys import Recipe, Ref
 from storage.store import Build
@@ -178,17 +176,9 @@ def _counts(split: str, jobs: list[Job], benchmark: Benchmark) -> dict[str, int]
 
 
 def _encode(job: Job, runtime: Runtime, progress: Progress) -> str:
-    """Write the job's group unless it exists, and return the device's name. The same job may run elsewhere at the same
-    time, so each run writes under a name of its own, and the first to end renames it to the group."""
-    for path in (job.tar, job.group.parent):
-        if not path.exists():
-            raise UserError(
-                f"a worker on {socket.gethostname()} does not find {path}; pass --store FOLDER with a folder that all "
-                "machines share under the same path"
-            )
+    """Write the job's group unless it exists, and return the device's name."""
+    require_here(job.tar, job.group.parent)
     from pipeline.teacher.encode import encode_tar
-    from storage.atomic import delete
-    from storage.inputs import vouch
 
     device = str(runtime.torch_device())
     if job.group.exists():
@@ -196,27 +186,11 @@ def _encode(job: Job, runtime: Runtime, progress: Progress) -> str:
         return device
     with _LOADING:
         teacher = _load(job.teacher, runtime)
-    own = job.group.with_name(f".{job.group.name}.{uuid.uuid4().hex}.writing")
-    encode_tar(teacher, job.tar, own, job.config, job.benchmark, hide=job.hide, progress=progress)
-    _return_freed_memory()
-    vouch(job.group.parent)
-    try:
-        own.rename(job.group)
-    except OSError:
-        if not job.group.exists():
-            raise
-        delete(own)
+    write_once(
+        job.group,
+        lambda own: encode_tar(teacher, job.tar, own, job.config, job.benchmark, hide=job.hide, progress=progress),
+    )
     return device
-
-
-def _return_freed_memory() -> None:
-    """Make glibc return freed memory to the system, as other C libraries do by themselves.
-
-    Buffers of many sizes fragment its heap, by which a worker grew 5 to 10 MB per tar. Once per tar the call costs next
-    to nothing; Dask's setting, which returns memory all the time, is expensive.
-    """
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
 
 
 _LOADING = threading.Lock()  # a cluster's workers may have several threads

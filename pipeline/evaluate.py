@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.benchmarks import Benchmark
@@ -17,12 +18,13 @@ from storage.store import Build
 if TYPE_CHECKING:
     import numpy as np
 
-    from pipeline.inference.maps import PredictedSegment
+    from models.segmenter import Segmenter
+    from pipeline.inference.maps import Classes, PredictedSegment, Thresholds
     from pipeline.inference.model import Model
     from pipeline.report.pictures import Picture
     from storage.shards import Sample
 
-STAGE, VERSION = "evaluate", 3
+STAGE, VERSION = "evaluate", 4
 log = logging.getLogger(__name__)
 
 
@@ -30,27 +32,31 @@ def recipe(
     config: EvaluateConfig,
     *,
     benchmark: Benchmark,
+    threshold_slack: float,
     shards: Ref,
     tokens: Ref,
     text: Ref,
     inductive: Ref,
     generator: Ref,
     transductive: Ref,
+    mask_tokens: Ref,
 ) -> Recipe:
     inputs = {
-        "shards": shards, "tokens": tokens, "text": text,
-        "inductive": inductive, "generator": generator, "transductive": transductive,
+        "shards": shards, "tokens": tokens, "text": text, "inductive": inductive, "generator": generator,
+        "transductive": transductive, "mask_tokens": mask_tokens,
     }  # fmt: skip
     return Recipe(
         kind="report",
         stage=STAGE,
         version=VERSION,
-        config={"evaluate": config, "benchmark": benchmark.content},
+        config={"evaluate": config, "benchmark": benchmark.content, "threshold_slack": threshold_slack},
         inputs=inputs,
     )
 
 
-def build(build: Build, config: EvaluateConfig, runtime: Runtime, *, benchmark: Benchmark) -> None:
+def build(
+    build: Build, config: EvaluateConfig, runtime: Runtime, *, benchmark: Benchmark, threshold_slack: float
+) -> None:
     """Score every validation image, of a semantic benchmark by IoU alone, and write the report's files."""
     from models.folding import for_inference
     from pipeline.inference.forward import outputs
@@ -58,6 +64,7 @@ def build(build: Build, config: EvaluateConfig, runtime: Runtime, *, benchmark: 
     from pipeline.inference.model import load_model, require_same_classes
     from pipeline.report.write import write_report
     from pipeline.scoring.evaluator import Evaluator
+    from pipeline.scoring.found_masks import validation_masks
     from pipeline.teacher.text_bank import open_text
     from pipeline.training.curves import read_curves
     from storage.shards import Shards
@@ -70,16 +77,19 @@ def build(build: Build, config: EvaluateConfig, runtime: Runtime, *, benchmark: 
         require_same_classes(model.meta.classes, bank)
     stage_1 = models["inductive"]
     _require_same_segmenter(stage_1, models["transductive"])
+    segmenter, resize = for_inference(stage_1.segmenter), stage_1.meta.resize
+    classes = classes_of(bank.embedding, bank.classes(), device)
     pictures: list[Picture] = []
-    shards = Shards(build.open("shards").path)
+    shards, masks = Shards(build.open("shards").path), build.open("mask_tokens").path
+
+    thresholds = _teacher_thresholds(build, config, runtime, models, classes, segmenter, slack=threshold_slack)
     samples = samples_with_tokens(shards, build.open("tokens").path, workers=runtime.decoders)
     with runtime.bar(sum(shards.counts("val")), "evaluating", "image") as bar:
-        classes = classes_of(bank.embedding, bank.classes(), device)
-        evaluator = Evaluator(benchmark, models, classes, config)
-        for (sample, own), output in outputs(
-            for_inference(stage_1.segmenter), samples, stage_1.meta.resize, batch=config.batch
-        ):
-            maps = evaluator.update(sample, own, output)
+        evaluator = Evaluator(benchmark, models, classes, config, thresholds)
+        every = outputs(segmenter, samples, resize, batch=config.batch)
+        for ((sample, own), output), (image, found) in zip(every, validation_masks(shards, masks, device), strict=True):
+            assert image == sample.image_id, (image, sample.image_id)
+            maps = evaluator.update(sample, own, output, found)
             if len(pictures) < config.pictures and any(
                 not benchmark.seen[benchmark.index[s.category_id]] for s in sample.segments
             ):
@@ -96,6 +106,41 @@ def build(build: Build, config: EvaluateConfig, runtime: Runtime, *, benchmark: 
         left_out.segments_without_a_query,
     )
     build.counts |= counts(report, benchmark.task)
+
+
+def _teacher_thresholds(
+    build: Build,
+    config: EvaluateConfig,
+    runtime: Runtime,
+    models: Mapping[str, Model],
+    classes: Classes,
+    segmenter: Segmenter,
+    *,
+    slack: float,
+) -> dict[str, Thresholds]:
+    """The thresholds of each row with the teacher at prediction, chosen on the training images of stage "mask-tokens";
+    of a semantic benchmark, which has none and whose maps need none, the checkpoints' own."""
+    from pipeline.inference.forward import outputs
+    from pipeline.scoring.found_masks import calibration_images
+    from pipeline.scoring.teacher_rows import TeacherCalibration, teacher_rows
+    from storage.shards import Shards
+
+    rows, masks = teacher_rows(config), build.open("mask_tokens")
+    count = masks.manifest.counts["train"]["images"]
+    if not count:
+        return {name: models[row.checkpoint].meta.thresholds for name, row in rows.items()}
+    calibration = TeacherCalibration(rows, models, classes, slack=slack)
+    images = calibration_images(
+        Shards(build.open("shards").path), masks.path, classes.text.device, workers=runtime.decoders
+    )
+    with runtime.bar(count, "choosing the object thresholds with the teacher", "image") as bar:
+        for (sample, found), output in outputs(segmenter, images, models["inductive"].meta.resize, batch=config.batch):
+            calibration.update(sample, output, found)
+            bar.update()
+    thresholds = calibration.thresholds()
+    chosen = ", ".join(f"{name} {one.object_threshold:g}" for name, one in thresholds.items())
+    log.info("object thresholds with the teacher at prediction: %s", chosen)
+    return thresholds
 
 
 def counts(report: Report, task: str) -> dict[str, Any]:

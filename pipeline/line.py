@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from pipeline import cache_clip, cpa, evaluate, g2s, queries, scenes, shard, text, v2c
+from pipeline import cache_clip, cpa, evaluate, g2s, mask_tokens, queries, scenes, shard, text, v2c
 from pipeline.data import benchmarks, label_maps
 from pipeline.data.coco import coco_source
 from pipeline.data.config import CocoConfig, ShardConfig
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 # Networks on views of at most so many pixels a side, and the multilayer perceptrons of stages 2 and 3, gain little from a
 # second thread and take about twice as long with it beside any other process: they compute with one.
 SMALL_VIEW = 128
-STAGES = ("scenes", "shard", "text", "cache-clip", "v2c", "queries", "g2s", "cpa", "evaluate")
+STAGES = ("scenes", "shard", "text", "cache-clip", "v2c", "queries", "g2s", "cpa", "mask-tokens", "evaluate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +47,14 @@ class Config:
     """Images and annotations, checked and packed into tars."""
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    """The frozen CLIP, which stages text and cache-clip read."""
+    """The frozen CLIP, which stages text, cache-clip and mask-tokens read."""
 
     text: TextConfig = field(default_factory=TextConfig)
     """Text embeddings of the class names."""
 
     tokens: TokensConfig = field(default_factory=TokensConfig)
-    """Stage cache-clip: the teacher's embeddings of images and masked instances."""
+    """Stages cache-clip and mask-tokens: the teacher's embeddings of images, masked instances and masks that were
+    found."""
 
     v2c: V2CConfig = field(default_factory=V2CConfig)
     """Training stage 1: segmenter and projector (vision-to-CLIP alignment, paper Eq. 1 to 5)."""
@@ -165,9 +166,13 @@ def line(config: Config) -> list[Stage]:
     cached = add(queries, config.queries, threads=networks, **inputs, checkpoint=stage_1)
     generator = add(g2s, config.g2s, threads=1, queries=cached, text=bank, checkpoint=stage_1)
     stage_3 = add(cpa, config.cpa, threads=1, queries=cached, text=bank, checkpoint=stage_1, generator=generator)
+    masks = add(
+        mask_tokens, config.tokens, threads=networks, teacher=teacher, benchmark=benchmark,
+        calibration_images=config.v2c.calibration_images, shards=shards, checkpoint=stage_1,
+    )  # fmt: skip
     add(
-        evaluate, config.evaluate, threads=networks, benchmark=benchmark, **inputs,
-        inductive=stage_1, generator=generator, transductive=stage_3,
+        evaluate, config.evaluate, threads=networks, benchmark=benchmark, threshold_slack=config.v2c.threshold_slack,
+        **inputs, inductive=stage_1, generator=generator, transductive=stage_3, mask_tokens=masks,
     )  # fmt: skip
     return stages
 

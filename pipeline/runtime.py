@@ -65,7 +65,7 @@ class Runtime:
     """Pass stage 1's network through torch.compile."""
 
     dask: str = "local"
-    """Workers of stage cache-clip: local, local:N, none (this process), or a cluster's address or scheduler file.
+    """Workers of stages cache-clip and mask-tokens: local, local:N, none (this process), or a cluster's address or scheduler file.
 
     "local" starts worker processes on this machine: one for every four cores, at least one, and on GPUs (of which
     `device` auto and cuda take all) one to four for each, with equal shares of the threads, by which they decode
@@ -89,7 +89,7 @@ class Runtime:
 
     @property
     def local(self) -> bool:
-        """Whether stage cache-clip computes on this machine, not on a cluster that is already there."""
+        """Whether stages cache-clip and mask-tokens compute on this machine, not on a cluster that is already there."""
         return self.dask == "none" or self.dask.startswith("local")
 
     @property

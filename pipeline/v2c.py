@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from models.teacher_files import IMAGENET, SMALL_BACKBONE
 from pipeline.runtime import Runtime, torchrun_rank
-from pipeline.scoring.config import OBJECT_THRESHOLDS
 from pipeline.training.config import SegmenterConfig, V2CConfig
 from storage.errors import UserError
 from storage.keys import Recipe, Ref, sha256_file
@@ -196,41 +195,23 @@ def _meta(config: V2CConfig, bank: TextBank) -> CheckpointMeta:
 def choose_threshold(
     model: Model, bank: TextBank, data: TrainingData, config: V2CConfig, runtime: Runtime
 ) -> tuple[float, dict[str, float]]:
-    """The object threshold (D8), chosen for seen classes on the first training images; and sPQ there by threshold.
-
-    It is the lowest threshold whose sPQ is within `threshold_slack` of the best: the curve is flat over a wide range,
-    and unseen classes have lower scores than seen ones, so among thresholds of about equal sPQ the lowest loses the
-    fewest unseen segments. Stage 1 is not trained with the unseen names, so only seen classes are predicted; segments
-    of unseen classes, if the protocol leaves any, count as void.
-    """
-    import numpy as np
+    """The object threshold, chosen on the first training images (see `Calibration`), and sPQ there by threshold. Stage 1
+    is not trained with the unseen names, so only seen classes are predicted."""
     import torch
 
     from models.folding import for_inference
     from pipeline.inference.forward import outputs
-    from pipeline.inference.maps import Thresholds, classes_of, panoptic_map
-    from pipeline.scoring.metrics import PanopticQuality
-    from storage.shards import decode_ids
+    from pipeline.inference.maps import classes_of
+    from pipeline.scoring.calibration import Calibration
 
     device = next(model.projector.parameters()).device
     classes = classes_of(bank.embedding, bank.classes(), device).only(torch.tensor(bank.seen, device=device))
-    seen_ids = set(classes.ids.tolist())
-    qualities = {threshold: PanopticQuality(sorted(seen_ids)) for threshold in OBJECT_THRESHOLDS}
+    calibration = Calibration(classes, overlap_threshold=config.overlap_threshold, slack=config.threshold_slack)
     samples = itertools.islice(data.plain_samples(), config.calibration_images)
     with runtime.bar(min(config.calibration_images, len(data)), "choosing the object threshold", "image") as bar:
         for sample, output in outputs(for_inference(model.segmenter), samples, config.resize, batch=config.batch):
-            output = output.kept()  # resized once for all thresholds
-            logits = model.logits(output.features, classes.text)
-            segments = [s for s in sample.segments if s.category_id in seen_ids]
-            ids = decode_ids(sample)
-            ids = np.where(np.isin(ids, [s.id for s in segments]), ids, 0)
-            for threshold, quality in qualities.items():
-                trial = Thresholds(object_threshold=threshold, overlap_threshold=config.overlap_threshold)
-                guess, guessed = panoptic_map(output, logits, classes, trial)
-                quality.update(ids, segments, guess, guessed, image=sample.image_id)
+            calibration.update(sample, output, model.logits(output.features, classes.text))
             bar.update()
-    by_threshold = {threshold: quality.result().mean().pq for threshold, quality in qualities.items()}
-    enough = max(by_threshold.values()) - config.threshold_slack
-    chosen = min(threshold for threshold, pq in by_threshold.items() if pq >= enough)
+    chosen, by_threshold = calibration.result()
     log.info("object_threshold %.2f: sPQ %.1f on training images", chosen, by_threshold[chosen])
     return chosen, {str(threshold): round(pq, 2) for threshold, pq in by_threshold.items()}

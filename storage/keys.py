@@ -35,8 +35,8 @@ def option(default: Value) -> Value:
 class Ref:
     """Names one artefact of the store; the only thing that travels between tasks.
 
-    `kind` is the folder in the store ("scenes", "shards", "text", "tokens", "checkpoint", "queries", "generator" or
-    "report"), `key` 16 hexadecimal digits.
+    `kind` is the folder in the store ("scenes", "shards", "text", "tokens", "checkpoint", "queries", "generator",
+    "mask-tokens" or "report"), `key` 16 hexadecimal digits.
     """
 
     kind: str

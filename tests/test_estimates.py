@@ -175,7 +175,7 @@ def test_settings_that_cost_no_time_do_not_spoil_a_rate(tmp_path: Path) -> None:
         return {step.name for step in steps if estimator.estimate(step).source.startswith("measured: ")}
 
     known = measured(config)
-    assert {"v2c", "queries", "g2s", "cpa", "evaluate"} <= known
+    assert {"v2c", "queries", "g2s", "cpa", "mask-tokens", "evaluate"} <= known
     for stage, settings in TUNED.items():
         for name, value in settings.items():
             assert getattr(getattr(config, stage), name) != value

@@ -19,11 +19,12 @@ from PIL import Image
 from tiny import QUIET, build, tiny_config
 
 from flows.cli import main
-from pipeline import evaluate_checkpoint, scenes
+from pipeline import scenes
 from pipeline.data.benchmarks import Benchmark, Category, load_benchmark
 from pipeline.inference.maps import PredictedSegment
 from pipeline.inference.model import load_model
 from pipeline.inference.vocabulary import vocabulary_of
+from pipeline.scoring import evaluate_checkpoint
 from pipeline.scoring.metrics import PanopticQuality
 from storage.shards import Segment, encode_ids
 from storage.store import Store
@@ -76,6 +77,10 @@ def evaluate(run: Run, benchmark: str | Path, data: Path, **change: Any) -> dict
         "checkpoint": run.keys["cpa"],
         "split": "val",
         "seen_offset": 0.0,
+        "with_teacher": False,
+        "alpha": 0.4,
+        "beta": 0.8,
+        "object_threshold": None,
         "match_names": False,
         "out": "",
         "teacher_weights": "",
@@ -110,6 +115,28 @@ def test_the_runs_own_folder_gives_the_reports_numbers(run: Run, stage: str, off
     assert result["counts"]["images"] == run.report["settings"]["images"] == 10
     assert result["counts"]["unseen"] == len(BENCHMARK.unseen_ids)
     assert result["marks"] == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "row", "exponents"),
+    [("v2c", "inductive_teacher", (0.4, 0.8)), ("cpa", "transductive_teacher", (0.4, 0.8)), ("v2c", "teacher", (1, 1))],
+)
+def test_with_the_teacher_it_gives_the_reports_rows(
+    run: Run, stage: str, row: str, exponents: tuple[float, float]
+) -> None:
+    """But for the rounding of cached tokens, which are float16."""
+    alpha, beta = exponents
+    threshold = run.report["settings"][f"object_threshold_{row}"]
+    result = evaluate(
+        run, run.benchmark, run.data, checkpoint=run.keys[stage], with_teacher=True, alpha=alpha, beta=beta,
+        object_threshold=threshold,
+    )  # fmt: skip
+    assert run.report[row]["sIoU"] != run.report["inductive"]["sIoU"]
+    for name in ("PQ", "sIoU", "uIoU"):
+        assert result["scores"][name] == pytest.approx(run.report[row][name], abs=0.3)
+    assert result["thresholds"]["object_threshold"] == threshold
+    assert (result["teacher"]["alpha"], result["teacher"]["beta"]) == exponents
+    assert result["teacher"]["options"]["method"] == "pixels" and "teacher: alpha" in evaluate_checkpoint.about(result)
 
 
 def test_the_command_tells_and_exports_what_it_scored(
@@ -370,6 +397,8 @@ def test_mistakes_are_one_line_and_status_2(run: Run, tmp_path: Path, capsys: py
     assert "panoptic_val2017.json not found" in fails(capsys, run, "--benchmark", run.benchmark, "--data", data)
     assert "split 'test' is unknown" in fails(capsys, run, *good, "--split", "test")
     assert "--seen-offset must be a finite number" in fails(capsys, run, *good, "--seen-offset", "nan")
+    assert "--object-threshold must lie in 0..1" in fails(capsys, run, *good, "--object-threshold", "1.5")
+    assert "--alpha and --beta must lie in 0..1" in fails(capsys, run, *good, "--with-teacher", "--beta", "-1")
     assert f"--json {tmp_path}/no/such.json" in fails(capsys, run, *good, "--json", tmp_path / "no" / "such.json")
     assert "is no checkpoint of v2c or cpa" in fails(capsys, run, *good, checkpoint=tmp_path)
     save_labels(data / layout[1] / "a_1.png", stripes((1, 21)))

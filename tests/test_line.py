@@ -39,7 +39,8 @@ GOLDEN: dict[str, dict[str, str]] = {
         "queries": "e1946374ad179c34",
         "g2s": "0eca00f774e984c9",
         "cpa": "e1125a38d708b169",
-        "evaluate": "d4bdf505936666e8",
+        "mask-tokens": "3c98e0f279d9f2ff",
+        "evaluate": "ea29111750a54eb6",
     },
     "coco-sample": {
         "shard": "6d36204fc5438c94",
@@ -49,7 +50,8 @@ GOLDEN: dict[str, dict[str, str]] = {
         "queries": "d28ccc03be0458f8",
         "g2s": "162d50e01c8bee67",
         "cpa": "1979de9dc00d2931",
-        "evaluate": "0c38ffa76fd9f6a6",
+        "mask-tokens": "b3cace6842557e14",
+        "evaluate": "02cbf18aaed8ff63",
     },
 }
 
@@ -82,11 +84,11 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 DEMO = preset("demo")
 BELOW = {  # a stage and all that reads it, directly or not
-    "scenes": {"scenes", "shard", "cache-clip", "v2c", "queries", "g2s", "cpa", "evaluate"},
-    "shard": {"shard", "cache-clip", "v2c", "queries", "g2s", "cpa", "evaluate"},
-    "text": {"text", "v2c", "queries", "g2s", "cpa", "evaluate"},
-    "cache-clip": {"cache-clip", "v2c", "queries", "g2s", "cpa", "evaluate"},
-    "v2c": {"v2c", "queries", "g2s", "cpa", "evaluate"},
+    "scenes": {"scenes", "shard", "cache-clip", "v2c", "queries", "g2s", "cpa", "mask-tokens", "evaluate"},
+    "shard": {"shard", "cache-clip", "v2c", "queries", "g2s", "cpa", "mask-tokens", "evaluate"},
+    "text": {"text", "v2c", "queries", "g2s", "cpa", "mask-tokens", "evaluate"},
+    "cache-clip": {"cache-clip", "v2c", "queries", "g2s", "cpa", "mask-tokens", "evaluate"},
+    "v2c": {"v2c", "queries", "g2s", "cpa", "mask-tokens", "evaluate"},
     "queries": {"queries", "g2s", "cpa", "evaluate"},
     "g2s": {"g2s", "cpa", "evaluate"},
     "cpa": {"cpa", "evaluate"},
@@ -137,7 +139,14 @@ def test_each_stage_reads_what_the_design_says() -> None:
         "queries": {**data, "checkpoint": "v2c"},
         "g2s": {"queries": "queries", "text": "text", "checkpoint": "v2c"},
         "cpa": {"queries": "queries", "text": "text", "checkpoint": "v2c", "generator": "g2s"},
-        "evaluate": {**data, "inductive": "v2c", "generator": "g2s", "transductive": "cpa"},
+        "mask-tokens": {"shards": "shard", "checkpoint": "v2c"},
+        "evaluate": {
+            **data,
+            "inductive": "v2c",
+            "generator": "g2s",
+            "transductive": "cpa",
+            "mask_tokens": "mask-tokens",
+        },
     }
 
 

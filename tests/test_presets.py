@@ -145,6 +145,7 @@ def test_max_steps_cuts_but_does_not_stretch_and_is_in_the_keys() -> None:
         "queries",
         "g2s",
         "cpa",
+        "mask-tokens",
         "evaluate",
     ]
     request = Request(preset="demo", max_steps=400, overrides=("--v2c.lr", "1"))

@@ -32,7 +32,16 @@ from pipeline.report.plots import spread
 from pipeline.report.write import console_table, publish, write_report
 from pipeline.scoring.metrics import ConfusionMatrix, PanopticQuality, class_map, scores, semantic_scores
 from pipeline.scoring.published import beside_the_paper
-from pipeline.scoring.records import ROWS, Built, PanopticScores, Report, Settings, read_report
+from pipeline.scoring.records import (
+    CHECKPOINTS,
+    ROWS,
+    TEACHER_ROWS,
+    Built,
+    PanopticScores,
+    Report,
+    Settings,
+    read_report,
+)
 from storage.errors import UserError
 from storage.shards import Segment
 
@@ -76,7 +85,8 @@ PICTURE = Picture(
 def report() -> Report:
     wrong, right = result(1, 1, 3), result(1, 2, 3)
     rows = {name: wrong if name in ("inductive", "control", "true_masks_inductive") else right for name in ROWS}
-    lost = {"inductive": losses(masks=(10.0, 20.0), seen_bias=(-2.5, 43.21)), "transductive": losses()}
+    lost = dict.fromkeys(("transductive", *TEACHER_ROWS), losses())
+    lost["inductive"] = losses(masks=(10.0, 20.0), seen_bias=(-2.5, 43.21))
     return reports.report(rows, marks=["stand-in teacher", "random weights"], losses=lost)
 
 
@@ -143,7 +153,7 @@ def test_a_semantic_report_comes_back(report: Report) -> None:
     confusion = ConfusionMatrix(3)
     confusion.update(np.array([[0, 1, 2]]), np.array([[0, 0, 2]]), image=1)
     row = semantic_scores(confusion, categories=CATEGORIES, seen=SEEN)
-    settings = Settings(seen_offset=0.0, control_offset=0.1, images=1, teacher="t")
+    settings = Settings(seen_offset=0.0, control_offset=0.1, alpha=0.4, beta=0.8, images=1, teacher="t")
     semantic = replace(report, rows=dict.fromkeys(ROWS, row), losses=None, sweeps=None, settings=settings)
     assert Report.from_json(semantic.to_json()) == semantic
     assert not {"losses", "sweeps", "object_threshold"} & set(re.findall(r'"(\w+)":', semantic.to_json()))
@@ -188,7 +198,7 @@ def test_page_stands_alone(folder: Path) -> None:
 
 def test_names_are_escaped_and_marks_shown(folder: Path) -> None:
     parsed = page(folder)
-    assert sum(tag == "b" for tag, _ in parsed.tags) == 4  # the page's own, about the teacher and the losses
+    assert sum(tag == "b" for tag, _ in parsed.tags) == 7  # the page's own, about the teacher and the losses
     assert "<b>&star unseen" in parsed.text  # in the class table
     assert "tiny <world>" in parsed.text
     assert "stand-in teacher" in parsed.text and "random weights" in parsed.text
@@ -207,9 +217,9 @@ def test_headline_and_teacher(folder: Path) -> None:
 
 
 def test_class_rows(folder: Path) -> None:
-    rows = [row for row in page(folder).rows if len(row) == 15]
-    assert rows[1] == ["<b>&star unseen", "thing", "0.0", "0.0", "100.0", "100.0", "0.0", "0.0"] + (
-        ["100.0"] * 4 + ["1", "0", "0"]
+    rows = [row for row in page(folder).rows if len(row) == 19]
+    assert rows[1] == ["<b>&star unseen", "thing", "0.0", "0.0", *["100.0"] * 4, "0.0", "0.0"] + (
+        ["100.0"] * 6 + ["1", "0", "0"]
     )  # the unseen class first
     assert [row[0] for row in rows[2:]] == ["red circle", "fog"]
 
@@ -218,6 +228,8 @@ def test_one_plot_for_each_stage_that_trained_and_each_sweep(folder: Path) -> No
     assert [attrs["alt"] for tag, attrs in page(folder).tags if tag == "img" and attrs["alt"] not in TITLES] == [
         "losses of v2c", "losses of g2s", "inductive by object threshold", "transductive by object threshold",
         "inductive by seen offset", "transductive by seen offset",
+        "inductive + teacher by alpha, of seen classes", "transductive + teacher by alpha, of seen classes",
+        "inductive + teacher by beta, of unseen classes", "transductive + teacher by beta, of unseen classes",
     ]  # fmt: skip
 
 
@@ -238,14 +250,17 @@ def test_loss_table(folder: Path) -> None:
         none * 2,
         ["92.5", "36.8", "100.0", "100.0"],
     ]
+    with_teacher = [row for row in page(folder).rows if len(row) == 7]
+    assert with_teacher[1][1:] == ["100.0"] * 6 and with_teacher[2][1:] == ["0.0"] * 6
     text = page(folder).text
+    assert "inductive + teachertransductive + teacherteacher alone" in text
     assert "largest loss of unseen PQ is seen bias (43.2 of 63.2 points)" in text
     assert "2,345 unseen segments" in text and "81.2 %" in text and "36.5 %" in text
     assert "1,017 crowd segments" in text and "3 segments have no query" in text
 
 
 def test_absent_classes_have_a_row_where_there_are_some(report: Report, tmp_path: Path) -> None:
-    lost = {"inductive": losses(absent=(5.0, 0.0)), "transductive": losses(absent=(5.0, 0.0))}
+    lost = dict.fromkeys((*CHECKPOINTS, *TEACHER_ROWS), losses(absent=(5.0, 0.0)))
     write_report(tmp_path, replace(report, losses=lost), curves={}, pictures=[])
     assert "absent classes" in page(tmp_path).text
 

@@ -55,10 +55,10 @@ def test_list_in_the_order_of_the_line_with_users_and_runs(filled: Store, capsys
     assert [row.split()[0] for row in rows[1:]] == [
         stage for stage in STAGES for _ in range(1 + (STAGES.index(stage) > 3))
     ]
-    assert total.startswith("14 artefacts, ")
+    assert total.startswith("16 artefacts, ")
     users = {row.split()[1].partition("/")[2]: row.split()[-2:] for row in rows[1:]}
-    assert users[keys()["shard"]] == ["7", "demo"]  # tokens, and of both lines v2c, queries and evaluate
-    assert users[keys(100)["v2c"]] == ["4", "-"]
+    assert users[keys()["shard"]] == ["9", "demo"]  # tokens, and of both lines v2c, queries, mask-tokens and evaluate
+    assert users[keys(100)["v2c"]] == ["5", "-"]
     assert users[keys()["evaluate"]] == ["-", "demo"]
 
 
@@ -70,7 +70,8 @@ def test_list_of_one_kind_as_json(filled: Store, capsys: pytest.CaptureFixture[s
     assert (v2c["bytes"], v2c["files"], v2c["runs"], v2c["stage"]) == (manifest.bytes, 30, ["demo"], "v2c")
     assert set(v2c["used_by"]) == {
         f"{kind}/{keys()[stage]}" for kind, stage in
-        (("queries", "queries"), ("generator", "g2s"), ("checkpoint", "cpa"), ("report", "evaluate"))
+        (("queries", "queries"), ("generator", "g2s"), ("checkpoint", "cpa"),
+         ("mask-tokens", "mask-tokens"), ("report", "evaluate"))
     }  # fmt: skip
     assert "checkpoint" in says(capsys, filled, "list", "--kind", "no-such", status=2)[0]
 
@@ -78,7 +79,7 @@ def test_list_of_one_kind_as_json(filled: Store, capsys: pytest.CaptureFixture[s
 def test_list_goes_on_after_a_damaged_artefact(copied: Store, capsys: pytest.CaptureFixture[str]) -> None:
     (copied.path(copied.find(keys()["evaluate"])) / "manifest.json").write_text("{")
     rows = says(capsys, copied, "list")
-    assert len(rows) == 16 and "damaged" in rows[-2] and keys()["evaluate"] in rows[-2]
+    assert len(rows) == 18 and "damaged" in rows[-2] and keys()["evaluate"] in rows[-2]
     assert json.loads("\n".join(says(capsys, copied, "list", "--json")))[-1]["damaged"]
 
 
@@ -101,7 +102,7 @@ def test_show_tells_what_it_was_made_from_and_what_uses_it(filled: Store, capsys
 
 def test_verify_of_a_sample_reads_what_its_seed_draws(copied: Store, capsys: pytest.CaptureFixture[str]) -> None:
     first, last = says(capsys, copied, "verify", "--sample", "5")
-    assert first.startswith("5 of 275 files, drawn with --seed ") and "the drawn ones are intact" in last
+    assert first.startswith("5 of 306 files, drawn with --seed ") and "the drawn ones are intact" in last
     assert first != says(capsys, copied, "verify", "--sample", "5")[0]  # another seed
     files = sorted(path for path in copied.root.glob("*/*/*") if path.suffix == ".tar")
     files[3].write_bytes(bytes(files[3].stat().st_size))  # of the same size
@@ -129,7 +130,7 @@ def test_verify_names_stray_files_and_sets_damage_aside(copied: Store, capsys: p
     next(copied.path(tokens).glob("*.tar")).write_text("damaged")
     (copied.path(shards) / "manifest.json").write_text("{")
     last = says(capsys, copied, "verify", status=2)[-1]
-    assert "2 of 14 artefacts are damaged" in last and "`zs-seg verify --set-aside`" in last and "--force" not in last
+    assert "2 of 16 artefacts are damaged" in last and "`zs-seg verify --set-aside`" in last and "--force" not in last
     rows = [row for row in says(capsys, copied, "verify", "--set-aside") if "is set aside as" in row]
     assert len(rows) == 2 and copied.state(shards) == copied.state(tokens) == "missing"
     assert len(list(copied.root.glob("*/.*.aside"))) == 2
@@ -159,7 +160,7 @@ def test_show_and_verify_of_a_run(copied: Store, capsys: pytest.CaptureFixture[s
     assert says(capsys, copied, "show", "demo:v2c")[0].startswith(f"checkpoint/{keys()['v2c']}, made by stage v2c")
     *rows, total = says(capsys, copied, "verify", "demo")
     assert {row.split()[0].partition("/")[2] for row in rows} == set(keys().values())
-    assert total.startswith("9 artefacts in ") and total.endswith(" are intact")
+    assert total.startswith("10 artefacts in ") and total.endswith(" are intact")
     assert says(capsys, copied, "verify", "demo:text")[-1] == f"1 artefact in {copied.root} is intact"
     copied.remove(copied.find(keys()["evaluate"]))
     rows = says(capsys, copied, "verify", "demo")
@@ -190,7 +191,7 @@ def test_gc_as_json_finds_and_removes_the_same(copied: Store, capsys: pytest.Cap
     gone = json.loads("\n".join(says(capsys, copied, "gc", "--json", "--delete")))
     assert gone == {**look, "deleted": True}
     assert not any(Path(one["path"]).exists() for one in gone["folders"])
-    assert "9 artefacts with" in says(capsys, copied, "gc")[-1]
+    assert "10 artefacts with" in says(capsys, copied, "gc")[-1]
 
 
 def test_gc_is_a_look_until_told(copied: Store, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,9 +200,9 @@ def test_gc_is_a_look_until_told(copied: Store, capsys: pytest.CaptureFixture[st
     assert {row.split()[0].partition("/")[2] for row in rows[1:]} == set(keys(100).values()) - set(keys().values())
     assert (
         "no run reaches it" in rows[1]
-        and "5 folders with " in total
+        and "6 folders with " in total
         and "`--delete`" in total
-        and "9 artefacts with" in total
+        and "10 artefacts with" in total
     )
     assert copied.refs() == refs
     assert "removed" in says(capsys, copied, "gc", "--delete")[0]

@@ -20,7 +20,6 @@ from PIL import Image
 from tiny import QUIET, build
 
 from flows.presets import preset
-from pipeline import evaluate_checkpoint
 from pipeline.data.benchmarks import Benchmark, load_benchmark
 from pipeline.data.config import AugmentConfig, CocoConfig, ResizeConfig
 from pipeline.inference.forward import outputs
@@ -29,6 +28,7 @@ from pipeline.inference.model import load_model
 from pipeline.inference.vocabulary import vocabulary_of
 from pipeline.line import Config
 from pipeline.report.write import console_table
+from pipeline.scoring import evaluate_checkpoint
 from pipeline.scoring.metrics import ConfusionMatrix, class_map, semantic_scores
 from pipeline.scoring.records import ROWS, read_report
 from pipeline.scoring.rows import GroundTruth, Row
@@ -229,7 +229,7 @@ def test_a_checkpoint_on_the_runs_own_maps_gives_the_reports_numbers(
     """`zs-seg evaluate` reads the maps themselves, the report their segments in the shards."""
     result = evaluate_checkpoint.run(
         checkpoint=str(run.folder(stage)), benchmark=str(run.data.parent / "tiny.json"), data=str(run.data),
-        split="val", seen_offset=offset, match_names=False, out="", teacher_weights="", store=run.store, runtime=QUIET,
+        split="val", seen_offset=offset, with_teacher=False, alpha=0.4, beta=0.8, object_threshold=None, match_names=False, out="", teacher_weights="", store=run.store, runtime=QUIET,
     )  # fmt: skip
     assert {**result["scores"], "per_class": result["per_class"]} == run.report[row]
     assert vocabulary_of(load_model(run.folder(stage)), run.benchmark, "", QUIET).benchmark.unseen_ids == UNSEEN

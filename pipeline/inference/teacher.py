@@ -17,24 +17,38 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.projector import class_products
-from models.teacher import Teacher
 from pipeline.inference.maps import Classes, Output
 from pipeline.inference.model import CheckpointMeta
 from pipeline.runtime import Runtime
 from pipeline.teacher.config import TokensConfig, teacher_of
-from pipeline.teacher.masks import encode_masks
 from storage.errors import UserError
 from storage.keys import Ref
 from storage.store import MANIFEST, Store
 
+if TYPE_CHECKING:  # importing open_clip takes seconds, and who reads cached tokens needs none
+    from models.teacher import Teacher
+
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskTokens:
+    """The tokens of one image: `queries` (m,), those that have one, and `tokens` (m, D); `scale` is e^s."""
+
+    queries: Tensor
+    tokens: Tensor
+    scale: float
+
+    def log_scores(self, text: Tensor) -> Tensor:
+        """log t (m, K), see `teacher_log_scores`."""
+        return teacher_log_scores(self.tokens, text, self.scale)
 
 
 def teacher_log_scores(tokens: Tensor, text: Tensor, scale: float) -> Tensor:
@@ -127,6 +141,8 @@ def mask_tokens(
     A query has one when its mask, the pixels of probability >= 0.5 at the image's size, has `options.min_area` pixels
     and at least one; `among` (n,), ascending, leaves only these. `image` is (3, H, W) uint8.
     """
+    from pipeline.teacher.masks import encode_masks
+
     if among is None:
         among = torch.arange(len(output.masks), device=output.masks.device)
     found: list[Tensor] = []

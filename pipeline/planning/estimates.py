@@ -24,16 +24,16 @@ from storage.lineage import Lineage, Node
 
 UNITS = {
     "scenes": "image", "shard": "image", "text": "class", "cache-clip": "teacher input",
-    "v2c": "step", "queries": "view", "g2s": "step", "cpa": "step", "evaluate": "image",
+    "v2c": "step", "queries": "view", "g2s": "step", "cpa": "step", "mask-tokens": "image", "evaluate": "image",
 }  # fmt: skip
 # Stages whose bytes are proportional to their units; a checkpoint's are constant.
-GROWING = ("scenes", "shard", "cache-clip", "queries")
+GROWING = ("scenes", "shard", "cache-clip", "queries", "mask-tokens")
 # Config fields that do not change the seconds per unit: amounts, and numbers that only enter the arithmetic.
 FREE = frozenset(
     {
         "seed", "steps", "views", "calibration_images", "train_images", "val_images", "lr", "weight_decay", "warmup",
         "decay", "backbone_lr", "scale_lr", "backbone_weights", "gamma", "tau", "text_scale", "text_centering",
-        "overlap_threshold", "threshold_slack", "control_offset",
+        "overlap_threshold", "threshold_slack", "control_offset", "alpha", "beta",
     }
 )  # fmt: skip
 # Those of which only matters whether they are 0, which switches something off.
@@ -49,7 +49,8 @@ SWITCHES = frozenset(
 # Of a view of 96 x 96 pixels in v2c, queries and evaluate, to whose pixels they are taken to be proportional.
 DEMO = {
     "scenes": 0.0045, "shard": 0.0021, "text": 0.14, "cache-clip": 0.0021,
-    "v2c": 0.0143, "queries": 0.0059, "g2s": 0.0122, "cpa": 0.0077, "evaluate": 0.074,
+    "v2c": 0.0143, "queries": 0.0059, "g2s": 0.0122, "cpa": 0.0077,
+    "mask-tokens": 0.04, "evaluate": 0.11,
 }  # fmt: skip
 DEMO_VIEW, DEMO_BACKBONE = 96**2, "test_resnet"
 # The same for the published networks and for photographs, as far as it was measured: 140 images of COCO, and stage 2
@@ -117,6 +118,7 @@ class Estimator:
         self.amounts = {
             "scenes": counts.train + counts.val, "shard": counts.train + counts.val, "cache-clip": inputs,
             "queries": left * config.queries.views, "text": len(self.configs["text"]["categories"]),
+            "mask-tokens": counts.val + min(left, self.configs["mask-tokens"]["calibration_images"]),
             "evaluate": counts.val, "v2c": config.v2c.steps, "g2s": config.g2s.steps, "cpa": config.cpa.steps,
         }  # fmt: skip
 
@@ -156,6 +158,9 @@ class Estimator:
         work = GFLOP.get((v2c.segmenter.architecture, v2c.segmenter.backbone))
         if name == "cache-clip":
             return teacher_gflop(self.config.teacher.name)
+        if name == "mask-tokens" and work and (teacher := teacher_gflop(self.config.teacher.name)):
+            # at most: every query's mask through the teacher
+            return work[1] * self._pixels(name) / GFLOP_VIEW + v2c.segmenter.queries * teacher
         if work and name in ("v2c", "queries"):
             return work[name == "queries"] * self._pixels(name) / GFLOP_VIEW
         return None
@@ -169,7 +174,9 @@ class Estimator:
             return PUBLISHED[name] if real and name in PUBLISHED else DEMO[name]
         if not small:
             return PUBLISHED.get(name)
-        return DEMO[name] * (self._pixels(name) / DEMO_VIEW if name in ("v2c", "queries", "evaluate") else 1)
+        return DEMO[name] * (
+            self._pixels(name) / DEMO_VIEW if name in ("v2c", "queries", "mask-tokens", "evaluate") else 1
+        )
 
     def _pixels(self, name: str) -> float:
         """The pixels of a unit: of a batch of training views, else of the test view of an image of 4 to 3."""
@@ -185,6 +192,8 @@ class Estimator:
             return counts.bytes
         if name == "cache-clip" and counts.inputs and (dim := teacher_dim(self.config.teacher.name)):
             return counts.inputs * dim * 2
+        if name == "mask-tokens" and (dim := teacher_dim(self.config.teacher.name)):  # at most, as above
+            return self.amounts[name] * segmenter.queries * (dim * 2 + 4)
         if name == "queries":
             return self.amounts["queries"] * segmenter.queries * (segmenter.dim * 2 + 8)
         return None
@@ -245,6 +254,8 @@ def _amount(manifest: Node) -> int:
     if manifest.stage == "scenes":
         return counts["train2017"]["images"] + counts["val2017"]["images"]
     if manifest.stage == "shard":
+        return counts["train"]["images"] + counts["val"]["images"]
+    if manifest.stage == "mask-tokens":
         return counts["train"]["images"] + counts["val"]["images"]
     if manifest.stage == "cache-clip":
         inputs = sum(counts[split]["encoded"] + counts[split]["instances"] for split in ("train", "val"))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from pipeline.scoring.records import CHECKPOINTS, LeftOut, Losses
+from pipeline.scoring.records import LeftOut, Losses
 
 ROWS = {
     "absent": ("absent classes", "No image shows them; the protocol counts them as 0, whatever is predicted."),
@@ -29,29 +29,35 @@ ROWS = {
     ),
 }
 BAR = 0.62  # the bars' part of a cell; the number has the rest
-COLUMNS = [(checkpoint, key) for checkpoint in CHECKPOINTS for key in ("sPQ", "uPQ")]
 
 
-def loss_table(losses: Mapping[str, Losses], left_out: LeftOut) -> str:
-    """HTML of the table and of its largest loss in words; `losses` by checkpoint."""
-    heads = "".join(f'<th class="number{" first" if key == "sPQ" else ""}">{key}' for _, key in COLUMNS)
-    rows = _row("the truth", "", [(0.0, 100.0, "100.0") for _ in COLUMNS], "level")
+def loss_table(losses: Mapping[str, Losses], left_out: LeftOut, *, tables: Sequence[Mapping[str, str]]) -> str:
+    """HTML of one or more tables, each of those rows of the report that it maps to the names to show, and of every
+    row's largest loss in words."""
+    shown = "".join(
+        f"<div class=scroll>{_table(losses, names)}</div><p>{_in_words(losses, names)}</p>" for names in tables
+    )
+    return (
+        f"<p class=note>Points of PQ, which add up; a plus is a gain. Each row uses less of the ground truth than the "
+        f"one above it.</p>{shown}<p class=note>{_left_out(left_out)}</p>"
+    )
+
+
+def _table(losses: Mapping[str, Losses], names: Mapping[str, str]) -> str:
+    columns = [(row, key) for row in names for key in ("sPQ", "uPQ")]
+    groups = "".join(f"<th colspan=2 class=group>{name}" for name in names.values())
+    heads = "".join(f'<th class="number{" first" if key == "sPQ" else ""}">{key}' for _, key in columns)
+    rows = _row("the truth", "", [(0.0, 100.0, "100.0") for _ in columns], "level")
     for name, (title, meaning) in ROWS.items():
-        points = [getattr(losses[checkpoint].losses[name], key) for checkpoint, key in COLUMNS]
-        after = [getattr(losses[checkpoint].levels[name], key) for checkpoint, key in COLUMNS]
+        points = [getattr(losses[row].losses[name], key) for row, key in columns]
+        after = [getattr(losses[row].levels[name], key) for row, key in columns]
         if name == "absent" and not any(points):
             continue
         cells = [(min(left, left + lost), abs(lost), _signed(-lost)) for left, lost in zip(after, points, strict=True)]
         rows += _row(title, meaning, cells, "loss")
-    last = [getattr(losses[checkpoint].levels["selection"], key) for checkpoint, key in COLUMNS]
+    last = [getattr(losses[row].levels["selection"], key) for row, key in columns]
     rows += _row("the prediction", "", [(0.0, value, f"{value:.1f}") for value in last], "level")
-    return (
-        f"<p class=note>Points of PQ, which add up; a plus is a gain. Each row uses less of the ground truth than the "
-        f"one above it.</p>"
-        f"<div class=scroll><table class=losses><thead><tr><td><th colspan=2 class=group>inductive"
-        f"<th colspan=2 class=group>transductive<tr><td>{heads}</thead><tbody>{rows}</table></div>"
-        f"<p>{_in_words(losses)}</p><p class=note>{_left_out(left_out)}</p>"
-    )
+    return f"<table class=losses><thead><tr><td>{groups}<tr><td>{heads}</thead><tbody>{rows}</table>"
 
 
 def _row(title: str, meaning: str, cells: list[tuple[float, float, str]], kind: str) -> str:
@@ -70,14 +76,15 @@ def _signed(value: float) -> str:
     return "0.0" if float(text[1:]) == 0 else text
 
 
-def _in_words(losses: Mapping[str, Losses]) -> str:
-    """Each checkpoint's largest loss of unseen PQ, and how many unseen segments are classified right."""
+def _in_words(losses: Mapping[str, Losses], names: Mapping[str, str]) -> str:
+    """Each row's largest loss of unseen PQ, and how many unseen segments are classified right."""
     found = []
-    for checkpoint, part in losses.items():
-        most = max(ROWS, key=lambda name: part.losses[name].uPQ)
+    for row, name in names.items():
+        part = losses[row]
+        most = max(ROWS, key=lambda loss: losses[row].losses[loss].uPQ)
         unseen = part.named_right["unseen"]
         found.append(
-            f"<b>{checkpoint.capitalize()}</b>: the largest loss of unseen PQ is {ROWS[most][0]} "
+            f"<b>{name.capitalize()}</b>: the largest loss of unseen PQ is {ROWS[most][0]} "
             f"({part.losses[most].uPQ:.1f} of {100 - part.levels['selection'].uPQ:.1f} points). Of the "
             f"{unseen.segments:,} unseen segments with a query, {unseen.within_group:.1f} % are classified correctly "
             f"among the unseen classes and {unseen.over_all:.1f} % among all."

@@ -16,6 +16,8 @@ from pipeline.runtime import duration
 from pipeline.scoring.records import (
     CHECKPOINTS,
     HEADLINE,
+    TEACHER_ROWS,
+    WITH_TEACHER,
     Built,
     PanopticClass,
     PanopticScores,
@@ -40,6 +42,12 @@ SETTINGS = {
     "inductive": Setting("inductive", "stage 1: unseen class names are used only at prediction"),
     "control": Setting("inductive + offset", "control: a constant taken off the seen scores, nothing trained"),
     "transductive": Setting("transductive", "stages 2 and 3 train with the unseen class names, without images of them"),
+    "inductive_teacher": Setting(
+        "inductive + teacher",
+        "the inductive scores multiplied with the teacher's, for the masks that the network finds",
+    ),
+    "transductive_teacher": Setting("transductive + teacher", "the same with the transductive scores"),
+    "teacher": Setting("teacher alone", "those masks with the teacher's scores alone"),
     "ceiling": Setting(
         "true masks, teacher's names", "each true segment classified by the teacher's token of it", True
     ),
@@ -53,7 +61,14 @@ SETTINGS = {
         "our masks, true names", "the queries that lie over true segments, with the true classes", True
     ),
 }
-CLASS_TABLE = {"inductive": "inductive", "control": "offset", "transductive": "transductive", "ceiling": "ceiling"}
+CLASS_TABLE = {
+    "inductive": "inductive",
+    "control": "offset",
+    "transductive": "transductive",
+    "inductive_teacher": "ind. + teacher",
+    "transductive_teacher": "trans. + teacher",
+    "ceiling": "ceiling",
+}
 COLUMNS = {
     "Panoptic quality": HEADLINE["panoptic"],
     "Semantic IoU": HEADLINE["semantic"],
@@ -95,7 +110,7 @@ def page(
         f"<ul class=marks>{marks}</ul>" if marks else "",
         f"<section>{_headline(report)}{_teacher_line(report.teacher_accuracy)}</section>",
         _section("Beside the paper", _published(report.published)) if report.published else "",
-        _section("Where is quality lost?", loss_table(report.losses, report.left_out)) if report.losses else "",
+        _section("Where is quality lost?", _losses(report)) if report.losses else "",
         _section("Predictions", picture_rows(pictures)) if pictures else "",
         _section("Classes", _class_table(report)),
         _section("Training losses", _curves(curves)) if any(curves.values()) else "",
@@ -122,6 +137,12 @@ def lineage_section(lineage: Mapping[str, Built]) -> str:
 
 def _section(title: str, content: str, *, kind: str = "") -> str:
     return f"<section{f' class={kind}' if kind else ''}><h2>{title}</h2>{content}</section>"
+
+
+def _losses(report: Report) -> str:
+    assert report.losses
+    tables = [{key: SETTINGS[key].name for key in part} for part in (CHECKPOINTS, TEACHER_ROWS)]
+    return loss_table(report.losses, report.left_out, tables=tables)
 
 
 def _headline(report: Report) -> str:
@@ -231,19 +252,23 @@ def _curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 
 def _sweeps(sweeps: SweepReport, settings: Settings) -> str:
     names = {"object_threshold": "object threshold", "seen_offset": "seen offset"}
+    exponents = {"alpha": "alpha, of seen classes", "beta": "beta, of unseen classes"}
     curves = {(key, name): getattr(getattr(sweeps, key), name) for name in names for key in CHECKPOINTS}
+    curves |= {(key, name): getattr(getattr(sweeps, key), name) for name in exponents for key in WITH_TEACHER}
+    names |= exponents
     top = max(5.0, 1.1 * max(max(point.sPQ, point.uPQ, point.hPQ) for points in curves.values() for point in points))
     figures = "".join(
-        f'<figure><figcaption>{key}: {names[name]}</figcaption><img alt="{key} by {names[name]}" '
+        f"<figure><figcaption>{SETTINGS[key].name}: {names[name]}</figcaption>"
+        f'<img alt="{SETTINGS[key].name} by {names[name]}" '
         f'src="{sweep_plot(points, name=names[name], headline=getattr(settings, name), top=top)}"></figure>'
         for (key, name), points in curves.items()
     )
     counted = f"all {sweeps.of:,}" if sweeps.images == sweeps.of else f"{sweeps.images:,} of {sweeps.of:,}"
     return (
-        f"<p class=note>PQ over two settings, on {counted} validation images. Nothing was chosen from these "
+        f"<p class=note>PQ over single settings, on {counted} validation images. Nothing was chosen from these "
         f"curves: the headline above uses the object threshold {settings.object_threshold:g}, chosen on "
-        f"{escape(settings.object_threshold_chosen_on or '')} and stored in the checkpoint, and the seen offset "
-        f"{settings.seen_offset:g}.</p><div class='curves pairs'>{figures}</div>"
+        f"{escape(settings.object_threshold_chosen_on or '')} and stored in the checkpoint, the seen offset "
+        f"{settings.seen_offset:g}, and, with the teacher, alpha {settings.alpha:g} and beta {settings.beta:g}.</p><div class='curves pairs'>{figures}</div>"
     )
 
 

@@ -33,9 +33,21 @@ class EvaluateConfig:
     seen_offsets: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
     """Points of the sweep over the seen offset, each in 0..1; 0 is added."""
 
+    alpha: float = 0.4
+    """Exponent of the teacher's scores of seen classes in the rows with the teacher at prediction, in 0..1: 0 is the
+    network alone, 1 the teacher alone. FC-CLIP's, taken over and not tuned."""
+
+    beta: float = 0.8
+    """The same of unseen classes. FC-CLIP's, taken over and not tuned."""
+
+    teacher_exponents: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    """Points of the sweeps over alpha and over beta, each in 0..1; their own values are added."""
+
     def __post_init__(self) -> None:
         if self.batch < 1 or self.sweep_images < 1 or self.pictures < 0:
             raise UserError("evaluate: batch and sweep_images must be at least 1, and pictures 0 or more")
-        for name in ("object_thresholds", "seen_offsets"):
+        for name in ("object_thresholds", "seen_offsets", "teacher_exponents"):
             if any(not 0 <= value <= 1 for value in getattr(self, name)):
                 raise UserError(f"evaluate: {name} must lie in 0..1")
+        if not (0 <= self.alpha <= 1 and 0 <= self.beta <= 1):
+            raise UserError("evaluate: alpha and beta must lie in 0..1")

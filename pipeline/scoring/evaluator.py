@@ -12,14 +12,27 @@ from torch import Tensor
 
 from models.projector import class_products
 from pipeline.data.benchmarks import Benchmark
-from pipeline.inference.maps import Classes, Output
+from pipeline.inference.maps import Classes, Output, Thresholds
 from pipeline.inference.model import Model
+from pipeline.inference.teacher import MaskTokens
 from pipeline.scoring.config import EvaluateConfig
 from pipeline.scoring.published import beside_the_paper, marks
-from pipeline.scoring.records import CHECKPOINTS, ROWS, LeftOut, Losses, Report, Settings, SweepReport, TeacherAccuracy
+from pipeline.scoring.records import (
+    CHECKPOINTS,
+    ROWS,
+    TEACHER_ROWS,
+    WITH_TEACHER,
+    LeftOut,
+    Losses,
+    Report,
+    Settings,
+    SweepReport,
+    TeacherAccuracy,
+)
 from pipeline.scoring.rows import GroundTruth, Map, Row
 from pipeline.scoring.sweeps import Sweeps
-from pipeline.scoring.waterfall import Waterfall, pair
+from pipeline.scoring.teacher_rows import TeacherSweep, teacher_rows
+from pipeline.scoring.waterfall import Pairs, Waterfall, pair
 from storage.shards import Sample
 
 
@@ -31,6 +44,7 @@ class Evaluator:
         models: "inductive" and "transductive", with the same segmenter and thresholds.
         classes: the teacher's rows of the classes, in the benchmark's order.
         config: the control row's offset, and the sweeps' grids and number of images.
+        teacher_thresholds: of each row with the teacher at prediction, as `TeacherCalibration` chooses them.
     """
 
     def __init__(
@@ -39,10 +53,11 @@ class Evaluator:
         models: Mapping[str, Model],
         classes: Classes,
         config: EvaluateConfig,
+        teacher_thresholds: Mapping[str, Thresholds],
     ) -> None:
         self.benchmark, self.models, self.classes, self.config = benchmark, models, classes, config
         self.rows = {name: Row(benchmark) for name in ROWS}
-        self.waterfalls = {name: Waterfall(benchmark) for name in CHECKPOINTS}
+        self.waterfalls = {name: Waterfall(benchmark) for name in (*CHECKPOINTS, *TEACHER_ROWS)}
         self.sweeps = {
             name: Sweeps(
                 benchmark,
@@ -52,15 +67,22 @@ class Evaluator:
             )
             for name, model in models.items()
         }
+        self.teacher_rows, self.teacher_thresholds = teacher_rows(config), teacher_thresholds
+        self.teacher_sweeps = {
+            name: TeacherSweep(
+                benchmark, self.teacher_rows[name], teacher_thresholds[name], exponents=config.teacher_exponents
+            )
+            for name in WITH_TEACHER
+        }
         self.images = 0
         self.left_out = LeftOut(crowd_segments=0, segments_without_a_query=0)
         self._right: dict[bool, list[bool]] = {True: [], False: []}  # seen -> is the teacher's class the true one?
 
     @torch.no_grad()
-    def update(self, sample: Sample, own: Tensor, output: Output) -> dict[str, Map]:
+    def update(self, sample: Sample, own: Tensor, output: Output, found: MaskTokens) -> dict[str, Map]:
         """Counts one image and returns its maps, inductive and transductive.
 
-        `own`: the teacher's tokens of its segments (O, D).
+        `own`: the teacher's tokens of its segments (O, D); `found`: those of the masks that the network finds.
         """
         gt, output = GroundTruth(sample, self.benchmark), output.kept()
         pairs = pair(gt, output)
@@ -86,6 +108,7 @@ class Evaluator:
             if self.images < self.config.sweep_images:
                 self.sweeps[name].update(gt, output, logits[name], self.classes)
 
+        self._update_with_teacher(gt, output, pairs, logits, found)
         for position, k in zip(pairs.classes, guess[pairs.segments], strict=True):
             self._right[self.benchmark.seen[position]].append(bool(k == position))
         self.left_out = LeftOut(
@@ -95,6 +118,19 @@ class Evaluator:
         self.images += 1
         return maps
 
+    def _update_with_teacher(
+        self, gt: GroundTruth, output: Output, pairs: Pairs, own: Mapping[str, Tensor], found: MaskTokens
+    ) -> None:
+        log_t = found.log_scores(self.classes.text)
+        for name, row in self.teacher_rows.items():
+            logits, thresholds = row.logits(own, found, log_t, self.classes.seen), self.teacher_thresholds[name]
+            self.rows[name].predict(gt, output, logits, self.classes, thresholds)
+            if self.benchmark.task == "panoptic":
+                self.waterfalls[name].update(gt, output, pairs, logits, self.classes, thresholds)
+        if self.benchmark.task == "panoptic" and self.images < self.config.sweep_images:
+            for sweep in self.teacher_sweeps.values():
+                sweep.update(gt, output, own, found, self.classes)
+
     def report(self, teacher: Mapping[str, Any]) -> Report:
         """The report of the images so far; `teacher`: name and pretrained weights of the frozen CLIP."""
         rows = {name: row.scores() for name, row in self.rows.items()}
@@ -102,6 +138,8 @@ class Evaluator:
         settings: dict[str, Any] = {
             "seen_offset": 0.0,
             "control_offset": self.config.control_offset,
+            "alpha": self.config.alpha,
+            "beta": self.config.beta,
             "images": self.images,
             "teacher": f"{teacher['name']} / {teacher['pretrained']}",
         }
@@ -112,6 +150,10 @@ class Evaluator:
                 "object_threshold": stored.object_threshold,
                 "object_threshold_chosen_on": "seen classes of training images",
                 "overlap_threshold": stored.overlap_threshold,
+            }
+            settings |= {
+                f"object_threshold_{name}": thresholds.object_threshold
+                for name, thresholds in self.teacher_thresholds.items()
             }
         return Report(
             benchmark=self.benchmark.name,
@@ -141,4 +183,5 @@ class Evaluator:
     def _swept(self) -> SweepReport:
         counted = min(self.images, self.config.sweep_images)
         curves = {name: sweeps.curves() for name, sweeps in self.sweeps.items()}
-        return SweepReport(images=counted, of=self.images, **curves)
+        with_teacher: dict[str, Any] = {name: sweep.curves() for name, sweep in self.teacher_sweeps.items()}
+        return SweepReport(images=counted, of=self.images, **curves, **with_teacher)

@@ -15,7 +15,11 @@ from storage.errors import UserError
 
 HEADLINE = {"panoptic": ("sPQ", "uPQ", "hPQ"), "semantic": ("sIoU", "uIoU", "hIoU")}
 CHECKPOINTS = "inductive", "transductive"
-ROWS = *CHECKPOINTS, "control", "ceiling", "true_classes", *(f"true_masks_{name}" for name in CHECKPOINTS)
+PAPER_ROWS = *CHECKPOINTS, "control", "ceiling", "true_classes", *(f"true_masks_{name}" for name in CHECKPOINTS)
+# With the teacher at prediction, behind the paper's own rows: each checkpoint with it, and the teacher alone.
+WITH_TEACHER = "inductive_teacher", "transductive_teacher"
+TEACHER_ROWS = *WITH_TEACHER, "teacher"
+ROWS = *PAPER_ROWS, *TEACHER_ROWS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +145,15 @@ class SweepCurves:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherCurves:
+    """One checkpoint's points with the teacher at prediction, over the exponent of the seen classes (`alpha`) and of
+    the unseen ones (`beta`), the other at its setting and the object threshold the row's, in ascending order."""
+
+    alpha: Sequence[SweepPoint]
+    beta: Sequence[SweepPoint]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SweepReport:
     """Both checkpoints' curves, on the first `images` of the `of` validation images."""
 
@@ -148,6 +161,8 @@ class SweepReport:
     of: int
     inductive: SweepCurves
     transductive: SweepCurves
+    inductive_teacher: TeacherCurves
+    transductive_teacher: TeacherCurves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,13 +200,22 @@ class Published:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the scores were made with; of a semantic benchmark, whose maps have no thresholds, these are None."""
+    """What the scores were made with; of a semantic benchmark, whose maps have no thresholds, these are None.
+
+    The rows with the teacher at prediction have object thresholds of their own, chosen like the other one, and the
+    exponents `alpha` and `beta`; the teacher alone is at 1 and 1.
+    """
 
     object_threshold: float | None = None
     object_threshold_chosen_on: str | None = None
+    object_threshold_inductive_teacher: float | None = None
+    object_threshold_transductive_teacher: float | None = None
+    object_threshold_teacher: float | None = None
     overlap_threshold: float | None = None
     seen_offset: float
     control_offset: float
+    alpha: float
+    beta: float
     images: int
     teacher: str
 
@@ -216,7 +240,7 @@ class Report:
         benchmark: its name.
         marks: warnings to read before any number.
         rows: the scores of each of `ROWS`.
-        losses: by checkpoint; None of a semantic benchmark.
+        losses: by checkpoint and by row with the teacher; None of a semantic benchmark.
         sweeps: diagnostic curves; None of a semantic benchmark.
         left_out: see `LeftOut`.
         teacher_accuracy: see `TeacherAccuracy`.
@@ -267,7 +291,7 @@ class Report:
             benchmark=content["benchmark"],
             marks=content["marks"],
             rows={name: _scores(content[name]) for name in ROWS},
-            losses=losses and {name: _losses(losses[name]) for name in CHECKPOINTS},
+            losses=losses and {name: _losses(losses[name]) for name in (*CHECKPOINTS, *TEACHER_ROWS)},
             sweeps=sweeps and _sweeps(sweeps),
             left_out=LeftOut(**{name.replace(" ", "_"): count for name, count in content["left_out"].items()}),
             teacher_accuracy=TeacherAccuracy(**content["teacher_accuracy"]),
@@ -303,10 +327,14 @@ def _losses(part: dict[str, Any]) -> Losses:
 
 
 def _sweeps(part: dict[str, Any]) -> SweepReport:
-    curves = {
-        checkpoint: SweepCurves(
-            **{name: [SweepPoint(**point) for point in points] for name, points in part[checkpoint].items()}
-        )
-        for checkpoint in CHECKPOINTS
-    }
-    return SweepReport(images=part["images"], of=part["of"], **curves)
+    def curves(name: str) -> dict[str, list[SweepPoint]]:
+        return {setting: [SweepPoint(**point) for point in points] for setting, points in part[name].items()}
+
+    return SweepReport(
+        images=part["images"],
+        of=part["of"],
+        inductive=SweepCurves(**curves("inductive")),
+        transductive=SweepCurves(**curves("transductive")),
+        inductive_teacher=TeacherCurves(**curves("inductive_teacher")),
+        transductive_teacher=TeacherCurves(**curves("transductive_teacher")),
+    )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.benchmarks import Benchmark
@@ -13,6 +14,36 @@ from pipeline.inference.maps import Classes, Output, Thresholds, choose, merge
 from pipeline.scoring.metrics import Matches, PanopticQuality, harmonic_mean
 from pipeline.scoring.records import SweepCurves, SweepPoint
 from pipeline.scoring.rows import GroundTruth
+from storage.shards import Segment
+
+
+class Trials:
+    """One image's prediction by class logits (Q, K) under several thresholds, compared with the truth `ids` (H, W) and
+    `segments`. Thresholds that keep the same queries with the same classes share the map and the comparison."""
+
+    def __init__(
+        self,
+        ids: NDArray[np.integer],
+        segments: Sequence[Segment],
+        output: Output,
+        logits: Tensor,
+        classes: Classes,
+        *,
+        image: int,
+    ) -> None:
+        self.ids, self.segments, self.output, self.classes, self.image = ids, segments, output.kept(), classes, image
+        self.scores, self.seen = logits.sigmoid().cpu(), classes.seen.cpu()
+        self._known: dict[bytes, Matches] = {}
+
+    def add(self, quality: PanopticQuality, thresholds: Thresholds) -> None:
+        """Count the prediction under `thresholds`."""
+        chosen = choose(self.scores, self.seen, thresholds)
+        # a query's class and score follow from each other, given the image
+        same = chosen.queries.numpy().tobytes() + chosen.classes.numpy().tobytes()
+        if same not in self._known:
+            found = merge(self.output, chosen, self.classes, overlap_threshold=thresholds.overlap_threshold)
+            self._known[same] = quality.match(self.ids, self.segments, *found, image=self.image)
+        quality.add(self._known[same])
 
 
 class Sweeps:
@@ -45,31 +76,23 @@ class Sweeps:
         }
 
     def update(self, gt: GroundTruth, output: Output, logits: Tensor, classes: Classes) -> None:
-        """Counts one image at every setting. Settings that keep the same queries with the same classes share the map
-        and the comparison."""
-        output = output.kept()
-        scores, seen = logits.sigmoid().cpu(), classes.seen.cpu()
-        known: dict[bytes, Matches] = {}
+        """Counts one image at every setting."""
+        trials = Trials(gt.ids, gt.sample.segments, output, logits, classes, image=gt.sample.image_id)
         for curve in self._curves.values():
             for setting, quality in curve.items():
-                chosen = choose(scores, seen, setting)
-                # a query's class and score follow from each other, given the image
-                same = chosen.queries.numpy().tobytes() + chosen.classes.numpy().tobytes()
-                if same not in known:
-                    found = merge(output, chosen, classes, overlap_threshold=setting.overlap_threshold)
-                    known[same] = quality.match(gt.ids, gt.sample.segments, *found, image=gt.sample.image_id)
-                quality.add(known[same])
+                trials.add(quality, setting)
 
     def curves(self) -> SweepCurves:
         """Both curves so far."""
-        seen = np.array(self.benchmark.seen)
+        found = {
+            name: [sweep_point(getattr(setting, name), quality, self.benchmark) for setting, quality in curve.items()]
+            for name, curve in self._curves.items()
+        }
+        return SweepCurves(**found)
 
-        def points(name: str) -> list[SweepPoint]:
-            found = []
-            for setting, quality in self._curves[name].items():
-                counts = quality.result()
-                s, u = counts.mean(seen).pq, counts.mean(~seen).pq
-                found.append(SweepPoint(value=getattr(setting, name), sPQ=s, uPQ=u, hPQ=harmonic_mean(s, u)))
-            return found
 
-        return SweepCurves(object_threshold=points("object_threshold"), seen_offset=points("seen_offset"))
+def sweep_point(value: float, quality: PanopticQuality, benchmark: Benchmark) -> SweepPoint:
+    """The point of a curve at `value`, from what was counted there."""
+    counts, seen = quality.result(), np.array(benchmark.seen)
+    s, u = counts.mean(seen).pq, counts.mean(~seen).pq
+    return SweepPoint(value=value, sPQ=s, uPQ=u, hPQ=harmonic_mean(s, u))

@@ -20,7 +20,7 @@ FILES = 50
 BOTH = {"images": 50, "encoded": 50, "instances": 200}
 COUNTS = {
     "scenes": {"train2017": BOTH, "val2017": BOTH}, "shard": {"train": BOTH, "val": BOTH}, "cache-clip": {"train": BOTH, "val": BOTH},
-    "text": {"classes": 56}, "queries": {"views": 50}, "evaluate": {"images": 50},
+    "text": {"classes": 56}, "queries": {"views": 50}, "mask-tokens": {"train": BOTH, "val": BOTH}, "evaluate": {"images": 50},
 }  # fmt: skip
 """What `plan` reads of a stage's counts."""
 

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.scoring.records import (
     CHECKPOINTS,
     ROWS,
+    TEACHER_ROWS,
     LeftOut,
     Losses,
     NamedRight,
@@ -21,6 +22,7 @@ from pipeline.scoring.records import (
     SweepPoint,
     SweepReport,
     TeacherAccuracy,
+    TeacherCurves,
 )
 from pipeline.scoring.waterfall import LOSSES
 
@@ -49,20 +51,33 @@ def report(rows: Mapping[str, Scores] | None = None, **given: Any) -> Report:
         return [SweepPoint(value=v, sPQ=60 - v, uPQ=30 + v, hPQ=40.0) for v in values]
 
     curves = SweepCurves(object_threshold=curve(0.1, 0.5), seen_offset=curve(0.0, 0.1))
+    exponents = TeacherCurves(alpha=curve(0.0, 0.4), beta=curve(0.8, 1.0))
     content: dict[str, Any] = {
         "benchmark": "tiny <world>",
         "marks": [],
-        "losses": {name: losses() for name in CHECKPOINTS},
-        "sweeps": SweepReport(images=300, of=5000, inductive=curves, transductive=curves),
+        "losses": {name: losses() for name in (*CHECKPOINTS, *TEACHER_ROWS)},
+        "sweeps": SweepReport(
+            images=300,
+            of=5000,
+            inductive=curves,
+            transductive=curves,
+            inductive_teacher=exponents,
+            transductive_teacher=exponents,
+        ),
         "left_out": LeftOut(crowd_segments=1017, segments_without_a_query=3),
         "published": None,
         "teacher_accuracy": TeacherAccuracy(seen=97.25, unseen=66.6, instances=1234),
         "settings": Settings(
             object_threshold=0.1,
             object_threshold_chosen_on="seen classes of training images",
+            object_threshold_inductive_teacher=0.2,
+            object_threshold_transductive_teacher=0.3,
+            object_threshold_teacher=0.4,
             overlap_threshold=0.8,
             seen_offset=0.0,
             control_offset=0.1,
+            alpha=0.4,
+            beta=0.8,
             images=5000,
             teacher="small / shipped",
         ),

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.inference.export import ImagePrediction
-    from pipeline.inference.maps import Classes, Output
+    from pipeline.inference.maps import Classes, Output, Thresholds
     from pipeline.inference.model import Model
+    from pipeline.inference.teacher import TeacherAtPrediction
     from storage.shards import Sample
 
 Tag = TypeVar("Tag")
@@ -43,6 +44,10 @@ def run(
     data: str,
     split: str,
     seen_offset: float,
+    with_teacher: bool,
+    alpha: float,
+    beta: float,
+    object_threshold: float | None,
     match_names: bool,
     out: str,
     teacher_weights: str,
@@ -53,13 +58,16 @@ def run(
 
     The benchmark's classes are embedded by the checkpoint's own teacher and templates, or are the checkpoint's own rows
     where they are its classes; `teacher_weights` is the teacher's weights file where it was a local one. `seen_offset`
-    is subtracted from the scores of the seen classes. `match_names` takes a benchmark with the checkpoint's classes in
+    is subtracted from the scores of the seen classes. `with_teacher` multiplies the class scores with those of the
+    teacher, see `pipeline.inference.teacher`, with the exponents `alpha` and `beta`; `object_threshold` takes the place
+    of the checkpoint's own, which was chosen without the teacher (the report's settings have those chosen with it).
+    `match_names` takes a benchmark with the checkpoint's classes in
     another order or with other ids, see `vocabulary_of`. `out`, if not "", is a folder that gets the predictions: of a
     panoptic benchmark as COCO's panoptic PNGs and JSON and as RLEs, of a semantic one as PNGs of the data set's own
     values.
 
     Returns what was scored and how: `benchmark`, `task`, `split`, `data` (the layout found), `checkpoint` (stage, key,
-    folder), `thresholds`, `seen_offset`, `marks` (warnings), `counts`, `respelled` (as of `Known`), `scores` in percent
+    folder), `thresholds`, `seen_offset`, `teacher` (exponents and options; None without it), `marks` (warnings), `counts`, `respelled` (as of `Known`), `scores` in percent
     (`PanopticScores` or `SemanticScores`; null where no class is seen, or none unseen) and `per_class`.
 
     Raises UserError where an input is missing, broken or does not fit, and where every pixel is ignored.
@@ -68,12 +76,15 @@ def run(
     folder, asked, root = checkpoint_folder(store, checkpoint), load_benchmark(benchmark), Path(data)
     if not math.isfinite(seen_offset):
         raise UserError(f"--seen-offset must be a finite number, not {seen_offset}")
+    if object_threshold is not None and not 0 <= object_threshold <= 1:
+        raise UserError(f"--object-threshold must lie in 0..1, not {object_threshold:g}")
     part = _panoptic(asked, root, split) if asked.task == "panoptic" else _semantic(asked, root, split)
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
 
     from pipeline.inference.maps import classes_of
     from pipeline.inference.model import load_model
+    from pipeline.inference.teacher import load_for_prediction
     from pipeline.inference.vocabulary import vocabulary_of
 
     device = runtime.torch_device()
@@ -81,21 +92,35 @@ def run(
     matched = vocabulary_of(model, asked, teacher_weights, runtime, match_names=match_names)
     known, vocabulary = matched.benchmark, matched.vocabulary
     classes = classes_of(vocabulary.embedding, vocabulary.classes, device)
-    predictor = _Predictor(model=model, classes=classes, seen_offset=seen_offset, runtime=runtime)
+    thresholds = replace(model.meta.thresholds, seen_offset=seen_offset)
+    if object_threshold is not None:
+        thresholds = replace(thresholds, object_threshold=object_threshold)
+    teacher = None
+    if with_teacher:
+        teacher = load_for_prediction(
+            model.meta, folder, store, runtime, weights=teacher_weights, alpha=alpha, beta=beta
+        )
+    predictor = _Predictor(
+        model=model, classes=classes, thresholds=thresholds, teacher=teacher, task=known.task, runtime=runtime
+    )
     scores, counts = part.score(predictor, known, Path(out) if out else None)
     if counts["ignored_percent"] == 100:
         raise UserError(
             f"{root}: no pixel of {counts['images']} images of split {split} has a class to score; add labels"
         )
-    per_class, stored = scores.pop("per_class"), model.meta.thresholds
+    per_class = scores.pop("per_class")
     return {
         "benchmark": known.name,
         "task": known.task,
         "split": split,
         "data": part.layout,
         "checkpoint": {"stage": model.meta.stage, "key": _key(folder), "folder": str(folder)},
-        "thresholds": {"object_threshold": stored.object_threshold, "overlap_threshold": stored.overlap_threshold},
+        "thresholds": {
+            "object_threshold": thresholds.object_threshold,
+            "overlap_threshold": thresholds.overlap_threshold,
+        },
         "seen_offset": seen_offset,
+        "teacher": {"alpha": alpha, "beta": beta, "options": asdict(teacher.options)} if teacher else None,
         "marks": marks(model.meta.classes.teacher, known),
         "counts": {**counts, "classes": len(known.seen), "seen": sum(known.seen), "unseen": len(known.unseen_ids)},
         "respelled": matched.respelled,
@@ -108,7 +133,9 @@ def run(
 class _Predictor:
     model: Model
     classes: Classes
-    seen_offset: float
+    thresholds: Thresholds
+    teacher: TeacherAtPrediction | None
+    task: str
     runtime: Runtime
 
     def __call__(self, views: Iterable[tuple[Tag, Tensor]], count: int) -> Iterator[tuple[Tag, Output, Tensor]]:
@@ -118,9 +145,15 @@ class _Predictor:
         from pipeline.inference.forward import outputs
 
         resize, batch = self.model.meta.resize, EvaluateConfig().batch
+        # a semantic map needs the tokens of all masks
+        threshold = self.thresholds.object_threshold if self.task == "panoptic" else None
+        images = (((tag, image), image) for tag, image in ahead(iter(views)))
         with self.runtime.bar(count, "evaluating", "image") as bar:
-            for tag, output in outputs(for_inference(self.model.segmenter), ahead(iter(views)), resize, batch=batch):
-                yield tag, output, self.model.logits(output.features, self.classes.text)
+            for (tag, image), found in outputs(for_inference(self.model.segmenter), images, resize, batch=batch):
+                output, logits = found.kept(), self.model.logits(found.features, self.classes.text)
+                if self.teacher:
+                    logits = self.teacher.logits(image, output, logits, self.classes, threshold=threshold)
+                yield tag, output, logits
                 bar.update()
 
 
@@ -155,13 +188,12 @@ class _Panoptic:
         from pipeline.scoring.rows import GroundTruth, Row
 
         row, pixels, count = Row(benchmark), _Pixels(), len(self.entries)
-        thresholds = replace(predictor.model.meta.thresholds, seen_offset=predictor.seen_offset)
 
         def predictions() -> Iterator[ImagePrediction]:
             for (entry, sample), output, logits in predictor(self.samples(), count):
                 gt = GroundTruth(sample, benchmark)
                 pixels.add(gt.classes)
-                ids, segments = row.predict(gt, output.kept(), logits, predictor.classes, thresholds)
+                ids, segments = row.predict(gt, output, logits, predictor.classes, predictor.thresholds)
                 yield ImagePrediction(image_id=entry.image_id, file_name=entry.image, ids=ids, segments=segments)
 
         if out:
@@ -197,7 +229,7 @@ class _Semantic:
                 yield (item, labels), channels_first(read_image(item.image, labels.shape[::-1], where))
 
         for (item, labels), output, logits in predictor(views(), len(self.images)):
-            guess = semantic_map(output, logits, predictor.classes, seen_offset=predictor.seen_offset)
+            guess = semantic_map(output, logits, predictor.classes, seen_offset=predictor.thresholds.seen_offset)
             confusion.update(labels, guess, image=item.name)
             pixels.add(labels)
             if out:
@@ -261,6 +293,9 @@ def about(result: dict[str, Any]) -> str:
         f"classes: {counts['seen']} seen, of which {scores['absent_seen']} neither occur nor are predicted; "
         f"{counts['unseen']} unseen, of which {scores['absent_unseen']}",
     )
+    if teacher := result["teacher"]:
+        chosen = ", ".join(f"{name} {teacher['options'][name]}" for name in ("method", "crop", "resize"))
+        lines = (*lines, f"teacher: alpha {teacher['alpha']:g}, beta {teacher['beta']:g}; {chosen}")
     names = [f"{ours!r} for {theirs!r}" for theirs, ours in result["respelled"].items()]
     respelled = [f"names: the checkpoint has {len(names)} in another spelling, such as {names[0]}"] if names else []
     return "\n".join([*lines, *respelled, *result["marks"]])
