@@ -46,7 +46,7 @@ help:  ## this list
 demo: install  ## generated scenes, all stages, report in runs/demo/ (minutes on a CPU)
 	@$(ZS_SEG) run --preset demo $(FLAGS)
 
-ablate: install  ## the paper's ablations on generated scenes, three seeds, with figures (hours on a CPU)
+ablate: install  ## the paper's ablations on generated scenes, five seeds, with figures (hours on a CPU)
 	@$(ZS_SEG) ablate --preset scenes $(FLAGS)
 
 test: install-dev  ## every test

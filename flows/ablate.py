@@ -29,7 +29,7 @@ def ablate(options: argparse.Namespace) -> int:
     config = configure(request)
     tables = _tables(options.tables or list(TABLES), config)
     store = request.open_store()
-    runs = [run for table in tables for run in rows.runs_of(table, config, options.seeds)]
+    runs = rows.runs_of(tables, config, options.seeds)
     _print_plan(rows.plan(runs, store), len(runs), options.jobs)
     if options.plan:
         return 0
@@ -38,7 +38,7 @@ def ablate(options: argparse.Namespace) -> int:
     show_device(request, store, [stage for run in runs for stage in run.stages], runtime)
     with ExitStack() as under_way:  # noted in the store by name, so that `zs-seg gc` keeps what the tables are made of
         for run in runs:
-            command = request.command("ablate", run.table)
+            command = request.command("ablate", *(table.name for table in tables))
             record = RunRecord.now(name=run.name(options.preset), command=command, refs=run.refs)
             under_way.enter_context(Runs(store).running(record))
         for run in runs:
@@ -49,15 +49,15 @@ def ablate(options: argparse.Namespace) -> int:
     folder = Path("runs") / f"ablate-{options.preset}"
     sections = {}
     for table in tables:
-        lines = rows.write_table(folder, table, [run for run in runs if run.table == table.name], store)
+        lines = rows.write_table(folder, table, runs, store)
         sections[f"{table.name}: {table.title}"] = html(lines)
         print(f"\n{table.name}: {table.title}\n\n{markdown(lines)}")
     if any(table.name == "table4" for table in tables):
         from pipeline.ablation.figures import draw_figures
 
-        table4 = {run.variant: run for run in runs if (run.table, run.seed) == ("table4", 0)}
+        first = {run.variant: run for run in runs if run.seed == 0}
         runtime = Runtime(device=options.device, threads=options.threads)
-        sections |= draw_figures(folder, config, table4, store=store, runtime=runtime)
+        sections |= draw_figures(folder, config, first, store=store, runtime=runtime)
     write_text(folder / "report.html", page(f"{options.preset}, {options.seeds} seeds", sections))
     print(f"every run's numbers, the figures and a page of all: {folder}")
     return 0

@@ -265,7 +265,7 @@ def _add_ablate_flags(command: _Parser) -> None:
     command.add_argument(
         "tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(ablate.NAMES)}; default: all but sweep"
     )
-    command.add_argument("--seeds", type=int, default=3, metavar="N", help="training seeds 0 to N - 1; default: 3")
+    command.add_argument("--seeds", type=int, default=5, metavar="N", help="training seeds 0 to N - 1; default: 5")
     command.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, sharing the CPU's threads")
     command.add_argument("--plan", action="store_true", help="only show what is cached and what is to be built")
 

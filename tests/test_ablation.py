@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from reports import panoptic_scores, report
+from scipy import stats
 from tiny import tiny_config
 
 from flows import presets
 from flows.cli import main
 from pipeline.ablation.rows import runs_of
 from pipeline.ablation.tables import (
+    ALIGNED,
     SCORES,
     SETTINGS,
     SWEPT,
@@ -34,6 +36,7 @@ from pipeline.ablation.tables import (
 )
 from pipeline.line import Config, line
 from pipeline.scoring.records import Report
+from storage.keys import canonical
 from storage.store import Store
 
 
@@ -66,9 +69,10 @@ def test_rows_change_what_the_paper_toggles() -> None:
 
 def test_the_sweep_moves_one_setting_at_a_time() -> None:
     base = presets.preset("scenes")
+    split = {"data.split": "validation"}
     first, *rest = [differences(asdict(base), asdict(v.change(base))) for v in sweep(base).variants]
-    assert first == {} and all(len(change) == 1 for change in rest)
-    assert {path for change in rest for path in change} == set(SWEPT)
+    assert first == split and all(split.items() <= change.items() and len(change) == 2 for change in rest)
+    assert {path for change in rest for path in change} - set(split) == set(SWEPT)
 
 
 def test_seeds_leave_the_teacher_and_its_tokens_alone() -> None:
@@ -79,10 +83,21 @@ def test_seeds_leave_the_teacher_and_its_tokens_alone() -> None:
 
 def test_rows_that_differ_late_share_their_stage_1() -> None:
     base = presets.preset("scenes")
-    every = [run for table in TABLES.values() for run in runs_of(table, base, 3)]
-    stage_1 = {(run.variant, run.ref("v2c")) for run in every}
-    assert len({ref for _, ref in stage_1}) == 3 * 5  # plain, whole, and table 5's three others
+    every = runs_of(tuple(TABLES.values()), base, 3)
+    # Plain, whole, and table 5's three others.
+    assert len({run.ref("v2c") for run in every}) == 3 * 5
     assert len({run.ref("evaluate") for run in every}) == 3 * 9
+
+
+def test_equal_configurations_have_one_name_and_one_run() -> None:
+    base = presets.preset("scenes")
+    tables = (*TABLES.values(), sweep(base))
+    names: dict[str, str] = {}
+    for variant in (variant for table in tables for variant in table.variants):
+        assert names.setdefault(canonical(variant.change(base)), variant.name) == variant.name
+    runs = runs_of(tables, base, 2)
+    assert len(runs) == 2 * len(names) == len({run.name("scenes") for run in runs})
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
 
 
 def drawn(seed: int, shift: float) -> Report:
@@ -96,9 +111,16 @@ def of(run: Report, setting: str, score: str) -> float:
     return getattr(run.rows[setting], score)
 
 
+def interval(differences: list[float]) -> dict[str, Any]:
+    """By scipy's own confidence interval."""
+    n, mean = len(differences), statistics.mean(differences)
+    low, high = stats.t.interval(0.95, n - 1, loc=mean, scale=stats.sem(differences))
+    return {"mean": pytest.approx(mean), "half": pytest.approx((high - low) / 2)}
+
+
 def test_means_deviations_and_gains_are_those_of_the_runs() -> None:
-    table = Table(name="table4", title="modules", variants=TABLES["table4"].variants)
-    runs = {v.name: [drawn(seed, i) for seed in range(3)] for i, v in enumerate(table.variants)}
+    table = TABLES["table4"]
+    runs = {v.name: [drawn(10 * i + seed, i) for seed in range(3)] for i, v in enumerate(table.variants)}
     rows = summary(table, runs)
     for row in rows:
         for setting in SETTINGS:
@@ -107,10 +129,16 @@ def test_means_deviations_and_gains_are_those_of_the_runs() -> None:
                 assert row["mean"][setting][score] == pytest.approx(np.mean(values))
                 assert row["sd"][setting][score] == pytest.approx(np.std(values, ddof=1))
         gains = [of(run, "transductive", "hPQ") - of(run, "control", "hPQ") for run in runs[row["name"]]]
-        assert row["gain"] == {"mean": pytest.approx(np.mean(gains)), "sd": pytest.approx(statistics.stdev(gains))}
+        assert row["gain"] == interval(gains)
+        for setting in SETTINGS if row["name"] != table.against else ():
+            for score in SCORES:
+                pairs = zip(runs[row["name"]], runs[table.against], strict=True)
+                found = [of(own, setting, score) - of(other, setting, score) for own, other in pairs]
+                assert row["against"][setting][score] == interval(found)
+    assert rows[0]["against"] == {}
     assert rows[2]["paper"]["transductive"] == {"hPQ": 22.6, "sPQ": 31.0, "uPQ": 17.7}
     lines = cells(table, rows)
-    assert len(lines) == 4 and {len(line) for line in lines} == {11}
+    assert len(lines) == 4 and {len(line) for line in lines} == {13}
     assert (
         lines[3][-1] == "22.6"
         and lines[1][3] == f"{rows[0]['mean']['inductive']['hPQ']:.1f} ± {rows[0]['sd']['inductive']['hPQ']:.1f}"
@@ -125,11 +153,13 @@ def test_every_row_of_the_paper_has_a_row_here() -> None:
 
 
 def test_a_single_run_has_no_deviation_and_a_sweep_no_paper() -> None:
-    table = Table(name="sweep", title="one", variants=(Variant(name="as the preset", change=as_is),))
+    table = Table(
+        name="sweep", title="one", variants=(Variant(name="as the preset", change=as_is),), against="as the preset"
+    )
     (row,) = summary(table, {"as the preset": [drawn(0, 0)]})
     assert row["paper"] == {} and row["sd"]["inductive"]["hPQ"] == 0.0
     heads, line = cells(table, [row])
-    assert len(heads) == 9 and line[3] == f"{row['mean']['inductive']['hPQ']:.1f}"
+    assert len(heads) == 11 and line[3] == f"{row['mean']['inductive']['hPQ']:.1f}"
 
 
 @pytest.mark.parametrize("words", [["table9"], ["table4", "--seeds", "0"], ["table4", "--jobs", "0"]])
@@ -161,9 +191,9 @@ def test_the_command_builds_tables_and_figures_and_goes_on(
     }  # fmt: skip
     content = json.loads((folder / "table4.json").read_text())
     store = Store(tmp_path / "store")
-    entry = next(a for a in content["artefacts"] if a["variant"] == "+V2C" and a["seed"] == 1)
+    entry = next(a for a in content["artefacts"] if a["variant"] == ALIGNED.name and a["seed"] == 1)
     scored = json.loads((store.root / "report" / entry["evaluate"] / "report.json").read_text())
-    row = next(row for row in content["rows"] if row["name"] == "+V2C")
+    row = next(row for row in content["rows"] if row["name"] == ALIGNED.name)
     assert row["runs"][1] == {s: {k: scored[s][k] for k in SCORES} for s in SETTINGS}
     numbers = json.loads((folder / "figure4.json").read_text())
     assert set(numbers) == {"baseline", "V2C, L_mmd alone", "V2C and G2S"}

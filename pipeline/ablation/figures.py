@@ -11,6 +11,7 @@ from pipeline.ablation.examples import draw_examples
 from pipeline.ablation.feature_map import draw, generated_features, real_features
 from pipeline.ablation.page import picture
 from pipeline.ablation.rows import Run
+from pipeline.ablation.tables import ALIGNED, BASELINE, WHOLE
 from pipeline.line import Config, benchmark_of
 from pipeline.runtime import Runtime
 from pipeline.teacher.text_bank import open_text
@@ -18,8 +19,7 @@ from storage.atomic import write_text
 from storage.store import Store
 
 # Panels of figure 4 -> rows of table 4.
-BASELINE, ALIGNED, OURS = "baseline (L_match, L_mmd)", "+V2C", "+V2C+G2S+CPA"
-PANELS = {"baseline": BASELINE, "V2C, L_mmd alone": ALIGNED, "V2C and G2S": OURS}
+PANELS = {"baseline": BASELINE.name, "V2C, L_mmd alone": ALIGNED.name, "V2C and G2S": WHOLE.name}
 
 
 def draw_figures(
@@ -30,7 +30,7 @@ def draw_figures(
     `rows`: variant of table 4 -> its run. The generators that are compared with V2C share its segmenter, and so its
     real features.
     """
-    ours = rows[OURS]
+    ours = rows[WHOLE.name]
     common: dict[str, Any] = {
         "store": store, "shards": ours.ref("shard"), "tokens": ours.ref("cache-clip"),
         "benchmark": benchmark_of(config), "runtime": runtime,
@@ -45,7 +45,7 @@ def draw_figures(
     compared = draw(folder / "figure4.png", panels, bank.names)
     numbers = {title: c.as_dict([bank.names[k] for k in panels[title][0]]) for title, c in compared.items()}
     write_text(folder / "figure4.json", json.dumps(numbers, indent=1))
-    checkpoints = {"baseline": rows[BASELINE].ref("cpa"), "ours": ours.ref("cpa")}
+    checkpoints = {"baseline": rows[BASELINE.name].ref("cpa"), "ours": ours.ref("cpa")}
     draw_examples(folder / "figure5.png", checkpoints, count=4, **common)
     return {
         "figure 4: features of unseen classes, real and generated": picture(folder / "figure4.png"),

@@ -9,14 +9,13 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.ablation.tables import Table, cells, markdown, seeded, summary
 from pipeline.line import Config, Stage, line
 from pipeline.runtime import Runtime
 from pipeline.scoring.records import Report, read_report
-from pipeline.world.config import ScenesConfig
 from storage.atomic import write_text
 from storage.keys import Ref
 from storage.store import Store
@@ -28,16 +27,15 @@ SHARED = "cache-clip"  # the last stage that all rows have in common
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One row of a table with one seed: its stages."""
+    """A configuration with one seed: its stages. Every table with a row of that name shows it."""
 
-    table: str
     variant: str
     seed: int
     stages: tuple[Stage, ...]
 
     def name(self, preset: str) -> str:
         """Its name in the store."""
-        return f"ablate-{preset}.{self.table}.{re.sub('[^a-z0-9]+', '-', self.variant.lower()).strip('-')}.{self.seed}"
+        return f"ablate-{preset}.{re.sub('[^a-z0-9]+', '-', self.variant.lower()).strip('-')}.{self.seed}"
 
     @property
     def refs(self) -> dict[str, Ref]:
@@ -48,15 +46,14 @@ class Run:
         return self.refs[name]
 
 
-def runs_of(table: Table, config: Config, seeds: int) -> list[Run]:
-    """Seed by seed, so that a run that is cut off leaves whole tables of fewer seeds. The sweep, by which settings are
-    chosen, takes the generated world's validation split."""
-    if table.name == "sweep" and isinstance(config.data, ScenesConfig):
-        config = replace(config, data=replace(config.data, split="validation"))
+def runs_of(tables: Sequence[Table], config: Config, seeds: int) -> list[Run]:
+    """The runs of all tables, each once, seed by seed, so that a run that is cut off leaves whole tables of fewer
+    seeds."""
+    variants = {variant.name: variant for table in tables for variant in table.variants}
     return [
-        Run(table=table.name, variant=variant.name, seed=seed, stages=tuple(line(variant.change(seeded(config, seed)))))
+        Run(variant=name, seed=seed, stages=tuple(line(variant.change(seeded(config, seed)))))
         for seed in range(seeds)
-        for variant in table.variants
+        for name, variant in variants.items()
     ]
 
 
@@ -123,7 +120,7 @@ def build_group(runs: Sequence[Run], root: Path, runtime: Runtime) -> list[str]:
                 built.append(stage.name)
         if built:
             seconds = time.monotonic() - started
-            lines.append(f"{run.table} {run.variant}, seed {run.seed}: {', '.join(built)} in {seconds:.0f} s")
+            lines.append(f"{run.variant}, seed {run.seed}: {', '.join(built)} in {seconds:.0f} s")
     return lines
 
 
@@ -133,7 +130,9 @@ def _log_all(lines: Sequence[str]) -> None:
 
 
 def write_table(folder: Path, table: Table, runs: Sequence[Run], store: Store) -> list[list[str]]:
-    """`<table>.json` and `<table>.md` in `folder`; returns the table's cells."""
+    """`<table>.json` and `<table>.md` in `folder`, of the runs that are its rows; returns the table's cells."""
+    shown = {variant.name for variant in table.variants}
+    runs = [run for run in runs if run.variant in shown]
     reports: dict[str, list[Report]] = {}
     for run in runs:
         report = read_report(store.open(run.ref("evaluate")).path / "report.json")

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.line import Config
 from pipeline.scoring.records import Report
+from pipeline.world.config import ScenesConfig
 
 PAPER = Path(__file__).parent / "paper.json"
 SETTINGS = "inductive", "control", "transductive"
@@ -28,11 +29,13 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows that differ in one respect, which `title` names."""
+    """Rows that differ in one respect, which `title` names; the others are compared with the row `against`, seed by
+    seed."""
 
     name: str
     title: str
     variants: tuple[Variant, ...]
+    against: str
 
 
 def v2c(**changes: Any) -> Callable[[Config], Config]:
@@ -78,45 +81,49 @@ def vision_centric(config: Config) -> Config:
     return replace(config, cpa=replace(config.cpa, classifier="linear", lr=1e-3, synthetic_weight=1.0, steps=steps))
 
 
+# A configuration has one name, in whichever tables it stands. The paper's tables 5 and 6 name what is added to L_g and to
+# L_mmd; here what is left out of the whole.
+BASELINE = Variant(name="baseline (L_match, L_mmd)", change=together(PLAIN_SEGMENTER, MOMENTS_ALONE))
+ALIGNED = Variant(name="V2C, L_mmd alone", change=MOMENTS_ALONE)
+WHOLE = Variant(name="whole method", change=as_is)
+CENTRIC = Variant(name="vision-centric (PADing's idea)", change=vision_centric)
+
 TABLES = {
     table.name: table
     for table in (
         Table(
             name="table2",
             title="against a vision-centric method",
-            variants=(
-                Variant(name="vision-centric (PADing's idea)", change=vision_centric),
-                Variant(name="ours", change=as_is),
-            ),
+            variants=(CENTRIC, WHOLE),
+            against=CENTRIC.name,
         ),
         Table(
             name="table4",
             title="modules",
-            variants=(
-                Variant(name="baseline (L_match, L_mmd)", change=together(PLAIN_SEGMENTER, MOMENTS_ALONE)),
-                Variant(name="+V2C", change=MOMENTS_ALONE),
-                Variant(name="+V2C+G2S+CPA", change=as_is),
-            ),
+            variants=(BASELINE, ALIGNED, WHOLE),
+            against=BASELINE.name,
         ),
         Table(
             name="table5",
             title="V2C: target attention and instance alignment (L_g is on in every row)",
             variants=(
-                Variant(name="neither", change=v2c(target_attention=False, instance_weight=0.0)),
-                Variant(name="instance alignment", change=v2c(target_attention=False)),
-                Variant(name="target attention", change=v2c(instance_weight=0.0)),
-                Variant(name="both", change=as_is),
+                Variant(name="without either", change=v2c(target_attention=False, instance_weight=0.0)),
+                Variant(name="without target attention", change=v2c(target_attention=False)),
+                Variant(name="without instance alignment", change=v2c(instance_weight=0.0)),
+                WHOLE,
             ),
+            against="without either",
         ),
         Table(
             name="table6",
             title="G2S: the generator's losses",
             variants=(
-                Variant(name="L_mmd", change=MOMENTS_ALONE),
-                Variant(name="L_mmd + L_gv2s", change=g2s(diversity_weight=0.0)),
-                Variant(name="L_mmd + L_div", change=g2s(semantic_weight=0.0)),
-                Variant(name="L_mmd + L_div + L_gv2s", change=as_is),
+                ALIGNED,
+                Variant(name="without L_div", change=g2s(diversity_weight=0.0)),
+                Variant(name="without L_gv2s", change=g2s(semantic_weight=0.0)),
+                WHOLE,
             ),
+            against=ALIGNED.name,
         ),
     )
 }
@@ -141,21 +148,32 @@ SWEPT: dict[str, tuple[Any, ...]] = {
 }
 
 
+def validated(config: Config) -> Config:
+    """On the generated world's validation split, by which settings are chosen; real images have none."""
+    if isinstance(config.data, ScenesConfig):
+        return replace(config, data=replace(config.data, split="validation"))
+    return config
+
+
 def sweep(config: Config) -> Table:
-    """The preset and, for every field of `SWEPT`, the values it does not have."""
+    """The preset and, for every field of `SWEPT`, the values it does not have; `validated`."""
 
     def setting(path: str, value: Any) -> Callable[[Config], Config]:
         stage, field = path.split(".")
         return lambda config: replace(config, **{stage: replace(getattr(config, stage), **{field: value})})
 
-    variants = [Variant(name="as the preset", change=as_is)]
+    preset = Variant(name="as the preset", change=validated)
+    variants = [preset]
     for path, values in SWEPT.items():
         stage, field = path.split(".")
         own = getattr(getattr(config, stage), field)
         variants += [
-            Variant(name=f"{path} {value} (not {own})", change=setting(path, value)) for value in values if value != own
+            Variant(name=f"{path} {value} (not {own})", change=together(validated, setting(path, value)))
+            for value in values
+            if value != own
         ]
-    return Table(name="sweep", title="what the paper leaves open, one setting at a time", variants=tuple(variants))
+    title = "what the paper leaves open, one setting at a time"
+    return Table(name="sweep", title=title, variants=tuple(variants), against=preset.name)
 
 
 def seeded(config: Config, seed: int) -> Config:
@@ -170,34 +188,57 @@ def seeded(config: Config, seed: int) -> Config:
 
 
 def summary(table: Table, runs: Mapping[str, Sequence[Report]]) -> list[dict[str, Any]]:
-    """Every row: its runs, their mean and standard deviation, and the paper's row.
+    """Every row: its runs, their mean and standard deviation, the differences that are read from it, and the paper's
+    row.
 
     Args:
-        runs: variant's name -> the report of each seed, at least one.
+        runs: variant's name -> the report of each seed, at least one, in the same order for every variant.
 
     Returns:
         per variant `name`, `runs` [{setting: {score: percent}}], `mean` and `sd` {setting: {score: points}} (sd over
-        n - 1, 0 of a single run), `gain` {"mean", "sd"}: transductive minus control hPQ of the same seed, and `paper`
-        {setting: {score: percent}}, empty where it has none.
+        n - 1, 0 of a single run); `gain`, transductive minus control hPQ of the same seed; `against` {setting: {score}},
+        this row minus the table's row `against` of the same seed, empty for that row itself; and `paper` {setting:
+        {score: percent}}, empty where it has none. Differences are as `paired` returns them.
     """
     paper = json.loads(PAPER.read_text(encoding="utf-8")).get(table.name, {})
-    rows = []
-    for variant in table.variants:
-        scores = [
+    scores = {
+        variant.name: [
             {s: {k: getattr(report.rows[s], k) for k in SCORES} for s in SETTINGS} for report in runs[variant.name]
         ]
-        gains = [run["transductive"]["hPQ"] - run["control"]["hPQ"] for run in scores]
+        for variant in table.variants
+    }
+    rows = []
+    for variant in table.variants:
+        own, others = scores[variant.name], scores[table.against]
+
+        def each(found: Callable[[str, str], Any]) -> dict[str, dict[str, Any]]:
+            return {s: {k: found(s, k) for k in SCORES} for s in SETTINGS}
+
+        def minus(s: str, k: str, own: Any = own, others: Any = others) -> dict[str, float]:
+            return paired([one[s][k] - other[s][k] for one, other in zip(own, others, strict=True)])
+
         rows.append(
             {
                 "name": variant.name,
-                "runs": scores,
-                "mean": {s: {k: statistics.mean(run[s][k] for run in scores) for k in SCORES} for s in SETTINGS},
-                "sd": {s: {k: _deviation([run[s][k] for run in scores]) for k in SCORES} for s in SETTINGS},
-                "gain": {"mean": statistics.mean(gains), "sd": _deviation(gains)},
+                "runs": own,
+                "mean": each(lambda s, k, own=own: statistics.mean(run[s][k] for run in own)),
+                "sd": each(lambda s, k, own=own: _deviation([run[s][k] for run in own])),
+                "gain": paired([run["transductive"]["hPQ"] - run["control"]["hPQ"] for run in own]),
+                "against": {} if variant.name == table.against else each(minus),
                 "paper": {s: dict(zip(SCORES, v, strict=True)) for s, v in paper.get(variant.name, {}).items()},
             }
         )
     return rows
+
+
+def paired(differences: Sequence[float]) -> dict[str, float]:
+    """Differences of the same seeds, in points: their `mean`, and `half`, half the width of its 95 % confidence interval
+    by Student's t over n - 1 degrees of freedom; 0 of a single one."""
+    from scipy.special import stdtrit
+
+    n = len(differences)
+    half = float(stdtrit(n - 1, 0.975)) * _deviation(differences) / n**0.5 if n > 1 else 0.0
+    return {"mean": statistics.mean(differences), "half": half}
 
 
 def _deviation(values: Sequence[float]) -> float:
@@ -205,20 +246,11 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def cells(table: Table, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The table as text, heads first: mean ± standard deviation (of several runs) in percent, and the paper's hPQ
-    where the paper has such a row."""
+    """The table as text, heads first: mean ± standard deviation in percent, differences of the same seeds with half
+    their 95 % interval in brackets (neither of a single run), and the paper's hPQ where the paper has such a row."""
     published = any(row["paper"] for row in rows)
-    heads = [
-        table.title,
-        "inductive sPQ",
-        "uPQ",
-        "hPQ",
-        "control hPQ",
-        "transductive sPQ",
-        "uPQ",
-        "hPQ",
-        "gain over control",
-    ]
+    heads = [table.title, "inductive sPQ", "uPQ", "hPQ", "control hPQ", "transductive sPQ", "uPQ", "hPQ"]
+    heads += ["gain over control", f"inductive uPQ minus {table.against}", f"transductive hPQ minus {table.against}"]
     lines = [heads + ["paper: inductive hPQ", "paper: transductive hPQ"] * published]
     for row in rows:
         scores = [(setting, score) for setting in ("inductive", "transductive") for score in ("sPQ", "uPQ", "hPQ")]
@@ -226,7 +258,9 @@ def cells(table: Table, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         several = len(row["runs"]) > 1
         line = [row["name"]]
         line += [f"{row['mean'][s][k]:.1f}" + f" ± {row['sd'][s][k]:.1f}" * several for s, k in scores]
-        line.append(f"{row['gain']['mean']:+.1f}" + f" ± {row['gain']['sd']:.1f}" * several)
+        differences = [row["gain"]]
+        differences += [row["against"].get(s, {}).get(k) for s, k in (("inductive", "uPQ"), ("transductive", "hPQ"))]
+        line += [f"{d['mean']:+.1f}" + f" (± {d['half']:.1f})" * several if d else "" for d in differences]
         if published:
             paper = [row["paper"].get(setting) for setting in ("inductive", "transductive")]
             line += [f"{known['hPQ']:.1f}" if known else "" for known in paper]
