@@ -62,6 +62,11 @@ def test_rows_change_what_the_paper_toggles() -> None:
     attention, instances = {"v2c.target_attention": False}, {"v2c.instance_weight": 0.0}
     assert changes("table5") == [attention | instances, attention, instances, {}]
     assert changes("table6") == [mmd, {"g2s.diversity_weight": 0.0}, {"g2s.semantic_weight": 0.0}, {}]
+    whole, plain, masks, both = changes("beyond")
+    world = {"data.protocol": "pixel-ignore", "data.unseen_share": 1.0}
+    regions = {"tokens.regions": "components", "v2c.candidate_mask_weight": 0.5}
+    assert (whole, plain, masks) == ({}, world, world | regions)
+    assert both == masks | {"v2c.candidate_token_weight": 1.0}
     centric, ours = changes("table2")
     assert ours == {} and off.items() | mmd.items() <= centric.items()
     assert centric["g2s.generator"] == "primitives" and centric["cpa.classifier"] == "linear"
@@ -84,9 +89,10 @@ def test_seeds_leave_the_teacher_and_its_tokens_alone() -> None:
 def test_rows_that_differ_late_share_their_stage_1() -> None:
     base = presets.preset("scenes")
     every = runs_of(tuple(TABLES.values()), base, 3)
-    # Plain, whole, and table 5's three others.
-    assert len({run.ref("v2c") for run in every}) == 3 * 5
-    assert len({run.ref("evaluate") for run in every}) == 3 * 9
+    # Plain, whole, table 5's three others, and three under pixel-ignore.
+    assert len({run.ref("v2c") for run in every}) == 3 * 8
+    assert len({run.ref("cache-clip") for run in every}) == 3
+    assert len({run.ref("evaluate") for run in every}) == 3 * 12
 
 
 def test_equal_configurations_have_one_name_and_one_run() -> None:
@@ -148,7 +154,8 @@ def test_means_deviations_and_gains_are_those_of_the_runs() -> None:
 
 def test_every_row_of_the_paper_has_a_row_here() -> None:
     paper = json.loads((Path(__file__).parents[1] / "pipeline/ablation/paper.json").read_text())
-    for name, table in TABLES.items():
+    assert paper.keys() - {"note"} == TABLES.keys() - {"beyond"}
+    for name, table in ((name, TABLES[name]) for name in paper.keys() - {"note"}):
         assert set(paper[name]) == {variant.name for variant in table.variants}
 
 

@@ -15,7 +15,7 @@ from pipeline.scoring.records import Report
 from pipeline.world.config import ScenesConfig
 
 PAPER = Path(__file__).parent / "paper.json"
-SETTINGS = "inductive", "control", "transductive"
+SETTINGS = "inductive", "control", "transductive", "inductive_teacher", "transductive_teacher"
 SCORES = "hPQ", "sPQ", "uPQ"
 
 
@@ -27,15 +27,26 @@ class Variant:
     change: Callable[[Config], Config]
 
 
+# What a table shows: of a setting a score in percent, or its difference from the same seed's in the row `against`.
+Columns = tuple[tuple[str, str], ...]
+PAPERS: Columns = (
+    *(("inductive", score) for score in ("sPQ", "uPQ", "hPQ")),
+    ("control", "hPQ"),
+    *(("transductive", score) for score in ("sPQ", "uPQ", "hPQ")),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """Rows that differ in one respect, which `title` names; the others are compared with the row `against`, seed by
-    seed."""
+    seed. `columns` are shown with mean and deviation, `differences` with mean and interval."""
 
     name: str
     title: str
     variants: tuple[Variant, ...]
     against: str
+    columns: Columns = PAPERS
+    differences: Columns = (("inductive", "uPQ"), ("transductive", "hPQ"))
 
 
 def v2c(**changes: Any) -> Callable[[Config], Config]:
@@ -46,6 +57,23 @@ def v2c(**changes: Any) -> Callable[[Config], Config]:
 def g2s(**changes: Any) -> Callable[[Config], Config]:
     """Stage 2 with other settings."""
     return lambda config: replace(config, g2s=replace(config.g2s, **changes))
+
+
+def unlabelled(**changes: Any) -> Callable[[Config], Config]:
+    """All images stay, generated ones may all show unseen classes, and the pixels of these are unlabelled; stage 1 with
+    other settings, of candidate regions.
+
+    No unseen name or class is used, but where candidate regions are, the outline of what is unlabelled is.
+    """
+
+    def change(config: Config) -> Config:
+        data = replace(config.data, protocol="pixel-ignore")
+        if isinstance(data, ScenesConfig):
+            data = replace(data, unseen_share=1.0)
+        tokens = replace(config.tokens, regions="components" if changes else "none")
+        return replace(config, data=data, tokens=tokens, v2c=replace(config.v2c, **changes))
+
+    return change
 
 
 def together(*changes: Callable[[Config], Config]) -> Callable[[Config], Config]:
@@ -124,6 +152,29 @@ TABLES = {
                 WHOLE,
             ),
             against=ALIGNED.name,
+        ),
+        Table(
+            name="beyond",
+            title="beyond the paper: candidate regions (E3), the teacher at prediction (E1)",
+            variants=(
+                WHOLE,
+                Variant(name="pixel-ignore", change=unlabelled()),
+                Variant(name="pixel-ignore, regions' masks", change=unlabelled(candidate_mask_weight=0.5)),
+                Variant(
+                    name="pixel-ignore, regions' masks and tokens",
+                    change=unlabelled(candidate_mask_weight=0.5, candidate_token_weight=1.0),
+                ),
+            ),
+            against="pixel-ignore",
+            columns=(
+                *(("inductive", score) for score in ("sPQ", "uPQ", "hPQ")),
+                ("control", "hPQ"),
+                ("transductive", "hPQ"),
+                ("inductive_teacher", "uPQ"),
+                ("inductive_teacher", "hPQ"),
+                ("transductive_teacher", "hPQ"),
+            ),
+            differences=(("inductive", "uPQ"), ("inductive", "hPQ"), ("inductive_teacher", "hPQ")),
         ),
     )
 }
@@ -249,23 +300,30 @@ def cells(table: Table, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The table as text, heads first: mean ± standard deviation in percent, differences of the same seeds with half
     their 95 % interval in brackets (neither of a single run), and the paper's hPQ where the paper has such a row."""
     published = any(row["paper"] for row in rows)
-    heads = [table.title, "inductive sPQ", "uPQ", "hPQ", "control hPQ", "transductive sPQ", "uPQ", "hPQ"]
-    heads += ["gain over control", f"inductive uPQ minus {table.against}", f"transductive hPQ minus {table.against}"]
+    heads = [table.title, *_heads(table.columns), "gain over control"]
+    heads += [f"{_setting(s)} {k} minus {table.against}" for s, k in table.differences]
     lines = [heads + ["paper: inductive hPQ", "paper: transductive hPQ"] * published]
     for row in rows:
-        scores = [(setting, score) for setting in ("inductive", "transductive") for score in ("sPQ", "uPQ", "hPQ")]
-        scores.insert(3, ("control", "hPQ"))
         several = len(row["runs"]) > 1
         line = [row["name"]]
-        line += [f"{row['mean'][s][k]:.1f}" + f" ± {row['sd'][s][k]:.1f}" * several for s, k in scores]
-        differences = [row["gain"]]
-        differences += [row["against"].get(s, {}).get(k) for s, k in (("inductive", "uPQ"), ("transductive", "hPQ"))]
+        line += [f"{row['mean'][s][k]:.1f}" + f" ± {row['sd'][s][k]:.1f}" * several for s, k in table.columns]
+        differences = [row["gain"], *(row["against"].get(s, {}).get(k) for s, k in table.differences)]
         line += [f"{d['mean']:+.1f}" + f" (± {d['half']:.1f})" * several if d else "" for d in differences]
         if published:
             paper = [row["paper"].get(setting) for setting in ("inductive", "transductive")]
             line += [f"{known['hPQ']:.1f}" if known else "" for known in paper]
         lines.append(line)
     return lines
+
+
+def _heads(columns: Columns) -> list[str]:
+    """A column names its setting where the one before has another."""
+    before = [None, *(setting for setting, _ in columns)]
+    return [k if s == last else f"{_setting(s)} {k}" for (s, k), last in zip(columns, before, strict=False)]
+
+
+def _setting(name: str) -> str:
+    return name.replace("_", " + ")
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
