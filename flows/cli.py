@@ -27,6 +27,7 @@ TREE_COMMANDS = ("plan", "run", "stage", "ablate")
 # storage/names.py has the rule
 ARTEFACT = "a key, the beginning of one, the name of a run, or RUN:STAGE"
 CHECKPOINT = f"a checkpoint's folder, {ARTEFACT}; of a run the last checkpoint"
+WORDS = "synonyms as sofa|couch; things, unless marked as grass:stuff"
 BENCHES = ("segmenter", "evaluate", "cache", "train")
 
 
@@ -321,14 +322,43 @@ def _add_store_commands(add: Callable[..., _Parser]) -> _Parser:
 
 def _add_predict_flags(predict: _Parser) -> None:
     predict.add_argument("--checkpoint", required=True, metavar="KEY", help=CHECKPOINT)
-    predict.add_argument("--images", required=True, nargs="+", metavar="PATH", help="image files, or folders of them")
+    predict.add_argument(
+        "--images",
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help="image and video files, folders of them, in depth, or - for an image on standard input",
+    )
     predict.add_argument(
         "--out",
-        required=True,
+        default="",
         metavar="DIR",
-        help="folder for panoptic.json, panoptic/, panoptic_rle.json and overlay/",
+        help="folder for index.html, overlay/, panoptic.json, panoptic/ and panoptic_rle.json",
     )
-    predict.add_argument("--names", default="", metavar="A,B,C", help="class names beyond the checkpoint's")
+    predict.add_argument(
+        "--json", default="", metavar="FILE", help="also write the segments to this file, - for standard output"
+    )
+    predict.add_argument("--names", default="", metavar="A,B,C", help=f"class names beyond the checkpoint's; {WORDS}")
+    predict.add_argument("--stuff", default="", metavar="A,B,C", help="the same for classes that are stuff")
+    predict.add_argument("--only", action="store_true", help="choose among --names and --stuff alone")
+    predict.add_argument(
+        "--min-score", type=float, default=0.0, metavar="X", help="leave out segments with a lower score; default: 0"
+    )
+    for name, what in (
+        ("object", "score above which a query competes for pixels"),
+        ("overlap", "smallest share of its mask that a segment wins"),
+    ):
+        predict.add_argument(f"--{name}-threshold", type=float, metavar="X", help=f"{what}; default: the checkpoint's")
+    predict.add_argument(
+        "--seen-offset",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="subtracted from the scores of seen classes where a class is chosen; default: 0",
+    )
+    predict.add_argument(
+        "--every", type=int, default=1, metavar="N", help="of a video, segment every N-th frame; default: 1"
+    )
     predict.add_argument(
         "--skip-bad", action="store_true", help="leave out files that cannot be read, and list them in panoptic.json"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -179,20 +180,68 @@ def _print_report(name: str, folder: Any) -> None:
 
 
 def predict_images(options: argparse.Namespace) -> int:
-    from pipeline import predict
+    from pathlib import Path
 
-    index = predict.run(
+    from pipeline import predict
+    from pipeline.inference.words import read_words
+    from storage.atomic import write_text
+
+    if not options.out and not options.json:
+        raise UserError("predictions go nowhere; pass --out DIR, or --json FILE (- is standard output)")
+    to_file = options.json not in ("", "-")
+    if to_file and not Path(options.json).parent.is_dir():
+        raise UserError(f"--json {options.json}: folder {Path(options.json).parent} not found; make it first")
+    words = read_words(options.names.split(",")) + read_words(options.stuff.split(","), isthing=False)
+    numbers = {name: getattr(options, name) for name in ("object_threshold", "overlap_threshold", "seen_offset")}
+    done = predict.run(
         checkpoint=options.checkpoint,
         images=options.images,
         out=options.out,
-        names=[name.strip() for name in options.names.split(",") if name.strip()],
         skip_bad=options.skip_bad,
         teacher_weights=options.teacher,
         store=open_store(options),
         runtime=open_runtime(options),
+        settings=predict.Settings(
+            words=words, only=options.only, min_score=options.min_score, every=options.every, **numbers
+        ),
     )
-    print(f"predictions: {index}, pictures: {index.parent / 'overlay'}")
+    text = json.dumps(done.content, indent=1, allow_nan=False)
+    if to_file:
+        write_text(Path(options.json), text)
+    # the table goes where the JSON does not
+    with contextlib.redirect_stdout(sys.stderr if options.json == "-" else sys.stdout):
+        _print_predictions(done.entries)
+        if done.folder:
+            print(f"predictions: {done.folder / 'panoptic.json'}, pictures: {done.folder / 'index.html'}")
+    if options.json == "-":
+        print(text)
     return 0
+
+
+LONGEST_TABLE = 30  # images
+
+
+def _print_predictions(entries: Sequence[dict[str, Any]]) -> None:
+    """A line for each image, and one for each video, with classes, best scores first, and milliseconds."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        rows.setdefault(entry.get("video", entry["file_name"]), []).append(entry)
+    cells = []
+    for name, group in rows.items():
+        best: dict[tuple[str, bool], list[float]] = {}
+        for segment in (segment for entry in group for segment in entry["segments"]):
+            best.setdefault((segment["name"], segment["seen"]), []).append(segment["score"])
+        order = sorted(best.items(), key=lambda item: -max(item[1]))
+        classes = ", ".join(
+            f"{'' if seen else '*'}{name}{f' x {len(scores)}' * (len(scores) > 1)} {max(scores):.2f}"
+            for (name, seen), scores in order
+        )
+        ms = sum(entry["ms"] for entry in group) / len(group)
+        cells.append((name, f"{group[0]['width']} x {group[0]['height']}", f"{ms:.0f}", classes or "nothing"))
+    if cells:
+        print_table(("image", "pixels", "ms", "classes, best score (* unseen in training)"), cells[:LONGEST_TABLE])
+    if len(cells) > LONGEST_TABLE:
+        print(f"and {len(cells) - LONGEST_TABLE} more")
 
 
 def evaluate_checkpoint(options: argparse.Namespace) -> int:

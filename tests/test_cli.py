@@ -476,7 +476,7 @@ def test_all_stages_report_and_prediction(
         assert alone["categories"] == there["categories"]
         assert alone["annotations"][0] in there["annotations"]
     capsys.readouterr()
-    assert "red circle" in fails(capsys, *words, "--images", one, "--out", "named", "--names", "red circle")
+    assert "red circle" in fails(capsys, *words, "--images", one, "--out", "named", "--names", "red circle,red circle")
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     capsys.readouterr()
     assert main((*words, "--images", "broken.jpg", "--out", "named")) == 2

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_a_lock_pins_every_package_by_hash_and_names_no_address(name: str) -> No
 
 @pytest.mark.parametrize(
     ("locked", "wanted"),
-    [(USERS, PROJECT["dependencies"]), (DEVELOPERS, [*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["hf"]])],
+    [(USERS, PROJECT["dependencies"]), (DEVELOPERS, [*PROJECT["dependencies"], *chain(*EXTRAS.values())])],
     ids=["users", "developers"],
 )
 def test_a_lock_has_every_direct_dependency_in_a_version_that_pyproject_allows(
@@ -72,14 +73,14 @@ def test_the_developers_lock_is_the_users_and_more() -> None:
 
 
 def test_what_the_sources_import_is_in_the_users_lock() -> None:
-    """But for the references of the benchmarks, which the extra `hf` brings."""
+    """But for the references of the benchmarks and for video files, which extras bring."""
     owners = packages_distributions()
     missing = set()
     for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         for module in imported(path) - set(PACKAGES) - sys.stdlib_module_names:
             if not USERS.keys() & {canonicalize_name(name) for name in owners[module]}:
                 missing.add((path.parent.relative_to(ROOT).as_posix(), module))
-    assert missing == {("pipeline/bench", "transformers")}
+    assert missing == {("pipeline/bench", "transformers"), ("pipeline/data", "av")}
 
 
 def imported(path: Path) -> set[str]:

@@ -21,7 +21,8 @@ from pipeline import scenes, text
 from pipeline.data.benchmarks import Benchmark, Category, load_benchmark
 from pipeline.data.config import AugmentConfig, CocoConfig, ResizeConfig
 from pipeline.inference.model import load_model
-from pipeline.inference.vocabulary import extend
+from pipeline.inference.vocabulary import Lexicon
+from pipeline.inference.words import read_words
 from pipeline.line import Stage
 from pipeline.runtime import Runtime
 from pipeline.teacher.config import TeacherConfig, TextConfig
@@ -373,11 +374,11 @@ def test_the_whole_line_runs_on_synonyms_and_on_imported_rows(tmp_path: Path, ho
     assert model.text.shape == ((5, 3, 128) if how == "synonyms" else (5, 128))
     if how == "imported":
         with pytest.raises(ValueError, match="embeddings were imported, so no other name can be embedded alike"):
-            extend(model, ["boat"], "", QUIET)
+            Lexicon(model, "", QUIET).vocabulary(read_words(["boat"]))
         return
-    vocabulary = extend(model, ["boat, ship", "tree"], "", QUIET)
+    vocabulary = Lexicon(model, "", QUIET).vocabulary(read_words(["boat, ship", "tree"]))
     assert vocabulary.embedding.shape == (7, 3, 128)
     plain = make(tmp_path / "plain", sample.text, named("boat", "ship", "tree")).embedding
     torch.testing.assert_close(vocabulary.embedding[5:, :2], plain[torch.tensor([[0, 1], [2, 2]])])
-    with pytest.raises(ValueError, match="'person, human, man' and 'human' would both be called 'human'"):
-        extend(model, ["human"], "", QUIET)
+    human = Lexicon(model, "", QUIET).vocabulary(read_words(["human"]), only=True)  # a name of a class is that class
+    assert human.classes.names == ["person, human, man"] and human.embedding.equal(model.text[:1])

@@ -12,7 +12,8 @@ from tiny import QUIET, build, tiny_config
 
 from models.vision_centric import PRIOR, LinearClassifier, PrimitiveGenerator
 from pipeline.inference.model import load_model
-from pipeline.inference.vocabulary import extend
+from pipeline.inference.vocabulary import Lexicon
+from pipeline.inference.words import read_words
 from storage.store import Store
 
 
@@ -64,4 +65,4 @@ def test_a_run_with_it_knows_its_own_classes_alone(shared_store: Store) -> None:
     assert model.text.equal(torch.eye(classes))
     assert model.logits(torch.randn(3, model.query_shape[1]), model.text).shape == (3, classes)
     with pytest.raises(ValueError, match="linear and knows no other classes"):
-        extend(model, ["green zebra"], "", QUIET)
+        Lexicon(model, "", QUIET).vocabulary(read_words(["green zebra"]))

@@ -20,7 +20,8 @@ from models.teacher import Teacher
 from pipeline.data.benchmarks import Benchmark, Category
 from pipeline.data.config import AugmentConfig, ResizeConfig
 from pipeline.inference.model import CheckpointMeta, Model
-from pipeline.inference.vocabulary import extend, vocabulary_of
+from pipeline.inference.vocabulary import Lexicon, Vocabulary, vocabulary_of
+from pipeline.inference.words import Word, read_words
 from pipeline.teacher.config import TeacherConfig, teacher_of
 from pipeline.teacher.text_bank import ClassList, embed_names
 
@@ -152,22 +153,99 @@ def test_a_trained_class_cannot_be_called_unseen() -> None:
             vocabulary_of(model, asked(names, (4, 5)), "", QUIET)
 
 
+# ------------------------------------------------------------------------------------------------ words
+
+
+def further(model: Model, texts: Sequence[str], *, only: bool = False) -> Vocabulary:
+    return Lexicon(model, "", QUIET).vocabulary(read_words(texts), only=only)
+
+
+def test_words_have_marks_and_synonyms() -> None:
+    assert read_words(["zebra", " grass : Stuff", "", "sofa | couch:thing"]) == [
+        Word(name="zebra"),
+        Word(name="grass", isthing=False),
+        Word(name="sofa, couch", isthing=True),
+    ]
+    assert read_words(["grass", "cow:thing"], isthing=False) == [
+        Word(name="grass", isthing=False),
+        Word(name="cow", isthing=True),
+    ]
+    for text, message in (
+        ("sky:stuf", r"ends in the mark 'stuf' \(did you mean 'stuff'\?\)"),
+        ("a||b", "has an empty part"),
+        (":stuff", "has an empty part"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_words([text])
+
+
+def test_words_alone_are_the_vocabulary_in_their_order() -> None:
+    model = checkpoint()
+    asked = further(model, ["zebra", "grass-merged:stuff", "Traffic  Light", "sky:stuff"], only=True)
+    assert asked.classes.names == ["zebra", "grass-merged", "traffic light", "sky"]
+    assert asked.classes.ids == [6, 5, 2, 7]  # the checkpoint's own where it has the class
+    assert asked.classes.isthing == [True, False, True, False]
+    assert asked.classes.seen == [False, False, True, False]
+    assert asked.embedding[[1, 2]].equal(model.text[[4, 1]])
+    torch.testing.assert_close(asked.embedding[[0, 3]], embed_names(teacher(), ["zebra", "sky"], TEMPLATES))
+    with pytest.raises(ValueError, match="nothing to choose from"):
+        further(model, [], only=True)
+
+
+def test_words_beside_the_checkpoints_classes() -> None:
+    model = checkpoint()
+    asked = further(model, ["Person:stuff", "zebra"])
+    assert asked.classes.names == [*NAMES, "zebra"] and asked.classes.isthing == [False, *[True] * 5]
+    assert asked.classes.seen == [*SEEN, False]
+    assert asked.embedding[:5].equal(model.text)
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_synonyms_are_further_rows_of_one_class(only: bool) -> None:
+    """The class scores the largest of its rows: as if the best synonym alone were its name."""
+    model = checkpoint()
+    asked = further(model, ["boat|ship", "human|person|man"], only=only)
+    place = asked.classes.names.index
+    rows = {name: embed_names(teacher(), [name], TEMPLATES)[0] for name in ("boat", "ship", "person", "human", "man")}
+    for name, expected in (("boat, ship", ["boat", "ship"]), ("person", ["person", "human", "man"])):
+        found = asked.embedding[place(name)]
+        padded = [*expected, expected[0]][: len(found)]
+        torch.testing.assert_close(found, torch.stack([rows[part] for part in padded]))
+    assert asked.classes.seen[place("person")] and asked.classes.ids[place("person")] == 1
+    with pytest.raises(ValueError, match="'person, bridge' is both 'person' and 'bridge' to the checkpoint"):
+        further(model, ["person|bridge"], only=only)
+
+
+def test_a_word_is_embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lexicon, asked = Lexicon(checkpoint(), "", QUIET), list[str]()
+    encode = Teacher.encode_texts
+    monkeypatch.setattr(Teacher, "encode_texts", lambda self, texts: asked.extend(texts) or encode(self, texts))
+    for words in (["zebra"], ["zebra", "boat"], ["boat", "zebra", "person"], ["PERSON"]):
+        lexicon.vocabulary(read_words(words), only=True)
+    assert asked == ["zebra", "a photo of a zebra", "boat", "a photo of a boat"]
+
+
+def test_the_checkpoints_own_names_need_no_teacher() -> None:
+    model = checkpoint()
+    model.meta.classes.teacher.update(pretrained="sha256:lost", name="ViT-B-16")
+    assert further(model, ["bridge", "person"], only=True).classes.ids == [4, 1]
+    with pytest.raises(ValueError, match="had local weights"):
+        further(model, ["zebra"], only=True)
+
+
 # ------------------------------------------------------------------------------------------------ one class twice
 
 
-@pytest.mark.parametrize(
-    ("names", "one", "other"),
-    [
-        (["Person"], "'person'", "'Person'"),
-        (["boat", "traffic  light"], "'traffic light'", r"'traffic \\x20light'"),
-        (["zebra", "Zebra"], "'zebra'", "'Zebra'"),
-        (["cafe\u0301"], "'café'", r"'cafe\\u0301'"),
-        (["boat, Caf&eacute;"], "'café'", "'boat, Caf&eacute;'"),
-    ],
-)
-def test_a_further_name_that_is_there_is_refused_with_both_named(names: list[str], one: str, other: str) -> None:
-    with pytest.raises(ValueError, match=f"^classes {one} and {other} are one to the teacher: .*; rename one of them"):
-        extend(checkpoint(), names, "", QUIET)
+def test_a_further_name_that_is_given_twice_is_refused_with_both_named() -> None:
+    with pytest.raises(ValueError, match="^classes 'zebra' and 'Zebra' are one to the teacher: .*; rename one of them"):
+        further(checkpoint(), ["zebra", "Zebra"])
+    with pytest.raises(ValueError, match="^class name 'zebra' is given twice"):
+        further(checkpoint(), ["zebra", "zebra"])
+    model = checkpoint(["person, human", "boat"], [True, False])
+    with pytest.raises(
+        ValueError, match="^class names 'human' and 'Person' are both 'person, human' to the checkpoint"
+    ):
+        further(model, ["human", "Person"])
 
 
 def test_a_benchmark_with_one_class_twice_is_refused_with_both_named() -> None:
@@ -178,12 +256,12 @@ def test_a_benchmark_with_one_class_twice_is_refused_with_both_named() -> None:
 def test_names_that_are_cut_are_named(caplog: pytest.LogCaptureFixture) -> None:
     model = checkpoint()
     with caplog.at_level(logging.WARNING):
-        extend(model, ["boat", f"{LONG}red"], "", QUIET)
+        further(model, ["boat", f"{LONG}red"])
     (record,) = caplog.records
     assert "takes 24 tokens" in record.message and "'a thing that is" in record.message
     assert "red' (549 characters)" in record.message and "boat" not in record.message
     with pytest.raises(ValueError, match="are one to the teacher: .* for it takes only 24; rename"):
-        extend(model, [f"{LONG}red", f"{LONG}blue"], "", QUIET)
+        further(model, [f"{LONG}red", f"{LONG}blue"])
 
 
 # ------------------------------------------------------------------------------------------------ the teacher

@@ -64,6 +64,17 @@ def read_image(path: Path, annotated: tuple[int, int] | None = None, where: str 
         raise _named(path, error) from error
 
 
+def decode_image(data: bytes, name: str) -> np.ndarray:
+    """The content of an image file as `read_image` gives it. Raises UserError as that does, with `name` for the file."""
+    import numpy as np
+
+    try:
+        image, stated = _loaded(data, FORMATS)
+        return np.array(_upright(image, data, stated))
+    except UserError as error:
+        raise _named(name, error) from error
+
+
 def for_shard(data: bytes, annotated: tuple[int, int], where: str) -> bytes:
     """What a shard holds of the image file `data`: the same bytes if they are a JPEG, or a PNG of 8-bit RGB, and its
     pixels are annotated as they are stored; else a PNG of the pixels. All of them are decoded once.
@@ -112,7 +123,7 @@ def _refusing(formats: tuple[str, ...]) -> Iterator[None]:
         raise UserError(f"is damaged ({' '.join(str(error).split()) or type(error).__name__})") from error
 
 
-def _named(path: Path, error: OSError | UserError) -> UserError:
+def _named(path: Path | str, error: OSError | UserError) -> UserError:
     problem = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
     return UserError(f"{path} {problem}; replace it or leave it out")
 

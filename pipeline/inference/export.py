@@ -6,12 +6,11 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.inference.maps import PredictedSegment
 from storage.atomic import write_text
 from storage.errors import UserError
 from storage.shards import encode_ids
@@ -20,14 +19,27 @@ if TYPE_CHECKING:
     from pipeline.data.benchmarks import Category
 
 
+class Scored(Protocol):
+    """A predicted segment: the id of its pixels, its category, its score in [0, 1]."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def category_id(self) -> int: ...
+    @property
+    def score(self) -> float: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImagePrediction:
-    """The panoptic map of one image file: ids (H, W) int32 with 0 = void, and a segment for every other id."""
+    """The panoptic map of one image file: ids (H, W) int32 with 0 = void, and a segment for every other id. `png` is
+    the path of its PNG below the writer's folder; "" = the file's name without its folder."""
 
     image_id: int
     file_name: str
     ids: NDArray[np.int32]
-    segments: Sequence[PredictedSegment]
+    segments: Sequence[Scored]
+    png: str = ""
 
 
 def write_coco_panoptic(
@@ -67,14 +79,16 @@ class PanopticWriter:
 
     def add(self, prediction: ImagePrediction) -> None:
         """Writes the PNG. Raises UserError where another image's has its name."""
-        png = f"{Path(prediction.file_name).stem}.png"
+        png = prediction.png or f"{Path(prediction.file_name).stem}.png"
         if png in self.source_of:
             raise UserError(
                 f"images {self.source_of[png]} and {prediction.file_name} would both be written to {png}; "
                 f"rename one of them or predict them into different folders"
             )
         self.source_of[png] = prediction.file_name
-        (self.folder / self.name / png).write_bytes(encode_ids(prediction.ids))
+        path = self.folder / self.name / png
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_ids(prediction.ids))
         height, width = prediction.ids.shape
         image = {"id": prediction.image_id, "file_name": prediction.file_name, "height": height, "width": width}
         segments = [_segment_info(prediction.ids == segment.id, segment) for segment in prediction.segments]
@@ -120,7 +134,7 @@ def rle_results(prediction: ImagePrediction) -> list[dict[str, Any]]:
     return results
 
 
-def _segment_info(mask: NDArray[np.bool_], segment: PredictedSegment) -> dict[str, object]:
+def _segment_info(mask: NDArray[np.bool_], segment: Scored) -> dict[str, object]:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     top, left = int(rows[0]), int(columns[0])
     return {

@@ -6,17 +6,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from itertools import count
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from pipeline.data.benchmarks import Benchmark, Category
 from pipeline.inference.model import Model
+from pipeline.inference.words import Word
 from pipeline.runtime import Runtime
 from pipeline.teacher.config import teacher_of
 from pipeline.teacher.prompts import Prompts, brief, synonyms
-from pipeline.teacher.text_bank import ClassList, embed_names, join
+from pipeline.teacher.text_bank import ClassList, embed_names
 from storage.errors import UserError
+
+if TYPE_CHECKING:
+    from models.teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,24 +39,131 @@ class Vocabulary:
         return tuple(Category(id=i, name=name, isthing=isthing) for i, name, isthing in columns)
 
 
-def extend(model: Model, names: Sequence[str], teacher_weights: str, runtime: Runtime) -> Vocabulary:
-    """A checkpoint's classes and, behind them, `names`, encoded with the same sentences by the same teacher.
+class Lexicon:
+    """What words are to a checkpoint: its own classes, or further ones with rows by its own teacher, each embedded once.
 
-    Raises UserError for a name that is there already or twice, by the rule of `Prompts`, and when the teacher's weights
-    are not those.
+    `teacher_weights` is the teacher's weights file where it was a local one.
     """
-    classes, embedding = model.meta.classes, model.text.cpu()
-    columns: dict[str, list[Any]] = {name: list(getattr(classes, name)) for name in ("ids", "names", "isthing", "seen")}
-    for name in names:
-        if name in columns["names"]:
-            raise UserError(f"--names: the checkpoint knows {name!r} already, or it is given twice; leave it out")
-        for column, value in (("ids", max(columns["ids"]) + 1), ("names", name), ("isthing", True), ("seen", False)):
-            columns[column].append(value)
-    if names:
-        rows = _embed(model, list(names), teacher_weights, runtime)
-        _prompts(model, teacher_weights).classes(columns["names"])
-        embedding = join(embedding, rows)
-    return Vocabulary(embedding=embedding, classes=replace(classes, **columns))
+
+    def __init__(self, model: Model, teacher_weights: str, runtime: Runtime) -> None:
+        self.model, self.teacher_weights, self.runtime = model, teacher_weights, runtime
+        self.ours = synonyms(model.meta.classes.names, clean_names=model.meta.classes.clean_names)
+        self._rows: dict[str, Tensor] = {}
+
+    def vocabulary(self, words: Sequence[Word] = (), *, only: bool = False) -> Vocabulary:
+        """The checkpoint's classes and, behind them, those of `words` that it lacks; with `only` those of `words`, in
+        their order.
+
+        A word that shares a name with a class of the checkpoint, by the rule of `Prompts`, is that class; names that the
+        class lacks are further synonyms of it. Any other word is a new class with a new id, unseen in training. A word's
+        mark makes its class a thing or stuff; without one a new class is a thing.
+
+        Raises UserError for no word at all with `only`, for two that are one class, for one that is two classes, and
+        where further names cannot be embedded as the checkpoint's were.
+        """
+        if only and not words:
+            raise UserError("there is nothing to choose from; give at least one class name")
+        found = self._found(words)
+        if any(one.further for one in found):
+            _require_embeddable(self.model)
+        classes = self.model.meta.classes
+        if not only:
+            of_row = {one.row: one for one in found}
+            ours = [of_row.get(row, _Found(row=row)) for row in range(len(classes.names))]
+            found = [*ours, *(one for one in found if one.row is None)]
+        new_id = count(max(classes.ids) + 1)
+        entries = []
+        for one in found:
+            if one.row is None:
+                entries.append((next(new_id), one.name, one.isthing is not False, False))
+            else:
+                isthing = classes.isthing[one.row] if one.isthing is None else one.isthing
+                entries.append((classes.ids[one.row], classes.names[one.row], isthing, classes.seen[one.row]))
+        columns = zip(("ids", "names", "isthing", "seen"), map(list, zip(*entries, strict=True)), strict=True)
+        return Vocabulary(
+            embedding=_stacked([self._rows_of(one) for one in found]), classes=replace(classes, **dict(columns))
+        )
+
+    def _found(self, words: Sequence[Word]) -> list[_Found]:
+        """Each word's class of the checkpoint. Asks the tokenizer only where a name differs from the checkpoint's in its
+        letters."""
+        for place, word in enumerate(words):
+            if word.name in [other.name for other in words[:place]]:
+                raise UserError(f"class name {brief(word.name)} is given twice; leave one out")
+        texts = [word.name for word in words]
+        parts_of_word = synonyms(texts, clean_names=self.model.meta.classes.clean_names)
+        owner: Callable[[str], int | None] = self._by_letters.get
+        if any(owner(part) is None for parts in parts_of_word for part in parts):
+            parts_of_word = self.prompts.classes(texts)
+            owner = self._owner_by_tokens
+        found: list[_Found] = []
+        names = self.model.meta.classes.names
+        for word, parts in zip(words, parts_of_word, strict=True):
+            rows = list(dict.fromkeys(row for part in parts if (row := owner(part)) is not None))
+            if len(rows) > 1:
+                pair = " and ".join(brief(names[row]) for row in rows[:2])
+                raise UserError(f"class name {brief(word.name)} is both {pair} to the checkpoint; split it")
+            row = rows[0] if rows else None
+            if other := next((one for one in found if row is not None and one.row == row), None):
+                pair = f"{brief(other.name)} and {brief(word.name)}"
+                raise UserError(f"class names {pair} are both {brief(names[rows[0]])} to the checkpoint; leave one out")
+            further = [part for part in parts if owner(part) is None]
+            found.append(_Found(row=row, name=word.name, isthing=word.isthing, further=further))
+        return found
+
+    def _rows_of(self, one: _Found) -> Tensor:
+        """The rows (S, D) of a class, those of its further names last."""
+        own: list[Tensor] = []
+        if one.row is not None:
+            rows = self.model.text[one.row].cpu()
+            own.append(rows if rows.ndim == 2 else rows[None])
+        return torch.cat([*own, *(self._embedded(part) for part in one.further)])
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        return _prompts(self.model, self.teacher_weights)
+
+    @cached_property
+    def _by_letters(self) -> dict[str, int]:
+        return {part: row for row, parts in enumerate(self.ours) for part in parts}
+
+    @cached_property
+    def _by_tokens(self) -> dict[bytes, int]:
+        return {self.prompts.tokens(part): row for row, parts in enumerate(self.ours) for part in parts}
+
+    def _owner_by_tokens(self, part: str) -> int | None:
+        return self._by_tokens.get(self.prompts.tokens(part))
+
+    def _embedded(self, part: str) -> Tensor:
+        """The row (1, D) of one name."""
+        if part not in self._rows:
+            # cleaned already, where names are
+            self._rows[part] = embed_names(self.teacher, [part], self.model.meta.templates).cpu()
+        return self._rows[part]
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The checkpoint's own teacher. Raises UserError when its weights are not at hand."""
+        return teacher_of(self.model.meta.classes.teacher, self.teacher_weights).load(self.runtime)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """The class of a word: `row` in the checkpoint, None = a new one; the word's name and mark; `further` are its names
+    that the checkpoint lacks."""
+
+    row: int | None
+    name: str = ""
+    isthing: bool | None = None
+    further: Sequence[str] = ()
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Rows (S, D) of each class -> (K, D), or (K, S, D) where one has several (see `TextBank`)."""
+    most = max(map(len, parts))
+    if most == 1:
+        return torch.cat(list(parts))
+    return torch.stack([torch.cat([rows, rows[:1].expand(most - len(rows), -1)]) for rows in parts])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,15 +272,20 @@ def _prompts(model: Model, teacher_weights: str) -> Prompts:
 
 def _embed(model: Model, names: list[str], teacher_weights: str, runtime: Runtime) -> Tensor:
     """Unit rows of `names` by the checkpoint's own teacher and templates."""
+    _require_embeddable(model)
     classes, templates = model.meta.classes, model.meta.templates
+    teacher = teacher_of(classes.teacher, teacher_weights).load(runtime)
+    return embed_names(teacher, names, templates, clean_names=classes.clean_names).cpu()
+
+
+def _require_embeddable(model: Model) -> None:
+    """Raises UserError where the checkpoint can take no other classes than its own."""
     if model.meta.linear:
         raise UserError(
             "the checkpoint's classifier is linear and knows no other classes than its own; use one with a projector"
         )
-    if not templates:
+    if not model.meta.templates:
         raise UserError(
             "the checkpoint's class embeddings were imported, so no other name can be embedded alike; "
             "train it without --text.embeddings to use other names"
         )
-    teacher = teacher_of(classes.teacher, teacher_weights).load(runtime)
-    return embed_names(teacher, names, templates, clean_names=classes.clean_names).cpu()

@@ -81,7 +81,7 @@ def walk(store: str, variant: str, image: str, out: str) -> None:
     assert interrupted == [2]
     if variant != "regions":
         predict.run(
-            checkpoint=str(made.path(stages[-3].recipe.ref)), images=[image], out=str(Path(out).with_suffix("")), names=[],
+            checkpoint=str(made.path(stages[-3].recipe.ref)), images=[image], out=str(Path(out).with_suffix("")),
             teacher_weights="", skip_bad=False, store=made, runtime=RUNTIME,
         )  # fmt: skip
         counted["predict"] = {"steps": [], "besides": vars(TRAFFIC.take())}
