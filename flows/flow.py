@@ -4,6 +4,7 @@ starts, watches and records."""
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import quote
@@ -11,7 +12,8 @@ from urllib.parse import quote
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed, State
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
 from pydantic import Field
 
 from flows import artifacts, child, runs
@@ -30,7 +32,9 @@ else:  # lists to choose from in the form that starts a run
 RETRY_DELAY = 5  # seconds, for a GPU to become free again
 
 
-def _build(stage: Stage, inputs: dict[str, Ref], request: Request, flags: list[str]) -> Ref | State[Ref]:
+def _build(
+    stage: Stage, inputs: Mapping[str, Ref | State[Ref]], request: Request, flags: list[str]
+) -> Ref | State[Ref]:
     """Build one stage from its cached inputs, in a process of its own; a complete artefact is left as it is, and the
     task ends as "Cached"."""
     assert inputs == dict(stage.recipe.inputs)
