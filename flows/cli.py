@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
-from flows import ablate, commands, store_commands
+from flows import ablate, commands, store_commands, view
 from flows.flags import flags_of
 from flows.presets import PRESETS, preset
 from models.errors import ModelError
@@ -193,6 +193,7 @@ def parser() -> _Parser:
     evaluate = add("evaluate", commands.evaluate_checkpoint, "score a trained checkpoint on a benchmark's own files")
     _add_evaluate_flags(evaluate)
     _add_pq_flags(add("pq", commands.panoptic_quality, "panoptic quality of any result in COCO's panoptic format"))
+    _add_view_flags(add("view", view.view, "make pages of all validation images of a run, or of two side by side"))
     bench = add("bench", commands.bench, "time ours and a reference in turn, in one process")
     bench.add_argument("name", metavar="NAME", choices=BENCHES, help=f"one of {', '.join(BENCHES)}")
     bench.add_argument("--json", default="", metavar="FILE", help="also write the rows to this file")
@@ -416,6 +417,16 @@ def _add_with_teacher_flags(command: _Parser) -> None:
         default=None,
         metavar="X",
         help="least score of a segment, 0..1; default: the checkpoint's own, which was chosen without the teacher",
+    )
+
+
+def _add_view_flags(command: _Parser) -> None:
+    command.add_argument("runs", nargs="+", metavar="RUN", help="one run or two: names, or keys of reports")
+    command.add_argument("--serve", action="store_true", help="also serve the pages on 127.0.0.1, until Ctrl-C")
+    command.add_argument("--port", type=int, default=0, metavar="N", help="port of --serve; default: a free one")
+    command.add_argument("--device", default="auto", metavar="DEVICE", help="auto (default), cpu, cuda, cuda:1, ...")
+    command.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="CPU threads; default: as many as the report was made with"
     )
 
 

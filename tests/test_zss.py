@@ -3,7 +3,9 @@ scored."""
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import re
 import shutil
@@ -27,10 +29,11 @@ from pipeline.inference.maps import classes_of, semantic_map
 from pipeline.inference.model import load_model
 from pipeline.inference.vocabulary import vocabulary_of
 from pipeline.line import Config
+from pipeline.report.view import write_view
 from pipeline.report.write import console_table
 from pipeline.scoring import evaluate_checkpoint
 from pipeline.scoring.metrics import ConfusionMatrix, class_map, semantic_scores
-from pipeline.scoring.records import ROWS, read_report
+from pipeline.scoring.records import CHECKPOINTS, ROWS, read_report
 from pipeline.scoring.rows import GroundTruth, Row
 from pipeline.teacher.encode import shown_in_training
 from pipeline.teacher.text_bank import open_text
@@ -268,3 +271,29 @@ def test_the_map_of_the_pictures_is_the_semantic_map(run: Run) -> None:
         )
         named = class_map(ids, segments, run.benchmark.index, image=sample.image_id)
         np.testing.assert_array_equal(named, semantic_map(output, logits, classes))
+
+
+def test_the_pages_of_all_images_hold_the_maps_that_the_report_scores(run: Run, tmp_path: Path) -> None:
+    """Their pixels counted again give the report's IoU of every class; in an image a class is found above an IoU of 0.5."""
+    folder = tmp_path / "view"
+    write_view(folder, name="stuff", store=run.store, report=run.refs["evaluate"], runtime=QUIET)
+    text = (folder / "data.js").read_text()
+    data = json.loads(text[text.index("...{") + 3 : text.rindex("});")])
+    assert data["task"] == "semantic" and [name for name, _ in data["fates"]] == ["found", "missed"]
+    confusion = {name: ConfusionMatrix(len(run.benchmark.categories)) for name in CHECKPOINTS}
+    for image, *_, truth, spurious in data["images"]:
+        text = (folder / "maps" / f"{image:012d}.js").read_text()
+        content = json.loads(text[text.index('{"truth"') : text.rindex(");")])
+        maps = {}
+        for name in ("truth", *CHECKPOINTS):
+            png = Image.open(io.BytesIO(base64.b64decode(content[name]["png"])))
+            places = np.asarray(png).astype(int)[..., 0]
+            maps[name] = np.array([-1, *(one["class"] for one in content[name]["segments"])])[places]
+        for c, name in enumerate(CHECKPOINTS):
+            one = ConfusionMatrix(len(run.benchmark.categories))
+            for matrix in (one, confusion[name]):
+                matrix.update(maps["truth"], maps[name], image=image)
+            assert [(k, fates[c] == 0) for k, *fates in truth] == [(k, one.iou[k] > 50) for k, *_ in truth]
+            assert set(spurious[c]) == set(np.unique(maps[name]).tolist()) - {k for k, *_ in truth}
+    for name, matrix in confusion.items():
+        assert matrix.iou.tolist() == [row["IoU"] for row in run.report[name]["per_class"]]

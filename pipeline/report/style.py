@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from pipeline.report.overlay import UNSEEN
 
-STYLE = f"""
-:root {{ --ink: #1f2933; --dim: #616e7c; --line: #e4e7eb; --unseen: {UNSEEN}; }}
+# the light and the dark colours of every page
+COLOURS = f"""
+:root {{ color-scheme: light dark; --unseen: {UNSEEN}; --ink: #1f2933; --dim: #616e7c; --faint: #b6bfc9; --line: #e4e7eb;
+  --rule: #cbd2d9; --ground: #f5f7fa; --card: #fff; --main: #eef4fb; --bar: #dfeaf7; --loss: #f3c9a5; --link: #1d5fb4;
+  --warn: #fff7e0; --warn-line: #f0d48a; --warn-ink: #6b4d00; --plot: none; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --unseen: #d6336c; --ink: #e2e6ea; --dim: #9aa5b1; --faint: #5b6673;
+  --line: #2c343d; --rule: #46515d; --ground: #12161b; --card: #1a2027; --main: #21303f; --bar: #2b4159; --loss: #74482a;
+  --link: #7db4f0; --warn: #33290f; --warn-line: #6b561d; --warn-ink: #f0d48a;
+  --plot: invert(.895) hue-rotate(180deg); }} }}
+"""
+
+STYLE = f"""{COLOURS}
 * {{ box-sizing: border-box; }}
 body {{ margin: 0; background: #f5f7fa; color: var(--ink);
   font: 15px/1.5 system-ui, "Segoe UI", "Liberation Sans", sans-serif; }}

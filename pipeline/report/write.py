@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.report.page import LINEAGE_PLACE, PRESET_PLACE, SETTINGS, lineage_section, page, percent
 from pipeline.report.pictures import TITLES, Picture, encoded, sheet
+from pipeline.report.view import INDEX, is_fresh
 from pipeline.scoring.records import HEADLINE, Built, Report, read_report
 from storage.atomic import replacing, write_text
+from storage.keys import Ref
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+# the folder beside a published report that `zs-seg view` makes, and the link's place on the page
+VIEW, VIEW_PLACE = "view", "<!--view-->"
 PREVIEW, PREVIEW_ROWS, PREVIEW_SIDE = "preview.jpg", 3, 280  # pixels, the long side of one picture
 CLASS_FACTS = "id", "name", "isthing", "seen"
 CLASS_SCORES = "PQ", "SQ", "RQ", "IoU", "tp", "fp", "fn", "pixels"
@@ -74,7 +78,7 @@ def publish(source: Path, target: Path, *, preset: str, lineage: Mapping[str, Ma
     built = {stage: Built(**made) for stage, made in lineage.items()}
     report = replace(read_report(source / "report.json"), preset=preset, lineage=built)
     html = (source / "report.html").read_text(encoding="utf-8")
-    html = html.replace(PRESET_PLACE, f" &middot; preset {escape(preset)}")
+    html = html.replace(PRESET_PLACE, f" &middot; preset {escape(preset)}{VIEW_PLACE}")
     html = html.replace(LINEAGE_PLACE, lineage_section(built))
     write_text(target / "per_class.csv", (source / "per_class.csv").read_text(encoding="utf-8"))
     write_text(target / "report.json", report.to_json())
@@ -83,6 +87,18 @@ def publish(source: Path, target: Path, *, preset: str, lineage: Mapping[str, Ma
         _write_bytes(target / PREVIEW, (source / PREVIEW).read_bytes())
     else:
         (target / PREVIEW).unlink(missing_ok=True)  # an older run's
+    link_view(target)
+
+
+def link_view(folder: Path) -> None:
+    """Link the report published in `folder`, if there is one, to the browser in its `VIEW`, if that is of this report."""
+    if not (folder / "report.html").exists():
+        return
+    built = (read_report(folder / "report.json").lineage or {}).get("evaluate")
+    if built and is_fresh(folder / VIEW, Ref.parse(built.ref)):
+        html = (folder / "report.html").read_text(encoding="utf-8")
+        link = f' &middot; <a href="{VIEW}/{INDEX}">all validation images</a>'
+        write_text(folder / "report.html", html.replace(VIEW_PLACE, link))
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

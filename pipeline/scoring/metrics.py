@@ -87,12 +87,21 @@ class PanopticResult:
 @dataclass(frozen=True, kw_only=True)
 class Matches:
     """What one image adds to panoptic quality, as class indices: of every match (n,) with its IoU, of the unmatched
-    predictions that count, and of the missed ground truth."""
+    predictions that count, and of the missed ground truth. `pairs` (n, 2) are the matches' positions among the true and
+    the predicted segments, `spurious` the positions of the predictions behind `fp`."""
 
     tp: NDArray[np.int64]
     iou: NDArray[np.float64]
     fp: NDArray[np.int64]
     fn: NDArray[np.int64]
+    pairs: NDArray[np.int64]
+    spurious: NDArray[np.int64]
+
+    @property
+    def pq(self) -> float:
+        """Panoptic quality in percent over all segments of the image, whatever their class; 100 where nothing counts."""
+        weight = len(self.tp) + len(self.fp) / 2 + len(self.fn) / 2
+        return 100 * float(self.iou.sum()) / weight if weight else 100.0
 
 
 class PanopticQuality:
@@ -182,12 +191,14 @@ class PanopticQuality:
         false_positive = ~match.any(0) & (2 * (on_void + on_crowd) <= area)
         false_negative = ~match.any(1) & ~crowd
 
-        matched, _ = match.nonzero()
+        pairs = np.argwhere(match)
         return Matches(
-            tp=gt_class[matched],
+            tp=gt_class[pairs[:, 0]],
             iou=inter[match] / union[match],
             fp=class_[false_positive],
             fn=gt_class[false_negative],
+            pairs=pairs,
+            spurious=np.flatnonzero(false_positive),
         )
 
     def result(self) -> PanopticResult:

@@ -46,6 +46,13 @@ class Pairs:
         result[torch.from_numpy(self.query[paired]), torch.from_numpy(names[paired])] = torch.inf
         return result
 
+    def choices(self, logits: Tensor, seen: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The class index that each segment's query prefers by logits (Q, K), among the classes of the segment's own
+        group (n,) and among all (n,); `seen` (K,) is True for the seen group. Of no meaning without a query."""
+        own = logits.float().cpu().numpy()[self.query]
+        within = np.where(seen == seen[self.classes][:, None], own, -np.inf).argmax(1)
+        return within, own.argmax(1)
+
 
 @torch.no_grad()
 def pair(gt: GroundTruth, output: Output) -> Pairs:
@@ -115,11 +122,9 @@ class Waterfall:
     ) -> None:
         """Counts one image; `logits` (Q, K) and `thresholds` are the checkpoint's."""
         paired = pairs.query >= 0
-        own = logits.float().cpu().numpy()[pairs.query]  # (n, K), of no meaning where there is no query
         seen = np.array(self.benchmark.seen)
         truth_seen = seen[pairs.classes]
-        within = np.where(seen == truth_seen[:, None], own, -np.inf).argmax(1)
-        over_all = own.argmax(1)
+        within, over_all = pairs.choices(logits, seen)
         for group, counts in self._right.items():
             of_group = paired & (truth_seen == group)
             right = [names[of_group] == pairs.classes[of_group] for names in (within, over_all)]
