@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
-from flows import ablate, commands, store_commands, view
+from flows import ablate, commands, new, store_commands, view
 from flows.flags import flags_of
 from flows.presets import PRESETS, preset
 from models.errors import ModelError
@@ -171,6 +171,7 @@ def parser() -> _Parser:
         main_parser.commands[name] = command
         return command
 
+    _add_new_flags(add("new", new.new, "write a benchmark file for your own images and annotations, and what to run"))
     tree = "--preset PRESET [flags] [--config.field VALUE ...]"
     plan = add(
         "plan", commands.plan, "show what is cached, what a run would build, and what that takes", f"zs-seg plan {tree}"
@@ -226,6 +227,55 @@ def parser() -> _Parser:
             command.add_argument("-h", "--help", action=_TreeHelp, help="show the common flags and exit")
             command.add_argument("--help-all", action=_TreeHelp, help="show every flag, with its meaning, and exit")
     return main_parser
+
+
+def _add_new_flags(command: _Parser) -> None:
+    command.add_argument("name", metavar="NAME", help="of the benchmark: NAME.json is written, and names the run")
+    command.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="PATH",
+        help="folder of the data, in any of the layouts of pipeline/data/README.md, or an annotation file",
+    )
+    command.add_argument(
+        "--unseen", default="", metavar="A,B,C", help="unseen classes by name; none: for zs-seg evaluate alone"
+    )
+    command.add_argument(
+        "--unseen-from", default="", metavar="NAME", help="those of another benchmark, such as coco-panoptic-zps"
+    )
+    command.add_argument("--classes", default="", metavar="A,B,C", help="the only classes to use; default: all")
+    command.add_argument(
+        "--others",
+        choices=("refuse", "ignore"),
+        default="refuse",
+        help="what becomes of other categories: refuse (default), or ignore, which makes their pixels unlabelled",
+    )
+    command.add_argument(
+        "--protocol",
+        choices=("image-filter", "pixel-ignore", "none"),
+        help="how training hides unseen classes; default: image-filter, of label maps pixel-ignore",
+    )
+    command.add_argument(
+        "--kind", default="", metavar="KIND", help="panoptic, instances or labels, where a folder has several"
+    )
+    command.add_argument("--names", default="", metavar="FILE", help="names of label maps' values, a line each: 7 car")
+    command.add_argument(
+        "--val-share",
+        type=float,
+        default=0.2,
+        metavar="X",
+        help="share of the images to validate on, where the folder has no validation images; default: 0.2",
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of that split; default: 0")
+    command.add_argument(
+        "--preset",
+        default="",
+        metavar="PRESET",
+        help="of the command; default: a published one on a GPU, else coco-sample",
+    )
+    command.add_argument("--threads", type=int, default=0, metavar="N", help="threads that read; default: one per core")
+    command.add_argument("--overwrite", action="store_true", help="replace NAME.json")
 
 
 def _add_plan_flags(plan: _Parser) -> None:

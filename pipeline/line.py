@@ -156,7 +156,9 @@ def line(config: Config) -> list[Stage]:
         source = add(scenes, config.data)
     else:
         root = config.data.root
-        source = label_maps.label_source(root, benchmark) if benchmark.files else coco_source(root)
+        source = (
+            label_maps.label_source(root, benchmark) if benchmark.files else coco_source(root, benchmark.annotations)
+        )
     teacher = config.teacher
     shards = add(shard, config.shard, source=source, benchmark=benchmark)
     bank = add(text, config.text, teacher=teacher, benchmark=benchmark)
@@ -186,11 +188,15 @@ def benchmark_of(config: Config) -> benchmarks.Benchmark:
     return _for_training(benchmarks.benchmark_of_coco(config.data))
 
 
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def _for_training(benchmark: benchmarks.Benchmark) -> benchmarks.Benchmark:
     if all(benchmark.seen) or not any(benchmark.seen):
         none = "unseen" if all(benchmark.seen) else "seen"
         raise UserError(
             f"benchmark {benchmark.name} has no {none} class and is for `zs-seg evaluate`; "
-            "train on one that has both, or correct its unseen_ids"
+            f"train on one that has both, or choose with --data.unseen among {_some(benchmark.names)}"
         )
     return benchmark

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 from pipeline.data.benchmarks import Benchmark
 from pipeline.data.coco import CocoSource, fingerprint_coco, read_split
 from pipeline.data.config import ShardConfig
+from pipeline.data.folder import DataFolder
 from pipeline.data.label_maps import LabelSource, fingerprint_labels, image_ids, training_splits
-from pipeline.data.samples import labelled_sample, panoptic_sample
+from pipeline.data.samples import annotated_sample, labelled_sample
 from pipeline.runtime import Runtime
-from storage.errors import UserError
+from storage.errors import UserError, counted
 from storage.inputs import vouch
 from storage.keys import Recipe, Ref
 from storage.store import Build
@@ -47,7 +48,9 @@ def recipe(config: ShardConfig, *, source: Source, benchmark: Benchmark) -> Reci
     """The key of the shards covers config, categories and source, but not the folder's path or the unseen classes."""
     inputs = {"scenes": source} if isinstance(source, Ref) else {}
     fingerprint = None if isinstance(source, Ref) else source.fingerprint
-    ignored = {"ignored": benchmark.files.ignored} if benchmark.files else {}
+    ignored: dict[str, Any] = {"ignored": benchmark.files.ignored} if benchmark.files else {}
+    if benchmark.others != "refuse":
+        ignored["others"] = benchmark.others
     return Recipe(
         kind=KIND,
         stage=STAGE,
@@ -65,8 +68,9 @@ def recipe(config: ShardConfig, *, source: Source, benchmark: Benchmark) -> Reci
 def build(build: Build, config: ShardConfig, runtime: Runtime, *, source: Source, benchmark: Benchmark) -> None:
     """Build the shards: `{train,val}-{i:06d}.tar` and `index.json`.
 
-    The manifest counts images, segments, crowd regions, things and stuff of each split, images beyond `limit`, and
-    lists `skipped` images with the reason.
+    The manifest counts images, segments, crowd regions, things and stuff of each split, images beyond `limit`, `blank`
+    ones, which show no class at all (where other classes are ignored, or instances annotated), instances
+    `without_pixels`, which have no mask or lie below others, and lists `skipped` images with the reason.
 
     Raises UserError for data that is missing, broken, inconsistent, or does not fit the benchmark.
     """
@@ -76,12 +80,16 @@ def build(build: Build, config: ShardConfig, runtime: Runtime, *, source: Source
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One listed image: its id, `load`, which reads and checks it (see `pipeline.data.samples`), and the `cure` of one
-    that cannot be used."""
+    """One listed image: its id, `path` below the data folder, `load`, which reads and checks it (see
+    `pipeline.data.samples`), and the `cure` of one that cannot be used. `blank`: nothing in it is labelled, and it is
+    left out. `listed`: the number of instances that its annotation lists, where some may show no pixel."""
 
     image_id: int
+    path: str
     load: Callable[[], Sample | str]
     cure: str
+    blank: bool = False
+    listed: int = 0
 
 
 def _listed(root: Path, source: Source, benchmark: Benchmark) -> dict[str, list[Item]]:
@@ -98,6 +106,7 @@ def _listed(root: Path, source: Source, benchmark: Benchmark) -> dict[str, list[
                 (
                     Item(
                         image_id=i,
+                        path=image.name,
                         load=partial(labelled_sample, root, image, i, benchmark),
                         cure="correct or replace the file",
                     )
@@ -107,19 +116,30 @@ def _listed(root: Path, source: Source, benchmark: Benchmark) -> dict[str, list[
             )
             for split, images in training_splits(root, benchmark).items()
         }
-    folders = ("train2017", "val2017") if isinstance(source, Ref) else (source.train, source.val)
-    if (
-        isinstance(source, CocoSource)
-        and fingerprint_coco(root, train=source.train, val=source.val) != source.fingerprint
-    ):
+    files = benchmark.annotations
+    if isinstance(source, CocoSource) and fingerprint_coco(root, files) != source.fingerprint:
         raise changed
-    return {
+    folder = DataFolder(root)
+    found = {
         split: [
-            Item(image_id=entry.image_id, load=partial(panoptic_sample, root, folder, entry), cure=entry.cure)
-            for entry in read_split(root, folder, benchmark)
+            Item(
+                image_id=entry.image_id,
+                path=entry.image,
+                load=partial(annotated_sample, folder, entry),
+                cure=entry.cure,
+                blank=entry.blank,
+                listed=len(entry.segments) if files and files.kind == "instances" else 0,
+            )
+            for entry in read_split(folder, split, benchmark)
         ]
-        for split, folder in zip(("train", "val"), folders, strict=True)
+        for split in ("train", "val")
     }
+    paths = {split: {item.path for item in items} for split, items in found.items()}
+    if same := sorted(paths["train"] & paths["val"]):
+        raise UserError(
+            f"{root}: train and val share {counted(len(same), 'image')}, the first {same[0]!r}; list each in one of them"
+        )
+    return found
 
 
 def _shard(
@@ -134,6 +154,8 @@ def _shard(
 
     from storage.shards import INDEX, check_shard, read_shard, write_index, write_shard
 
+    blank = {split: sum(item.blank for item in everything) for split, everything in listed.items()}
+    listed = {split: _labelled(root, split, everything, benchmark) for split, everything in listed.items()}
     items = {split: everything[: config.limit or None] for split, everything in listed.items()}
     index: dict[str, list[dict[str, Any]]] = {split: [] for split in items}
     skipped: list[dict[str, Any]] = []
@@ -167,6 +189,7 @@ def _shard(
                 if [sample.image_id for sample in samples] != list(done):
                     vouch(build.path)
                     write_shard(path, samples)
+                counts.update(_without_pixels(chunk, samples))
                 held = [segment for sample in samples for segment in sample.segments]
                 index[split].append({"tar": path.name, "samples": len(samples), "segments": len(held)})
                 counts.update(
@@ -187,11 +210,33 @@ def _shard(
                 **counts,
                 "stuff": counts["segments"] - counts["things"],
                 "beyond_limit": len(listed[split]) - len(chosen),
+                **({"blank": blank[split]} if blank[split] else {}),
             }
             log.info("%s: %s %s", STAGE, split, ", ".join(f"{n} {what}" for what, n in build.counts[split].items()))
     build.counts["skipped"] = skipped
     write_index(build.path, index)
     build.add(build.path / INDEX, *(build.path / tar["tar"] for tars in index.values() for tar in tars))
+
+
+def _labelled(root: Path, split: str, items: list[Item], benchmark: Benchmark) -> list[Item]:
+    """The items in which anything is labelled. Raises UserError where there is none."""
+    kept = [item for item in items if not item.blank]
+    if not kept:
+        raise UserError(
+            f"{root}: none of {counted(len(items), f'{split} image')} shows a class of benchmark {benchmark.name}; "
+            "choose other classes, or annotate more images"
+        )
+    return kept
+
+
+def _without_pixels(items: list[Item], samples: list[Sample]) -> dict[str, int]:
+    """The number of instances that the samples' annotations list and that show no pixel; nothing where none are
+    listed."""
+    if not any(item.listed for item in items):
+        return {}
+    used = {sample.image_id for sample in samples}
+    listed = sum(item.listed for item in items if item.image_id in used)
+    return {"without_pixels": listed - sum(len(sample.segments) for sample in samples)}
 
 
 def _chunks(items: list[Item], size: int) -> Iterator[list[Item]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,8 @@ from pipeline.data.benchmarks import Benchmark
 from pipeline.runtime import Runtime
 from pipeline.teacher.config import TeacherConfig, TextConfig
 from pipeline.teacher.prompts import Prompts, alike, brief
-from pipeline.teacher.text_bank import embed_names
-from storage.errors import UserError
+from pipeline.teacher.text_bank import embed_names, encoded_alike
+from storage.errors import UserError, counted
 from storage.keys import Recipe, sha256_file
 from storage.store import Build
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from models.teacher import Tokenizer
 
 STAGE, VERSION = "text", 2
+log = logging.getLogger(__name__)
 
 
 def recipe(config: TextConfig, *, teacher: TeacherConfig, benchmark: Benchmark) -> Recipe:
@@ -46,7 +48,7 @@ def recipe(config: TextConfig, *, teacher: TeacherConfig, benchmark: Benchmark) 
 
 def build(build: Build, config: TextConfig, runtime: Runtime, *, teacher: TeacherConfig, benchmark: Benchmark) -> None:
     """Encode the benchmark's class names, seen and unseen, or import their rows; the manifest lists the names of which
-    the tokenizer cuts the end.
+    the tokenizer cuts the end, and, where there are any, pairs that encode almost alike, with their cosine.
 
     Raises UserError for names that are one class to the teacher (see `Prompts`), and for rows that do not fit.
     """
@@ -72,6 +74,13 @@ def build(build: Build, config: TextConfig, runtime: Runtime, *, teacher: Teache
     build.add(*(build.path / name for name in FILES))
     build.counts |= {"classes": len(embedding), "seen": sum(benchmark.seen), "templates": len(templates)}
     build.counts["cut_names"] = cut
+    if near := encoded_alike(embedding, benchmark.names):
+        build.counts["alike_names"] = [[one, other, round(cosine, 4)] for one, other, cosine in near]
+        one, other, cosine = near[0]
+        log.warning(
+            "%s encode almost alike, the nearest %s and %s (cosine %.3f), and are hard to tell apart; rename or merge them",
+            counted(len(near), "pair") + " of classes", brief(one), brief(other), cosine,
+        )  # fmt: skip
 
 
 def _prompts(config: TextConfig, tokenizer: Tokenizer) -> Prompts:

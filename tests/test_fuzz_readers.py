@@ -24,6 +24,7 @@ from PIL import Image
 
 from pipeline.data.benchmarks import Benchmark, Category, LabelFiles, load_benchmark
 from pipeline.data.coco import read_split
+from pipeline.data.folder import DataFolder
 from pipeline.data.images import for_shard, read_image
 from pipeline.data.label_maps import read_labels
 from pipeline.data.samples import panoptic_sample
@@ -247,7 +248,7 @@ def test_annotations(coco: Path, tmp_path: Path, change: Callable[[bytes], bytes
         target.write_bytes(damaged)
         entries = attempt(lambda: read_split(tmp_path, "train2017", load_benchmark("coco-panoptic-zps")))
         for entry in entries or ():
-            found = panoptic_sample(coco, "train2017", entry)
+            found = panoptic_sample(DataFolder(coco), entry)
             assert not isinstance(found, str) or "\n" not in found
         attempt(lambda: read_panoptic(target))
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageCms
 from sharding import BENCHMARK, JPEG, PNG, samples, shard
 
 from pipeline.data.coco import read_split
+from pipeline.data.folder import DataFolder
 from pipeline.data.images import annotation_png, check_header, for_shard, read_image
 from pipeline.data.samples import panoptic_sample
 from storage.errors import UserError
@@ -339,7 +340,7 @@ def test_images_of_other_formats_train_as_they_evaluate(coco: Path, tmp_path: Pa
 
 def test_a_phones_photo_is_trained_on_as_it_was_annotated(coco: Path) -> None:
     before = rewrite(coco, "PNG", "a.png", 6, Image.Transpose.ROTATE_90)
-    sample = panoptic_sample(coco, "train2017", entry(coco))
+    sample = panoptic_sample(DataFolder(coco), entry(coco))
     assert isinstance(sample, Sample)
     np.testing.assert_array_equal(decode_image(sample), before)
     assert (sample.height, sample.width) == before.shape[:2]
@@ -347,7 +348,7 @@ def test_a_phones_photo_is_trained_on_as_it_was_annotated(coco: Path) -> None:
 
 def test_pixels_that_were_annotated_as_stored_stay(coco: Path) -> None:
     before = rewrite(coco, "PNG", "a.png", 6)
-    sample = panoptic_sample(coco, "train2017", entry(coco))
+    sample = panoptic_sample(DataFolder(coco), entry(coco))
     assert isinstance(sample, Sample)
     np.testing.assert_array_equal(decode_image(sample), before)
 
@@ -363,7 +364,7 @@ def test_an_orientation_that_the_size_does_not_settle_is_refused(coco: Path, tmp
 def test_neither_size_fits(coco: Path) -> None:
     rewrite(coco, "JPEG", "a.jpg", 6)
     edit_json(coco, lambda d: next(i for i in d["images"] if i["id"] == 12).update(width=7))
-    found = panoptic_sample(coco, "train2017", entry(coco))
+    found = panoptic_sample(DataFolder(coco), entry(coco))
     assert isinstance(found, str) and "as its orientation 6 shows it, but 7 x " in found
 
 
@@ -373,7 +374,7 @@ def test_neither_size_fits(coco: Path) -> None:
 def test_a_grey_panoptic_png_is_called_that(coco: Path) -> None:
     with Image.open(coco / PNG) as image:
         image.convert("L").save(coco / PNG)
-    found = panoptic_sample(coco, "train2017", entry(coco))
+    found = panoptic_sample(DataFolder(coco), entry(coco))
     assert (
         found == f"has a file '{PNG}' that is grey (mode L), but a panoptic PNG is RGB, with id = R + 256 G + 65536 B"
     )
@@ -381,11 +382,11 @@ def test_a_grey_panoptic_png_is_called_that(coco: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "P"])
 def test_panoptic_pngs_of_other_modes_hold_the_same_ids(coco: Path, mode: str) -> None:
-    before = panoptic_sample(coco, "train2017", entry(coco))
+    before = panoptic_sample(DataFolder(coco), entry(coco))
     with Image.open(coco / PNG) as image:
         other = image.convert("RGBA") if mode == "RGBA" else image.quantize(256)
     other.save(coco / PNG)
-    after = panoptic_sample(coco, "train2017", entry(coco))
+    after = panoptic_sample(DataFolder(coco), entry(coco))
     assert isinstance(before, Sample) and isinstance(after, Sample)
     assert replace(after, png=before.png) == before
 
@@ -396,8 +397,8 @@ def test_a_map_of_labels_has_no_orientation_and_no_frames(coco: Path) -> None:
         (coco / PNG).write_bytes(saved(image, "PNG")(1))
         annotation_png((coco / PNG).read_bytes())
         (coco / PNG).write_bytes(saved(image, "PNG")(6))
-        found = panoptic_sample(coco, "train2017", entry(coco))
+        found = panoptic_sample(DataFolder(coco), entry(coco))
         assert isinstance(found, str) and f"'{PNG}' that states orientation 6, which a map of labels must not" in found
         image.save(coco / PNG, save_all=True, append_images=[image.transpose(Image.Transpose.ROTATE_180)])
-    found = panoptic_sample(coco, "train2017", entry(coco))
+    found = panoptic_sample(DataFolder(coco), entry(coco))
     assert isinstance(found, str) and f"'{PNG}' that has 2 frames" in found

@@ -300,6 +300,25 @@ def test_imported_rows_are_the_files_made_unit_length(tmp_path: Path, suffix: st
     assert bank.templates == [] and bank.names == THREE.names
 
 
+def test_classes_that_encode_almost_alike_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In the log and in the manifest, with their cosine; where there are none, the manifest is without the field."""
+    rows = ROWS.astype(np.float64)
+    rows[2] = rows[0] / np.linalg.norm(rows[0]) + 0.1 * rows[1] / np.linalg.norm(rows[1])
+    config = files(tmp_path, rows, THREE.names)
+    make(tmp_path / "store", config, THREE)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    store = Store(tmp_path / "store")
+    (ref,) = store.refs()
+    ((one, other, cosine),) = store.open(ref).manifest.counts["alike_names"]
+    assert (one, other) == ("red circle", "fog") and abs(cosine - unit[0] @ unit[2]) < 1e-3 and cosine > 0.98
+    assert "1 pair of classes encode almost alike, the nearest 'red circle' and 'fog' (cosine 0.99" in caplog.text
+    make(tmp_path / "other", files(tmp_path, ROWS, THREE.names), THREE)
+    assert all(
+        "alike_names" not in Store(tmp_path / "other").open(ref).manifest.counts
+        for ref in Store(tmp_path / "other").refs()
+    )
+
+
 def test_imported_rows_count_by_content_not_by_path(tmp_path: Path) -> None:
     keys = []
     for folder, rows in (("a", ROWS), ("b", ROWS), ("c", ROWS + 1)):

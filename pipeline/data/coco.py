@@ -1,6 +1,7 @@
-"""A folder in COCO's panoptic layout: its fingerprint, and each image's entry in the annotation JSON.
+"""Annotations in COCO's format: the fingerprint of a data folder, and each image's entry in the annotation JSON.
 
-annotations/panoptic_{train,val}2017.json   annotations/panoptic_{train,val}2017/*.png   {train,val}2017/*.jpg
+COCO's own layout is annotations/panoptic_{train,val}2017.json, annotations/panoptic_{train,val}2017/*.png,
+{train,val}2017/*.jpg, unpacked or in COCO's .zip files; any other is described by `CocoFiles`.
 """
 
 from __future__ import annotations
@@ -8,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.benchmarks import Benchmark, whole
+from pipeline.data.benchmarks import Benchmark, CocoFiles, CocoSplit, whole
+from pipeline.data.folder import DataFolder, sized
 from storage.errors import UserError
 from storage.id_colours import MAX_SEGMENT_ID
 
@@ -21,66 +22,92 @@ log = logging.getLogger(__name__)
 
 MAX_IMAGE_ID = 10**12 - 1  # twelve digits name a sample in a shard
 COCO = b"COCO 2018 Panoptic Dataset"  # what the annotations that COCO publishes call themselves
+COCO_SPLITS = {"train": "train2017", "val": "val2017"}  # what COCO calls them; any other name is taken as it is
 
 
 @dataclass(frozen=True, kw_only=True)
 class CocoSource:
-    """A COCO folder: `root`, its path on this machine, and `fingerprint`, the same everywhere (see `fingerprint_coco`).
-
-    `train` and `val` are the image folders below `root`; the annotations are `annotations/panoptic_<train>.json`, and
-    the like for `val`.
-    """
+    """A folder with annotations in COCO's format: `root`, its path on this machine, and `fingerprint`, the same
+    everywhere (see `fingerprint_coco`)."""
 
     root: str
     fingerprint: str
-    train: str = "train2017"
-    val: str = "val2017"
 
 
-def coco_source(root: str | Path) -> CocoSource:
-    """The COCO 2017 folder `root` with its fingerprint; files that no annotation lists are logged. Raises UserError as
-    `fingerprint_coco` does."""
-    fields = CocoSource(root=str(root), fingerprint="")
-    fingerprint, unlisted = _scan(Path(root), fields.train, fields.val)
-    for folder, names in unlisted.items():
+def coco_split(files: CocoFiles | None, split: str) -> CocoSplit:
+    """Where a split's files lie; None is COCO's own layout, in which the split may also be a folder such as
+    "train2017". Raises UserError for a split that there is not."""
+    if files:
+        return files.split(split)
+    folder = COCO_SPLITS.get(split, split)
+    return CocoSplit(json=f"annotations/panoptic_{folder}.json", images=folder, pngs=f"annotations/panoptic_{folder}")
+
+
+def coco_source(root: str | Path, files: CocoFiles | None = None) -> CocoSource:
+    """The data folder `root` with its fingerprint; files that no annotation lists, and .zip files that are read in
+    place, are logged. Raises UserError as `fingerprint_coco` does."""
+    folder = DataFolder(Path(root))
+    fingerprint, unlisted = _scan(folder, files)
+    for part, names in unlisted.items():
         shown = ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
-        log.info("%s: not listed in the annotation, and not used: %s", folder, shown)
-    return replace(fields, fingerprint=fingerprint)
+        log.info("%s: not listed in the annotation, and not used: %s", folder.root / part, shown)
+    for at in dict.fromkeys(part for split in _splits(files).values() for part in (split.images, split.pngs) if part):
+        if (packed := folder.packed(at)) is not None:
+            log.info("%s is read in place, from %s", folder.root / at, packed.name)
+    return CocoSource(root=str(root), fingerprint=fingerprint)
 
 
-def fingerprint_coco(root: Path, *, train: str = "train2017", val: str = "val2017") -> str:
+def fingerprint_coco(root: Path, files: CocoFiles | None = None) -> str:
     """A sha256 (64 hexadecimal digits) that identifies the folder's content without reading the images.
 
-    It covers every byte of the two annotation files, and names and sizes of the images and PNGs that they list: no
-    other file in the folders, and no image replaced by another of exactly the same size in bytes.
+    It covers every byte of the annotation files of "train" and "val", names and sizes of the images and PNGs that they
+    list, and how `files` reads them: no other file in the folders, and no image replaced by another of exactly the same
+    size in bytes. Files in .zip files count as unpacked.
 
     Raises UserError when the folder, an annotation file or an image folder is missing or cannot be read.
     """
-    return _scan(Path(root), train, val)[0]
+    return _scan(DataFolder(root), files)[0]
 
 
-def _scan(root: Path, *splits: str) -> tuple[str, dict[Path, list[str]]]:
-    """The fingerprint, and of the folders that hold other files their names. Subfolders are not looked at."""
+def _splits(files: CocoFiles | None) -> dict[str, CocoSplit]:
+    return {split: coco_split(files, split) for split in ("train", "val")}
+
+
+def _scan(folder: DataFolder, files: CocoFiles | None) -> tuple[str, dict[str, list[str]]]:
+    """The fingerprint, and of the folders that hold other files their names."""
     digest, unlisted = hashlib.sha256(), {}
     try:
-        if not root.is_dir():
-            raise UserError(f"COCO folder {root} not found; pass --coco FOLDER or set COCO_ROOT")
-        for split in splits:
-            content = _read(_annotations(root, split))
+        if not folder.root.is_dir():
+            raise UserError(f"COCO folder {folder} not found; pass --coco FOLDER or set COCO_ROOT")
+        if files and (reading := _reading(files)):
+            digest.update(json.dumps(reading, sort_keys=True).encode())
+        splits = _splits(files)
+        for at in splits.values():
+            content = _read(folder, at)
             digest.update(content)
-            for folder, listed in _listed(root, split, content).items():
-                sizes = file_sizes(folder)
-                digest.update(json.dumps(sorted(item for item in sizes.items() if item[0] in listed)).encode())
-                if others := sorted(sizes.keys() - listed):
-                    unlisted[folder] = others
+            for part, names in _listed(at, content, bare=bool(files and files.bare)).items():
+                sizes = file_sizes(folder, part, deep=any("/" in name for name in names))
+                found = {name: sizes[name] if name in sizes else sized(name, sizes) for name in names}
+                digest.update(json.dumps(sorted((n, size) for n, size in found.items() if size is not None)).encode())
+                if others := sorted(sizes.keys() - names - {at.json.removeprefix(f"{part}/")}):
+                    unlisted[part] = others
     except OSError as error:
         raise UserError(
             f"{error.filename} cannot be read ({error.strerror}); mend its permissions, or pass another --coco FOLDER"
         ) from error
-    return digest.hexdigest(), unlisted
+    # where both splits lie in one folder, the one's files are no strangers to the other
+    shared = splits["train"].images == splits["val"].images
+    return digest.hexdigest(), {} if shared else unlisted
 
 
-def _listed(root: Path, split: str, content: bytes) -> dict[Path, set[str]]:
+def _reading(files: CocoFiles) -> dict[str, Any]:
+    """How the annotations are read, apart from COCO's own way."""
+    holdout = {"share": files.holdout.share, "seed": files.holdout.seed} if files.holdout else None
+    ways = {"kind": files.kind != "panoptic" and files.kind, "bare": files.bare, "bgr": files.bgr, "holdout": holdout}
+    return {name: value for name, value in ways.items() if value}
+
+
+def _listed(at: CocoSplit, content: bytes, *, bare: bool) -> dict[str, set[str]]:
     """The folders of images and of PNGs, each with the file names in it that the annotation `content` lists: none, where
     that cannot be read; `read_split` explains why not."""
     try:
@@ -88,55 +115,69 @@ def _listed(root: Path, split: str, content: bytes) -> dict[Path, set[str]]:
     except (ValueError, RecursionError):
         data = None
     found = {}
-    folders = {"images": root / split, "annotations": _annotations(root, split).with_suffix("")}
-    for field, folder in folders.items():
-        items = data.get(field) if isinstance(data, dict) else None
-        names = [item.get("file_name") for item in items if isinstance(item, dict)] if isinstance(items, list) else []
-        found[folder] = {name for name in names if isinstance(name, str)}
+    for field, folder in {"images": at.images, "annotations": at.pngs}.items():
+        if folder:
+            items = data.get(field) if isinstance(data, dict) else None
+            dicts = [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+            names = {name for item in dicts if isinstance(name := item.get("file_name"), str)}
+            found[folder] = {last_part(name) for name in names} if bare and field == "images" else names
     return found
 
 
-def file_sizes(folder: Path) -> dict[str, int]:
-    """Name -> bytes of each file in a folder. Raises UserError when there is no such folder."""
-    if not folder.is_dir():
-        raise UserError(f"folder {folder} not found; unpack COCO there, or pass another --coco FOLDER")
-    with os.scandir(folder) as files:
-        return {file.name: file.stat().st_size for file in files if file.is_file()}
+def last_part(name: str) -> str:
+    """What follows the last slash or backslash of a file name."""
+    return name.replace("\\", "/").rpartition("/")[2]
 
 
-def _annotations(root: Path, split: str) -> Path:
-    return root / "annotations" / f"panoptic_{split}.json"
+def file_sizes(folder: DataFolder, part: str, *, deep: bool = False) -> dict[str, int]:
+    """Name -> bytes of each file in a part of the folder. Raises UserError when there is no such part."""
+    sizes = folder.sizes(part, deep=deep)
+    if sizes is None:
+        raise UserError(
+            f"folder {folder.root / part} not found; unpack COCO there, put COCO's .zip file beside it, "
+            "or pass another --coco FOLDER"
+        )
+    return sizes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One image's entry in the JSON: file names, size in pixels, `segments` as in `segments_info`.
+    """One image's entry in the JSON: its `name` there, the paths of `image` and `png` below the data folder, size in
+    pixels, `segments` as in `segments_info`, or of instances the annotations (see `pipeline.data.instances`).
 
-    `problem`: the reason, found in the JSON, why the image cannot be used; "" if there is none. `cure`: what mends an
-    image that cannot be used.
+    `others`: those of categories that the benchmark does not list, where it ignores them. `bgr`: the order of the PNG's
+    colours. `blank`: nothing in the image is labelled, and it is not used. `problem`: the reason, found in the JSON, why
+    the image cannot be used; "" if there is none. `cure`: what mends an image that cannot be used.
     """
 
     image_id: int
+    name: str
     image: str
     png: str
     height: int
     width: int
     segments: tuple[dict[str, Any], ...]
     cure: str
+    others: tuple[dict[str, Any], ...] = ()
+    bgr: bool = False
+    blank: bool = False
     problem: str = ""
 
 
-def read_split(root: Path, split: str, benchmark: Benchmark) -> list[Entry]:
-    """Every image that the split's JSON lists, in image-id order; `split` is a folder name such as "train2017".
+def read_split(root: Path | DataFolder, split: str, benchmark: Benchmark) -> list[Entry]:
+    """Every image that the split's JSON lists, in image-id order; `split` is "train", "val", another one of the
+    benchmark's, or of COCO's own layout a folder name such as "train2017".
 
     Where a whole number is due, 12.0 and "12" are read as 12.
 
     Raises UserError, naming the file and the place in it, when the JSON is missing, broken, without images, lacks a
-    field, lists an image twice, has a file name with a path in it, or names a category differently from the benchmark.
+    field, lists an image twice, has a file name that leads out of its folder, or names a category differently from the
+    benchmark.
     """
-    path = _annotations(root, split)
-    content = _read(path)
-    file = _File(path=path, cure="download it again" if COCO in content else "correct it")
+    folder, files = root if isinstance(root, DataFolder) else DataFolder(root), benchmark.annotations
+    at = coco_split(files, split)
+    path, content = folder.root / at.json, _read(folder, at)
+    file = _File(path=path, cure="download it again" if COCO in content else "correct it", at=at, files=files)
     try:
         data = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -145,13 +186,39 @@ def read_split(root: Path, split: str, benchmark: Benchmark) -> list[Entry]:
         raise file.invalid("the file", data, "images and annotations", "lists")
     _check_categories(file, data, benchmark)
     images = _by_id(file, data, "images", "id")
-    annotations = _by_id(file, data, "annotations", "image_id")
     if not images:
         raise UserError(f"{path}: holds no images; pass a folder that has some with --coco (of evaluate: --data)")
-    return [
-        _entry(file, image_id, images.get(image_id), annotations.get(image_id), benchmark)
-        for image_id in sorted(images.keys() | annotations.keys())
-    ]
+    if files and files.kind == "instances":
+        instances = _instances(file, data)
+        entries = [
+            _instance_entry(file, image_id, images.get(image_id), instances.get(image_id, []), benchmark)
+            for image_id in sorted(images.keys() | instances.keys())
+        ]
+    else:
+        annotations = _by_id(file, data, "annotations", "image_id")
+        entries = [
+            _entry(file, image_id, images.get(image_id), annotations.get(image_id), benchmark)
+            for image_id in sorted(images.keys() | annotations.keys())
+        ]
+    if files and files.bare:
+        _require_names_apart(file, entries)
+    if files and files.holdout and split in ("train", "val"):
+        entries = [entry for entry in entries if files.holdout.holds(entry.name, split)]
+        if not entries:
+            raise UserError(
+                f"{path}: none of {len(images)} images falls to {split!r} by the benchmark's holdout; give it another "
+                "seed or share"
+            )
+    return entries
+
+
+def _require_names_apart(file: _File, entries: list[Entry]) -> None:
+    names: dict[str, int] = {}
+    for entry in entries:
+        if entry.name and (other := names.setdefault(entry.name, entry.image_id)) != entry.image_id:
+            raise file.error(
+                f"images {other} and {entry.image_id} are both called {entry.name!r} without their folders"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +227,8 @@ class _File:
 
     path: Path
     cure: str
+    at: CocoSplit
+    files: CocoFiles | None
 
     def error(self, what: str) -> UserError:
         return UserError(f"{self.path}: {what}; {self.cure}")
@@ -185,12 +254,21 @@ class _File:
             raise self.invalid(where, item, field, "a list")
         return value
 
-    def name(self, where: str, item: dict[str, Any]) -> str:
+    def name(self, where: str, item: dict[str, Any], folder: str) -> str:
+        """The `file_name` of a file in `folder`: in COCO's own layout without a path."""
         name = item.get("file_name")
-        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
-            folder = self.path.stem.removeprefix("panoptic_")
-            raise self.invalid(where, item, "file_name", f"a bare file name, without the folder ({folder})")
+        if isinstance(name, str) and self.files and self.files.bare and folder == self.at.images:
+            name = last_part(name)
+        parts = set(name.split("/")) if isinstance(name, str) else {""}
+        deep = len(parts) > 1 and not self.files
+        if not isinstance(name, str) or deep or parts & {"", ".", ".."} or set(name) & set("\\\0"):
+            what = "a path below" if self.files else "a bare file name, without"
+            raise self.invalid(where, item, "file_name", f"{what} the folder ({folder.rpartition('/')[2]})")
         return name
+
+
+def _within(folder: str, name: str) -> str:
+    return name if folder in ("", ".") else f"{folder}/{name}"
 
 
 def _shown(value: Any) -> str:
@@ -202,31 +280,102 @@ def _entry(
     file: _File, image_id: int, image: dict[str, Any] | None, annotation: dict[str, Any] | None, benchmark: Benchmark
 ) -> Entry:
     where = f"image {image_id}"
-    problems: list[str] = []
-    name, height, width, png, segments = "", 0, 0, "", []
-    if image is None:
-        problems.append("has an annotation but no entry in images")
-    else:
-        name = file.name(where, image)
-        height, width = (file.integer(where, image, field, 1) for field in ("height", "width"))
+    name, height, width, problems = _image(file, where, image)
+    png, segments = "", []
     if annotation is None:
         problems.append("has no annotation")
     else:
         of_image = f"the annotation of {where}"
-        png = file.name(of_image, annotation)
+        png = file.name(of_image, annotation, file.at.pngs)
         segments = [
             segment if _is_plain(segment) else _segment(file, f"{where}, entry {place} of segments_info", segment)
             for place, segment in enumerate(file.list(of_image, annotation, "segments_info"), 1)
         ]
-        problems += _segment_problems(segments, benchmark)
+        problems += _id_problems(segments)
+    known, others = _apart(segments, benchmark)
+    strange = [] if benchmark.others == "ignore" else others
+    problems += [f"has category {_category(segment, 'segment')}, {_unknown_to(benchmark)}" for segment in strange]
     return Entry(
         image_id=image_id,
-        image=name,
-        png=png,
+        name=name,
+        image=_within(file.at.images, name),
+        png=_within(file.at.pngs, png),
         height=height,
         width=width,
-        segments=tuple(segments),
-        cure=file.cure,
+        segments=tuple(known),
+        others=tuple(others),
+        bgr=bool(file.files and file.files.bgr),
+        blank=bool(others) and not known,
+        cure=OTHERS_CURE if strange and len(problems) == len(strange) else file.cure,
+        problem=problems[0] if problems else "",
+    )
+
+
+OTHERS_CURE = "add it to the benchmark, or make it unlabelled with --data.others ignore"
+
+
+def _unknown_to(benchmark: Benchmark) -> str:
+    return f"which benchmark {benchmark.name} does not know"
+
+
+def _category(segment: dict[str, Any], what: str) -> str:
+    return f"{segment['category_id']} ({what} {segment['id']})"
+
+
+def _image(file: _File, where: str, image: dict[str, Any] | None) -> tuple[str, int, int, list[str]]:
+    """File name, height, width, and what is wrong."""
+    if image is None:
+        return "", 0, 0, ["has an annotation but no entry in images"]
+    name = file.name(where, image, file.at.images)
+    height, width = (file.integer(where, image, field, 1) for field in ("height", "width"))
+    return name, height, width, []
+
+
+def _apart(segments: list[dict[str, Any]], benchmark: Benchmark) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The segments of the benchmark's categories, and the others."""
+    known = [segment for segment in segments if segment["category_id"] in benchmark.index]
+    others = [segment for segment in segments if segment["category_id"] not in benchmark.index]
+    return known, others
+
+
+def _instances(file: _File, data: dict[str, Any]) -> dict[int, list[dict[str, Any]]]:
+    """Image id -> its annotations in the file's order: `id`, the place in the file counted from 1, `category_id`,
+    `iscrowd`, `segmentation`, which `pipeline.data.instances` checks, and `given`, its id in the file, which nothing
+    depends on: exporters repeat it."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for place, item in enumerate(file.list("the file", data, "annotations"), 1):
+        where = f"entry {place} of annotations"
+        image_id = file.integer(where, item, "image_id", 0, MAX_IMAGE_ID)
+        found.setdefault(image_id, []).append(
+            {
+                "id": place,
+                "category_id": file.integer(where, item, "category_id", 0),
+                "iscrowd": file.integer(where, item, "iscrowd", 0, 1) if item.get("iscrowd") is not None else 0,
+                "segmentation": item.get("segmentation"),
+                "given": item.get("id"),
+            }
+        )
+    return found
+
+
+def _instance_entry(
+    file: _File, image_id: int, image: dict[str, Any] | None, annotations: list[dict[str, Any]], benchmark: Benchmark
+) -> Entry:
+    name, height, width, problems = _image(file, f"image {image_id}", image)
+    known, others = _apart(annotations, benchmark)
+    strange = [] if benchmark.others == "ignore" else others
+    problems += [f"has category {_category(one, 'annotation')}, {_unknown_to(benchmark)}" for one in strange]
+    return Entry(
+        image_id=image_id,
+        name=name,
+        image=_within(file.at.images, name),
+        png="",
+        height=height,
+        width=width,
+        segments=tuple(known),
+        others=tuple(others),
+        blank=not known and not problems,
+        cure=OTHERS_CURE if strange else file.cure,
         problem=problems[0] if problems else "",
     )
 
@@ -251,7 +400,7 @@ def _segment(file: _File, where: str, segment: Any) -> dict[str, Any]:
     return segment
 
 
-def _segment_problems(segments: list[dict[str, Any]], benchmark: Benchmark) -> list[str]:
+def _id_problems(segments: list[dict[str, Any]]) -> list[str]:
     """What is wrong with an image's segments, as texts that continue "image 42 "."""
     problems, ids = [], [segment["id"] for segment in segments]
     if len(set(ids)) < len(ids):
@@ -262,17 +411,14 @@ def _segment_problems(segments: list[dict[str, Any]], benchmark: Benchmark) -> l
         problems.append(
             f"has segment {max(ids)}, but the colours of a panoptic PNG hold ids up to {MAX_SEGMENT_ID} (2^24 - 1)"
         )
-    problems += [
-        f"has category {segment['category_id']} (segment {segment['id']}), "
-        f"which benchmark {benchmark.name} does not know"
-        for segment in segments
-        if segment["category_id"] not in benchmark.index
-    ]
     return problems
 
 
 def _check_categories(file: _File, data: dict[str, Any], benchmark: Benchmark) -> None:
-    """The same id must mean the same class here and in the benchmark; the file need not list categories at all."""
+    """The same id must mean the same class here and in the benchmark; the file need not list categories at all. A
+    benchmark that names its files was made of them, and may call its classes otherwise."""
+    if benchmark.annotations:
+        return
     for place, category in enumerate(file.list("the file", data, "categories") if "categories" in data else [], 1):
         position = benchmark.index.get(file.integer(f"entry {place} of categories", category, "id", 0))
         if position is None:
@@ -299,9 +445,10 @@ def _by_id(file: _File, data: dict[str, Any], field: str, id_field: str) -> dict
     return found
 
 
-def _read(path: Path) -> bytes:
+def _read(folder: DataFolder, at: CocoSplit) -> bytes:
+    path = folder.root / at.json
     try:
-        return path.read_bytes()
+        return folder.read(at.json)
     except FileNotFoundError as error:
         raise UserError(
             f"{path} not found; unpack COCO's panoptic annotations there, "

@@ -73,7 +73,18 @@ class CocoConfig:
     sizes are in the keys, the path is not."""
 
     benchmark: str = "coco-panoptic-zps"
-    """Classes, seen and unseen: those of coco-panoptic-zps or coco-stuff-zss, or of a JSON file in the same format."""
+    """Classes, seen and unseen: those of coco-panoptic-zps or coco-stuff-zss, or of a JSON file such as `zs-seg new`
+    writes."""
+
+    unseen: tuple[str, ...] = option(())
+    """Names of the classes to be unseen, such as person,car,sky, in place of the benchmark's own."""
+
+    classes: tuple[str, ...] = option(())
+    """Names of the only classes to be used, seen and unseen, such as person,car,sky,tree; all by default."""
+
+    others: Literal["refuse", "ignore"] | None = option(None)
+    """What becomes of categories that are not among the classes: refuse their image, or ignore, which makes their pixels
+    unlabelled; None: as the benchmark has it, which is refuse in those that are shipped."""
 
     protocol: Literal["own", "image-filter", "pixel-ignore", "none"] = option("own")
     """What hides unseen classes from training: the benchmark's own protocol, or another in its place."""

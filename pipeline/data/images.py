@@ -95,6 +95,16 @@ def for_shard(data: bytes, annotated: tuple[int, int], where: str) -> bytes:
     return file.getvalue()
 
 
+def check_size(file: IO[bytes], annotated: tuple[int, int], where: str) -> None:
+    """Raises UserError as `for_shard` does, for what the header shows; of a TIFF the pixels are decoded."""
+    image = _opened(file, FORMATS)
+    with _refusing(FORMATS):
+        stated = _orientation(image)
+        if image.format == "TIFF":
+            image.load()
+    _turn(image, stated, annotated, where)
+
+
 def annotation_png(data: bytes) -> Image.Image:
     """A panoptic PNG or a label map, decoded, in the mode in which it is stored.
 

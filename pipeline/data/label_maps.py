@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.data.benchmarks import Benchmark, LabelFiles
 from pipeline.data.images import annotation_png
-from storage.errors import UserError
+from storage.errors import UserError, counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,10 +76,18 @@ def training_splits(root: Path, benchmark: Benchmark) -> dict[str, tuple[Labelle
     assert benchmark.files
     if "train" not in benchmark.files.splits:
         raise UserError(
-            f"benchmark {benchmark.name} names no files to train on and is for `zs-seg evaluate`; "
-            f"train on another one, such as coco-stuff-zss, or add 'train' to its splits"
+            f"benchmark {benchmark.name} names no files to train on and is for `zs-seg evaluate`; `zs-seg new NAME "
+            "--from FOLDER` writes one to train on, or add 'train' to its splits, or a holdout"
         )
-    return {split: find_split(benchmark.files, root, split, complete=False).images for split in ("train", "val")}
+    found = {split: find_split(benchmark.files, root, split, complete=False).images for split in ("train", "val")}
+    images = {split: {item.image for item in items} for split, items in found.items()}
+    if same := sorted(images["train"] & images["val"]):
+        what = "are the same" if images["train"] == images["val"] else "share"
+        raise UserError(
+            f"benchmark {benchmark.name}: train and val {what} {counted(len(same), 'image')}, the first {same[0]}; put "
+            '{split} into the paths of its images or lists, or give it "holdout": {"share": 0.2}'
+        )
+    return found
 
 
 def image_ids(images: Sequence[LabelledImage]) -> list[int]:
@@ -109,12 +117,14 @@ def find_split(files: LabelFiles, data: Path, split: str, *, complete: bool = Tr
     Raises UserError, naming every path searched, if images, label PNGs or the list are missing; and, with `complete`,
     naming the first missing file and their number.
     """
-    if split not in files.splits:
-        raise UserError(f"split {split!r} is unknown; --split is one of {', '.join(files.splits)}")
+    held = files.holdout if split in ("train", "val") else None
+    known = [*files.splits, *(["val"] if held and "val" not in files.splits else [])]
+    if split not in known:
+        raise UserError(f"split {split!r} is unknown; --split is one of {', '.join(known)}")
     if not data.is_dir():
         raise UserError(f"folder {data} not found; pass the data set's folder with --coco (of evaluate: --data)")
     images, labels, lists = (
-        [pattern.replace("{split}", files.splits[split]) for pattern in patterns]
+        [pattern.replace("{split}", files.splits["train" if held else split]) for pattern in patterns]
         for patterns in (files.images, files.labels, files.lists)
     )
     root = next(
@@ -141,9 +151,15 @@ def find_split(files: LabelFiles, data: Path, split: str, *, complete: bool = Tr
             label=Path(label_of[name]) if name in label_of else _file(root, labels_at, name),
         )
         for name in names or sorted([*image_of, *bare])
+        if not held or held.holds(name, split)
     )
     layout = {"root": str(root), "images": images_at, "labels": labels_at, "list": list_at}
-    return LabelledSplit(images=tuple(found), layout=layout)
+    images = tuple(found)
+    if not images:
+        raise UserError(
+            f"{root}: no image falls to {split!r} by the benchmark's holdout; give it another seed or share"
+        )
+    return LabelledSplit(images=images, layout=layout)
 
 
 def _listed(root: Path, lists: Sequence[str]) -> tuple[str, list[str]]:
@@ -250,19 +266,21 @@ def decode_labels(png: bytes, benchmark: Benchmark) -> np.ndarray:
     """A label PNG as class indices (H, W) int32, -1 where ignored. The value of a paletted pixel is its palette index.
 
     Raises UserError, with a message that continues the file's name, if the PNG is damaged, in colours, grey with fewer
-    than 8 bits, or holds a value that is neither a category id nor ignored.
+    than 8 bits, or holds a value that is neither a category id nor ignored, unless the benchmark ignores others.
     """
     import numpy as np
 
     assert benchmark.files
-    values = _values(png)
+    values = pixel_values(png)
     table = _table(benchmark.index, benchmark.files.ignored, int(values.max()) + 1)
     classes = table[values]
+    if benchmark.others == "ignore":
+        classes[classes == _UNKNOWN] = IGNORED
     if (classes == _UNKNOWN).any():
         strange = np.unique(values[classes == _UNKNOWN])
         raise UserError(
             f"has pixels of value {strange[0]} ({int((values == strange[0]).sum())} of them), "
-            f"which is neither a class of benchmark {benchmark.name} nor ignored"
+            f"which is neither a class of benchmark {benchmark.name} nor ignored (--data.others ignore ignores it)"
         )
     return classes
 
@@ -277,8 +295,8 @@ def _table(index: Mapping[int, int], ignored: Sequence[int], size: int) -> np.nd
     return table
 
 
-def _values(png: bytes) -> np.ndarray:
-    """(H, W) integers as stored."""
+def pixel_values(png: bytes) -> np.ndarray:
+    """The values (H, W) int64 of a label PNG as stored. Raises UserError as `decode_labels`, for a file that is none."""
     import numpy as np
 
     image = annotation_png(png)

@@ -1,13 +1,16 @@
-"""One image with its annotation, checked and ready for a shard: from a panoptic PNG and its JSON, or a label map."""
+"""One image with its annotation, checked and ready for a shard: from a panoptic PNG and its JSON, from instances, or
+from a label map."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.data.benchmarks import Benchmark
 from pipeline.data.coco import Entry
+from pipeline.data.folder import DataFolder
 from pipeline.data.images import annotation_png, for_shard
 from pipeline.data.label_maps import LabelledImage, decode_labels
 from storage.errors import UserError
@@ -19,28 +22,36 @@ if TYPE_CHECKING:
     from storage.shards import Sample, Shards
 
 
-def panoptic_sample(root: Path, folder: str, entry: Entry) -> Sample | str:
-    """The image's sample, checked; or the problem, as text that continues "image 42 "."""
-    from storage.shards import Sample, Segment, decode_ids
+def annotated_sample(folder: DataFolder, entry: Entry) -> Sample | str:
+    """The image's sample, checked, of a panoptic PNG or of instances; or the problem, as text that continues "image
+    42 "."""
+    return entry.problem or (panoptic_sample if entry.png else instance_sample)(folder, entry)
+
+
+def panoptic_sample(folder: DataFolder, entry: Entry) -> Sample | str:
+    """As `annotated_sample`, of an entry with a panoptic PNG. The PNG stays as it is, unless its colours are in the
+    order BGR, or it has segments of other categories, whose pixels become void."""
+    import numpy as np
+
+    from storage.shards import Sample, Segment, decode_ids, encode_ids
 
     if entry.problem:
         return entry.problem
-    image_name, png_name = f"{folder}/{entry.image}", f"annotations/panoptic_{folder}/{entry.png}"
-    files = _read(root, image_name, png_name)
+    files = _read(folder, entry.image, entry.png)
     if isinstance(files, str):
         return files
     size = entry.width, entry.height
     try:
         image = for_shard(files[0], size, "in the JSON")
     except UserError as error:
-        return f"has a file {image_name!r} that {error}"
+        return f"has a file {entry.image!r} that {error}"
     try:
         drawn = annotation_png(files[1])
     except UserError as error:
-        return f"has a file {png_name!r} that {error}"
+        return f"has a file {entry.png!r} that {error}"
     if drawn.size != size:
         sizes = f"{drawn.width} x {drawn.height} pixels, but {size[0]} x {size[1]}"
-        return f"has a file {png_name!r} that is {sizes} in the JSON"
+        return f"has a file {entry.png!r} that is {sizes} in the JSON"
     sample = Sample(
         image_id=entry.image_id,
         image=image,
@@ -52,11 +63,65 @@ def panoptic_sample(root: Path, folder: str, entry: Entry) -> Sample | str:
             for s in entry.segments
         ),
     )
-    if problem := _segments_problem(decode_ids(sample), sample):
+    areas = {segment["id"]: segment["area"] for segment in (*entry.segments, *entry.others)}
+    ids = decode_ids(sample)
+    if problem := _segments_problem(_swapped(ids) if entry.bgr else ids, areas):
         if drawn.mode in ("1", "L", "LA", "I;16"):
             problem = f"is grey (mode {drawn.mode}), but a panoptic PNG is RGB, with id = R + 256 G + 65536 B"
-        return f"has a file {png_name!r} that {problem}"
+        elif not _segments_problem(ids if entry.bgr else _swapped(ids), areas):
+            wrong, right = ("BGR", "false") if entry.bgr else ("RGB", "true")
+            problem = f"is not in the order {wrong} (set bgr of the benchmark's annotations to {right})"
+        return f"has a file {entry.png!r} that {problem}"
+    if entry.bgr or entry.others:
+        ids = _swapped(ids) if entry.bgr else ids
+        ids[np.isin(ids, [segment["id"] for segment in entry.others])] = 0
+        sample = replace(sample, png=encode_ids(ids))
     return sample
+
+
+def _swapped(ids: np.ndarray) -> np.ndarray:
+    """Segment ids whose lowest and highest byte are exchanged."""
+    return (ids & 0xFF00) | (ids >> 16) | ((ids & 0xFF) << 16)
+
+
+def instance_sample(folder: DataFolder, entry: Entry) -> Sample | str:
+    """As `annotated_sample`, of an entry of instances: segment ids are 1, 2, ... in the annotation's order, of those
+    that show a pixel (see `pipeline.data.instances`)."""
+    import numpy as np
+
+    from pipeline.data.instances import draw
+    from storage.shards import Sample, Segment, encode_ids
+
+    if entry.problem:
+        return entry.problem
+    files = _read(folder, entry.image)
+    if isinstance(files, str):
+        return files
+    try:
+        image = for_shard(files[0], (entry.width, entry.height), "in the JSON")
+    except UserError as error:
+        return f"has a file {entry.image!r} that {error}"
+    # an instance of another category still covers what lies below it
+    everything = sorted((*entry.segments, *entry.others), key=lambda one: one["id"])
+    try:
+        ids = draw(everything, entry.height, entry.width)
+    except UserError as error:
+        return str(error)
+    wanted = {one["id"] for one in entry.segments}
+    ids[np.isin(ids, [number for number, one in enumerate(everything, 1) if one["id"] not in wanted])] = 0
+    areas = dict(zip(*(part.tolist() for part in np.unique(ids, return_counts=True)), strict=True))
+    return Sample(
+        image_id=entry.image_id,
+        image=image,
+        png=encode_ids(ids),
+        height=entry.height,
+        width=entry.width,
+        segments=tuple(
+            Segment(id=number, category_id=one["category_id"], area=areas[number], iscrowd=bool(one["iscrowd"]))
+            for number, one in enumerate(everything, 1)
+            if number in areas
+        ),
+    )
 
 
 def labelled_sample(root: Path, item: LabelledImage, image_id: int, benchmark: Benchmark) -> Sample | str:
@@ -70,7 +135,7 @@ def labelled_sample(root: Path, item: LabelledImage, image_id: int, benchmark: B
     from storage.shards import Sample, Segment, encode_ids
 
     image_name, png_name = (path.relative_to(root).as_posix() for path in (item.image, item.label))
-    files = _read(root, image_name, png_name)
+    files = _read(DataFolder(root), image_name, png_name)
     if isinstance(files, str):
         return files
     try:
@@ -96,12 +161,12 @@ def labelled_sample(root: Path, item: LabelledImage, image_id: int, benchmark: B
     )
 
 
-def _read(root: Path, *names: str) -> list[bytes] | str:
+def _read(folder: DataFolder, *names: str) -> list[bytes] | str:
     """The files' contents; or the first that cannot be read, and why."""
     files = []
     for name in names:
         try:
-            files.append((root / name).read_bytes())
+            files.append(folder.read(name))
         except FileNotFoundError:
             return f"lacks its file {name!r}"
         except OSError as error:
@@ -109,13 +174,12 @@ def _read(root: Path, *names: str) -> list[bytes] | str:
     return files
 
 
-def _segments_problem(ids: np.ndarray, sample: Sample) -> str:
+def _segments_problem(ids: np.ndarray, areas: dict[int, int]) -> str:
     """How the id map (H, W) differs from the JSON's segments or their areas, "" for not at all."""
     import numpy as np
 
     drawn = dict(zip(*(part.tolist() for part in np.unique(ids, return_counts=True)), strict=True))
     drawn.pop(0, None)  # void
-    areas = {segment.id: segment.area for segment in sample.segments}
     if strange := sorted(drawn.keys() - areas.keys()):
         return f"has pixels of segments {_some(strange)}, which the JSON does not list"
     if lost := sorted(areas.keys() - drawn.keys()):

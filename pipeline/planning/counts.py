@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.benchmarks import Benchmark, benchmark_of_coco
-from pipeline.data.coco import file_sizes, read_split
+from pipeline.data.coco import coco_split, file_sizes, read_split
 from pipeline.data.config import CocoConfig
+from pipeline.data.folder import DataFolder, sized
 from pipeline.line import Config, Stage
 from pipeline.scenes import benchmark as benchmark_of_scenes
 from storage.errors import counted
 from storage.store import Store
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,35 +62,47 @@ def count(config: Config, stages: list[Stage], store: Store) -> Counts:
         benchmark = benchmark_of_coco(config.data)
         if benchmark.files:
             return _count_label_maps(benchmark, Path(config.data.root), config.shard.limit)
-        return _count_panoptic(benchmark, Path(config.data.root), config.shard.limit)
+        return _count_annotated(benchmark, Path(config.data.root), config.shard.limit)
     drawn = stages[0].recipe.ref
     if store.state(drawn) == "fresh":
-        return _count_panoptic(benchmark_of_scenes(config.data), store.path(drawn), config.shard.limit)
+        return _count_annotated(benchmark_of_scenes(config.data), store.path(drawn), config.shard.limit)
     least = config.shard.limit or max(config.data.train_images, config.data.val_images)
     return Counts(train=min(config.data.train_images, least), val=min(config.data.val_images, least))
 
 
-def _count_panoptic(benchmark: Benchmark, root: Path, limit: int) -> Counts:
+def _count_annotated(benchmark: Benchmark, root: Path, limit: int) -> Counts:
+    """Images that the annotation shows to be unusable, and those without any label, are not counted, but logged."""
     unseen = set(benchmark.unseen_ids) if benchmark.protocol == "image-filter" else set()
+    folder = DataFolder(root)
     images, left, instances, size = {}, {}, {}, 0
-    for split in ("train2017", "val2017"):
-        everything = read_split(root, split, benchmark)
-        entries = [entry for entry in everything[: limit or None] if not entry.problem]
+    for split in ("train", "val"):
+        listed = [entry for entry in read_split(folder, split, benchmark) if not entry.blank]
+        entries = [entry for entry in listed[: limit or None] if not entry.problem]
+        if bad := [entry for entry in listed[: limit or None] if entry.problem]:
+            log.warning(
+                "%s of %s cannot be used, the first %d %s; %s",
+                f"{len(bad):,}", counted(len(entries) + len(bad), f"{split} image"), bad[0].image_id, bad[0].problem,
+                bad[0].cure,
+            )  # fmt: skip
         kept = [
             entry
             for entry in entries
-            if split == "val2017" or not any(segment["category_id"] in unseen for segment in entry.segments)
+            if split == "val" or not any(segment["category_id"] in unseen for segment in entry.segments)
         ]
         images[split], left[split] = len(entries), len(kept)
         instances[split] = sum(len(entry.segments) for entry in kept)
-        jpegs, pngs = file_sizes(root / split), file_sizes(root / "annotations" / f"panoptic_{split}")
-        size += sum(jpegs.get(entry.image, 0) + pngs.get(entry.png, 0) for entry in entries)
+        at = coco_split(benchmark.annotations, split)
+        parts = [(at.images, [entry.name for entry in entries])]
+        parts += [(at.pngs, [entry.png.removeprefix(f"{at.pngs}/") for entry in entries])] if at.pngs else []
+        for part, names in parts:
+            sizes = file_sizes(folder, part, deep=any("/" in name for name in names))
+            size += sum(sized(name, sizes) or 0 for name in names)
     return Counts(
-        train=images["train2017"],
-        val=images["val2017"],
-        left=left["train2017"],
-        train_instances=instances["train2017"],
-        val_instances=instances["val2017"],
+        train=images["train"],
+        val=images["val"],
+        left=left["train"],
+        train_instances=instances["train"],
+        val_instances=instances["val"],
         bytes=size,
     )
 

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline.data.benchmarks import Benchmark, load_benchmark
-from pipeline.data.coco import Entry, read_split
+from pipeline.data.benchmarks import Benchmark, CocoSplit, load_benchmark
+from pipeline.data.coco import Entry, coco_split, read_split
+from pipeline.data.folder import DataFolder
 from pipeline.data.images import read_image
 from pipeline.data.label_maps import LabelledImage, find_split, read_labels, write_labels
-from pipeline.data.samples import panoptic_sample
+from pipeline.data.samples import annotated_sample
 from pipeline.inference.model import checkpoint_folder
 from pipeline.runtime import Runtime
 from pipeline.scoring.config import EvaluateConfig
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from storage.shards import Sample
 
 Tag = TypeVar("Tag")
-COCO_SPLITS = {"train": "train2017", "val": "val2017"}  # what COCO calls them; any other name is taken as it is
 
 
 def run(
@@ -162,25 +162,25 @@ Scored = tuple[dict[str, Any], dict[str, Any]]  # scores, counts
 
 @dataclass(frozen=True, kw_only=True)
 class _Panoptic:
-    """A split in COCO's panoptic layout: `folder` is its image folder below `root`."""
+    """A split of annotations in COCO's format below the data `folder`."""
 
-    root: Path
-    folder: str
+    folder: DataFolder
+    at: CocoSplit
     entries: list[Entry]
 
     @property
     def layout(self) -> dict[str, str]:
-        labels = f"annotations/panoptic_{self.folder}"
-        return {"root": str(self.root), "images": self.folder, "labels": labels, "list": f"{labels}.json"}
+        labels = self.at.pngs or self.at.json
+        return {"root": str(self.folder), "images": self.at.images, "labels": labels, "list": self.at.json}
 
     def samples(self) -> Iterator[tuple[tuple[Entry, Sample], Tensor]]:
         from pipeline.data.transforms import channels_first
         from storage.shards import decode_image
 
         for entry in self.entries:
-            sample = panoptic_sample(self.root, self.folder, entry)
+            sample = annotated_sample(self.folder, entry)
             if isinstance(sample, str):
-                raise UserError(f"{self.root}: {self.folder} image {entry.image_id} {sample}; {entry.cure}")
+                raise UserError(f"{self.folder}: {self.at.images} image {entry.image_id} {sample}; {entry.cure}")
             yield (entry, sample), channels_first(decode_image(sample))
 
     def score(self, predictor: _Predictor, benchmark: Benchmark, out: Path | None) -> Scored:
@@ -194,7 +194,7 @@ class _Panoptic:
                 gt = GroundTruth(sample, benchmark)
                 pixels.add(gt.classes)
                 ids, segments = row.predict(gt, output, logits, predictor.classes, predictor.thresholds)
-                yield ImagePrediction(image_id=entry.image_id, file_name=entry.image, ids=ids, segments=segments)
+                yield ImagePrediction(image_id=entry.image_id, file_name=entry.name, ids=ids, segments=segments)
 
         if out:
             write_coco_panoptic(out, predictions(), categories=benchmark.categories, rle=True)
@@ -204,8 +204,10 @@ class _Panoptic:
 
 
 def _panoptic(benchmark: Benchmark, root: Path, split: str) -> _Panoptic:
-    folder = COCO_SPLITS.get(split, split)
-    return _Panoptic(root=root, folder=folder, entries=read_split(root, folder, benchmark))
+    folder, at = DataFolder(root), coco_split(benchmark.annotations, split)
+    # images without any label have nothing to be scored by
+    entries = [entry for entry in read_split(folder, split, benchmark) if not entry.blank]
+    return _Panoptic(folder=folder, at=at, entries=entries)
 
 
 @dataclass(frozen=True, kw_only=True)

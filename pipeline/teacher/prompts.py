@@ -5,33 +5,24 @@ from __future__ import annotations
 
 import html
 import json
-import re
 import unicodedata
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.data.names import clean
 from storage.errors import UserError
 
 if TYPE_CHECKING:
     from models.teacher import Tokenizer
 
 TEMPLATES = Path(__file__).parent / "templates.json"
-_FILLER = re.compile(r"-(merged|other|stuff)\b")
 
 
 def template_sets() -> dict[str, tuple[str, ...]]:
     """The named template sets: "plain", "short", and "published", the eight templates of earlier zero-shot methods."""
     return {name: tuple(lines) for name, lines in json.loads(TEMPLATES.read_text(encoding="utf-8")).items()}
-
-
-def clean(name: str) -> str:
-    """A COCO class name as words: "-merged", "-other", "-stuff" removed, other hyphens and underscores made spaces.
-
-    "sky-other-merged" -> "sky", "door-stuff" -> "door", "wall-brick" -> "wall brick".
-    """
-    return " ".join(re.sub(r"[-_]", " ", _FILLER.sub("", name)).split())
 
 
 def synonyms(names: Sequence[str], *, clean_names: bool = False) -> list[tuple[str, ...]]:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# A rule of thumb, not tuned: of the shipped CLIP the nearest two of the demo's 56 classes have 0.78.
+ALIKE = 0.98
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassList:
@@ -108,6 +111,16 @@ def embed_names(
     width = max(map(len, rows))
     padded = torch.stack([torch.cat([row, row[:1].expand(width - len(row), -1)]) for row in rows])
     return normalize(padded if width > 1 else padded[:, 0], dim=-1)
+
+
+def encoded_alike(rows: Tensor, names: Sequence[str]) -> list[tuple[str, str, float]]:
+    """The pairs of classes of whose unit rows, (K, D) or (K, S, D), two have a cosine of at least `ALIKE`, and the
+    largest, nearest first: a logit of one is a logit of the other."""
+    rows = rows if rows.ndim == 3 else rows[:, None]
+    cosines = (rows.flatten(0, 1) @ rows.flatten(0, 1).T).unflatten(0, rows.shape[:2]).unflatten(2, rows.shape[:2])
+    nearest = cosines.amax((1, 3)).triu(1)
+    pairs = [(names[i], names[j], nearest[i, j].item()) for i, j in (nearest >= ALIKE).nonzero().tolist()]
+    return sorted(pairs, key=lambda pair: -pair[2])
 
 
 def join(first: Tensor, second: Tensor) -> Tensor:
