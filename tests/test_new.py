@@ -364,6 +364,29 @@ def test_a_class_that_few_images_show_leaves_the_others_out(tmp_path: Path) -> N
     assert (counts["train"]["images"], counts["train"]["blank"], counts["val"]["images"]) == (7, 7, 3)
 
 
+def test_plan_and_run_take_the_choices_as_flags(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    root = coco_panoptic(tmp_path / "data")
+    new(capsys, "--from", str(root), "--unseen", UNSEEN)
+    flags = ("--preset", "coco-sample", "--coco", str(root), "--data.benchmark", "mine.json", "--store", "store")
+    assert main(("plan", *flags, "--data.unseen", "blue star")) == 0
+    assert "14 training images, of which the protocol leaves 0" in capsys.readouterr().out
+    some = ("--data.classes", "red circle,green ring", "--data.unseen", "green ring")
+    assert main(("plan", *flags, *some)) == 0
+    assert "0 training images" in capsys.readouterr().out
+    cure = "which benchmark mine (classes red circle, green ring; unseen green ring) does not know; add it to the benchmark"
+    assert any(
+        "14 of 14 train images cannot be used, the first 1 has category 2" in m and cure in m for m in caplog.messages
+    )
+    assert main(("run", *flags, *some, "--until", "shard")) == 2
+    assert "or make it unlabelled with --data.others ignore, or pass --skip-bad" in capsys.readouterr().err
+    assert main(("plan", *flags, *some, "--data.others", "ignore")) == 0
+    assert "14 training images, of which the protocol leaves 7 with 7 instances" in capsys.readouterr().out
+    assert main(("plan", *flags, "--data.unseen", "gren ring")) == 2
+    assert "no class is called 'gren ring' (did you mean 'green ring'?)" in capsys.readouterr().err
+
+
 def test_the_split_by_a_seed_moves_no_other_image(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     root = plain_folder(tmp_path / "data")
     new(capsys, "--from", str(root), "--unseen", UNSEEN, "--val-share", "0.4")

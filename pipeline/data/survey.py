@@ -84,7 +84,7 @@ def survey(root: Path, benchmark: Benchmark, splits: Sequence[str], runtime: Run
     instances = bool(benchmark.annotations and benchmark.annotations.kind == "instances")
     everything = [one for some in entries.values() for entry in some for one in (*entry.segments, *entry.others)]
     given = [
-        Counter(repr(one["given"]) for entry in some for one in (*entry.segments, *entry.others))
+        Counter(repr(one["given"]) for entry in some for one in (*entry.segments, *entry.others) if one["given"] is not None)
         for some in entries.values()
     ] if instances else []  # fmt: skip
     return Survey(
