@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
-from flows import ablate, commands, new, store_commands, view
+from flows import ablate, commands, new, remote_commands, store_commands, view
 from flows.flags import flags_of
 from flows.presets import PRESETS, preset
 from models.errors import ModelError
@@ -28,6 +28,7 @@ TREE_COMMANDS = ("plan", "run", "stage", "ablate")
 ARTEFACT = "a key, the beginning of one, the name of a run, or RUN:STAGE"
 CHECKPOINT = f"a checkpoint's folder, {ARTEFACT}; of a run the last checkpoint"
 WORDS = "synonyms as sofa|couch; things, unless marked as grass:stuff"
+REMOTE = "a remote by name (`zs-seg remote add`) or address"
 BENCHES = ("segmenter", "evaluate", "cache", "train")
 
 
@@ -189,6 +190,7 @@ def parser() -> _Parser:
     )
     _add_ablate_flags(ablation)
     verify = _add_store_commands(add)
+    _add_remote_commands(add)
     predict = add("predict", commands.predict_images, "segment images with a trained checkpoint")
     _add_predict_flags(predict)
     evaluate = add("evaluate", commands.evaluate_checkpoint, "score a trained checkpoint on a benchmark's own files")
@@ -369,6 +371,29 @@ def _add_store_commands(add: Callable[..., _Parser]) -> _Parser:
     )
     _add_teacher_flag(verify, "with --rows")
     return verify
+
+
+def _add_remote_commands(add: Callable[..., _Parser]) -> None:
+    remote = add("remote", remote_commands.remote, "add, list or remove an address of a store")
+    remote.add_argument("action", metavar="ACTION", choices=("add", "list", "remove"), help="add, list or remove")
+    remote.add_argument("name", metavar="NAME", nargs="?", default="", help="what to call it")
+    remote.add_argument(
+        "url",
+        metavar="ADDRESS",
+        nargs="?",
+        default="",
+        help="s3://, gs://, hf://, ssh:// or file://, without credentials",
+    )
+    push = add("push", remote_commands.push, "send a run, an artefact or all runs to a remote")
+    pull = add("pull", remote_commands.pull, "fetch a run, an artefact or all runs from a remote")
+    status = add("status", remote_commands.status, "compare the store with a remote")
+    for command, flag, dest in ((push, "--to", "to"), (pull, "--from", "source"), (status, "--remote", "remote")):
+        command.add_argument("key", metavar="RUN|KEY", nargs="?", default="", help=f"{ARTEFACT}; default: all runs")
+        command.add_argument(flag, dest=dest, default="", metavar="R", help=f"{REMOTE}; default: the only one")
+        command.add_argument("--jobs", type=int, default=8, metavar="N", help="files at a time; default: 8")
+    for command in (push, pull):
+        command.add_argument("--dry-run", action="store_true", help="only show what would go")
+    status.add_argument("--json", action="store_true", help="as JSON")
 
 
 def _add_predict_flags(predict: _Parser) -> None:

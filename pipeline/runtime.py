@@ -146,14 +146,16 @@ class Runtime:
                 "on the CPU, which takes weeks unless the run is cut short"
             )
 
-    def bar(self, total: int | None, desc: str, unit: str = "it", *, initial: int = 0) -> tqdm[Any]:
+    def bar(
+        self, total: int | None, desc: str, unit: str = "it", *, initial: int = 0, scale: bool = False
+    ) -> tqdm[Any]:
         """A progress bar with rate and remaining time; a log file gets a line of its own every `LOG_EVERY` seconds.
 
-        `initial`: what an earlier run has done; it does not count in the rate.
+        `initial`: what an earlier run has done; it does not count in the rate. `scale`: numbers as 12.3M, for bytes.
         """
         from tqdm import tqdm
 
-        shown: dict[str, Any] = {"total": total, "initial": initial, "desc": desc, "unit": unit}
+        shown: dict[str, Any] = {"total": total, "initial": initial, "desc": desc, "unit": unit, "unit_scale": scale}
         if sys.stderr.isatty():
             return tqdm(**shown, disable=not self.progress, mininterval=0.5, dynamic_ncols=True)
         return tqdm(

@@ -15,7 +15,7 @@ from storage.errors import UserError
 from storage.keys import KEY_LENGTH, Ref
 from storage.lineage import Lineage
 from storage.runs import RunRecord, Runs
-from storage.store import ASIDE, MANIFEST, REMOVED, Store
+from storage.store import ASIDE, MANIFEST, PULLING, PUSHING, REMOVED, Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +140,10 @@ def _broken(store: Store, known: Collection[Ref]) -> list[Waste]:
 
 
 def _partials(store: Store, reached: Collection[Ref], age: float) -> list[Waste]:
-    """What killed builds left long ago. Their age is that of the last write."""
+    """What killed builds, pulls and pushes left long ago. Their age is that of the last write."""
     found = []
-    for path in sorted(store.root.glob(f"*/.{'[0-9a-f]' * KEY_LENGTH}.partial")):
+    names = (f"*/.{'[0-9a-f]' * KEY_LENGTH}{end}" for end in (".partial", PULLING, PUSHING))
+    for path in sorted(path for name in names for path in store.root.glob(name)):
         ref = Ref(kind=path.parent.name, key=path.name[1 : KEY_LENGTH + 1])
         if ref not in reached and (idle := _idle(path)) > age:
             reason = f"cut off, untouched for {idle / 86400:.0f} days"

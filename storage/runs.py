@@ -13,9 +13,10 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,24 @@ class RunRecord:
         return cls(**words, refs={stage: Ref.parse(ref) for stage, ref in data["refs"].items()})
 
 
+def dumps(lines: Iterable[RunRecord]) -> str:
+    """The text of a run's file."""
+    return json.dumps([line.plain() for line in lines], indent=1) + "\n"
+
+
+def parse(text: bytes) -> list[RunRecord]:
+    """The inverse of `dumps`. Raises what `json` and `RunRecord.parse` raise."""
+    return [RunRecord.parse(line) for line in json.loads(text)]
+
+
+def merge(lines: Iterable[RunRecord], others: Iterable[RunRecord]) -> list[RunRecord]:
+    """The lines of one name in two places, by date; of those with the same artefacts the last."""
+    found: list[RunRecord] = []
+    for line in sorted((*lines, *others), key=lambda line: datetime.fromisoformat(line.date)):
+        found = [*(old for old in found if old.refs != line.refs), line]
+    return found
+
+
 class Runs:
     """The named runs of a store."""
 
@@ -76,7 +95,7 @@ class Runs:
         """The lines that ran under a name, the last one last; [] for no run. Raises UserError for a damaged file."""
         path = self._path(name)
         try:
-            return [RunRecord.parse(line) for line in json.loads(path.read_bytes())]
+            return parse(path.read_bytes())
         except FileNotFoundError:
             return []
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -112,6 +131,12 @@ class Runs:
                 log.warning("this run is not noted, so that `zs-seg gc` does not know of it: %s", error)
             yield
 
+    def merge(self, name: str, lines: Sequence[RunRecord]) -> None:
+        """Add lines that ran elsewhere under a name, in the order of their dates. Call it inside `exclusive`."""
+        before = self.lines(name)
+        if (merged := merge(before, lines)) != before:
+            self._write(name, merged)
+
     def forget(self, name: str) -> None:
         """Remove a name and its lines; no artefact is removed. Call it inside `exclusive`."""
         with self.store.mistakes_as_user_errors("runs"):
@@ -124,7 +149,7 @@ class Runs:
                 path.unlink(missing_ok=True)
 
     def _write(self, name: str, lines: list[RunRecord]) -> None:
-        write_text(self._path(name), json.dumps([line.plain() for line in lines], indent=1) + "\n")
+        write_text(self._path(name), dumps(lines))
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"

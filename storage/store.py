@@ -37,7 +37,10 @@ State = Literal["fresh", "partial", "missing", "locked"]
 MANIFEST = "manifest.json"
 REMOVED = ".removed"  # the end of a folder's name that is on its way out
 ASIDE = ".aside"  # the same of one that no build uses, until `zs-seg gc` or a person deletes it
+PULLING = ".pulling"  # the same of one whose files arrive from a remote
+PUSHING = ".pushing"  # the same on a remote, while they are sent there
 LARGE = 10**9  # bytes that take seconds to hash
+UNPARSABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)  # what a damaged manifest raises
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,17 @@ class Manifest:
         """The text of manifest.json; it ends with a checksum over the rest."""
         data = asdict(self)
         return json.dumps({**data, "checksum": recipe_key("manifest", 1, data, {})}, indent=1) + "\n"
+
+    @classmethod
+    def parse(cls, text: bytes, ref: Ref) -> Manifest:
+        """The inverse of `dumps`. Raises ValueError, TypeError, KeyError, AttributeError or RecursionError for what is
+        no manifest of this artefact."""
+        data = json.loads(text)
+        checksum = data.pop("checksum")
+        manifest = cls(**data)
+        if checksum != recipe_key("manifest", 1, data, {}) or manifest.ref != ref:
+            raise ValueError("it has been edited")
+        return manifest
 
 
 @dataclass(kw_only=True)
@@ -217,17 +231,49 @@ class Store:
                 **build.provenance,
             },
         )
-        write_text(partial / MANIFEST, manifest.dumps())
-        if self.path(ref).exists():
-            aside = self._rename(ref, self.path(ref), ASIDE)
-            log.warning("%s had lost its %s; what was left of it is set aside as %s", ref, MANIFEST, aside)
-        os.rename(partial, self.path(ref))
-        fsync(self.path(ref).parent)
+        self._complete(manifest, partial)
         # Only now, so that a kill a moment earlier costs no training.
         for file in (partial / NOTE, *build.scratch):
             delete(self.path(ref) / file.relative_to(partial))
         size = manifest.bytes / 1e6
         log.info("%s: %s complete, %s, %.1f MB", recipe.stage, ref, counted(len(files), "file"), size)
+
+    def _complete(self, manifest: Manifest, folder: Path) -> None:
+        """A folder that holds all files becomes the artefact."""
+        ref = manifest.ref
+        write_text(folder / MANIFEST, manifest.dumps())
+        if self.path(ref).exists():
+            aside = self._rename(ref, self.path(ref), ASIDE)
+            log.warning("%s had lost its %s; what was left of it is set aside as %s", ref, MANIFEST, aside)
+        os.rename(folder, self.path(ref))
+        fsync(self.path(ref).parent)
+
+    def receive(self, manifest: Manifest, fetch: Callable[[Path], None]) -> bool:
+        """Make the artefact of files that were built elsewhere, unless it is complete already; False if it is.
+
+        `fetch` brings the manifest's files, each with its sha256, into a folder in which an earlier attempt may have
+        left some of them, or parts. What a killed build left is set aside.
+
+        Raises BlockingIOError while another process builds or receives it, UserError as `build`, and what `fetch`
+        raises.
+        """
+        ref = manifest.ref
+        folder = self.arriving(ref)
+        with self.mistakes_as_user_errors(ref):
+            self.path(ref).parent.mkdir(parents=True, exist_ok=True)
+            with self._lock(ref, wait=False):
+                if self.state(ref) == "fresh":
+                    return False
+                folder.mkdir(exist_ok=True)
+                fetch(folder)
+                for name in _names(folder):
+                    if name not in manifest.files:
+                        delete(folder / name)
+                self._complete(manifest, folder)
+                if self.partial(ref).is_dir():
+                    aside = self._rename(ref, self.partial(ref), ASIDE)
+                    log.warning("what a build of %s had made here is set aside as %s", ref, aside)
+        return True
 
     def _list(self, build: Build) -> dict[str, dict[str, Any]]:
         """The files that a build has named, flushed to the disk and hashed, for its manifest; others are logged."""
@@ -435,21 +481,20 @@ class Store:
     def partial(self, ref: Ref) -> Path:
         return self.root / ref.kind / f".{ref.key}.partial"
 
+    def arriving(self, ref: Ref) -> Path:
+        """Where the files of an artefact arrive from a remote."""
+        return self.root / ref.kind / f".{ref.key}{PULLING}"
+
     def _lock(self, ref: Ref, **options: Any) -> Lock:
         return Lock(self.root / ref.kind / f".{ref.key}.lock", what=str(ref), **options)
 
     def _manifest(self, ref: Ref) -> Manifest:
         path = self.path(ref) / MANIFEST
         try:
-            data = json.loads(path.read_bytes())
-            checksum = data.pop("checksum")
-            manifest = Manifest(**data)
-            if checksum != recipe_key("manifest", 1, data, {}) or manifest.ref != ref:
-                raise UserError("it has been edited")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            return Manifest.parse(path.read_bytes(), ref)
+        except (OSError, *UNPARSABLE) as error:
             reason = f"{ref} is damaged, its {MANIFEST} cannot be used"
             raise UserError(f"{reason}; {anew(ref.key)}") from error
-        return manifest
 
     @contextmanager
     def mistakes_as_user_errors(self, what: object) -> Iterator[None]:
