@@ -208,6 +208,12 @@ def parser() -> _Parser:
             metavar="NAME",
             help="name of the run, whose artefacts `gc` keeps; default: the preset",
         )
+    for command in (plan, run, stage):
+        command.add_argument("--remote", default="", metavar="R", help=f"look there before building: {REMOTE}")
+    for command in (run, stage):
+        command.add_argument(
+            "--push", action="store_true", help="send what is complete here to the remote, stage by stage"
+        )
     for command in (plan, run, stage, ablation):
         command.add_argument(
             "--max-steps", type=int, default=0, metavar="N", help="at most N steps per training stage, for trials"

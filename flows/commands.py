@@ -8,14 +8,15 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from flows import runs
-from flows.request import Request, configure, open_request, open_runtime, open_store
+from flows.elsewhere import Elsewhere, size_of
+from flows.request import configure, open_request, open_runtime, open_store
 from flows.tables import print_table, size
 from pipeline import v2c
 from pipeline.line import Config, Stage, benchmark_of, line
-from pipeline.runtime import Runtime, duration, torchrun_rank, under_torchrun
+from pipeline.runtime import duration, torchrun_rank, under_torchrun
 from storage.differences import Explainer
 from storage.errors import UserError, counted
 from storage.keys import Ref
@@ -39,15 +40,22 @@ def plan(options: argparse.Namespace) -> int:
     counts, lineage = count(config, stages, store), Lineage(store)
     estimator = Estimator(config, stages, lineage, counts, tflops=options.tflops, step_seconds=options.step_seconds)
     explainer = Explainer((stage.recipe for stage in stages), lineage)
-    rows = [_planned(stage, store, estimator, explainer) for stage in stages]
-    missing = sum(row.state != "fresh" for row in rows)
+    elsewhere = Elsewhere.look(store, stages, remote=options.remote, push=False)
+    rows = [_planned(stage, store, estimator, explainer, elsewhere) for stage in stages]
+    missing, fetched = sum(row.state not in ("fresh", "remote") for row in rows), elsewhere.needed(stages)
     if options.json:
         content = {"store": str(store.root), "to_build": missing, "stages": [row.plain() for row in rows]}
+        if elsewhere.remote:
+            to_fetch = {"to_fetch": [str(manifest.ref) for manifest in fetched]}
+            content |= {"remote": elsewhere.remote.url, **to_fetch, "fetched_bytes": sum(one.bytes for one in fetched)}
         memory = {"memory": _peak(config)} if options.memory else {}
         print(json.dumps({**content, "counts": asdict(counts), **memory}, indent=1))
         return 0
     print_table(("stage", "artefact", "state", "bytes", "time", "why"), [row.cells() for row in rows])
     print(f"\n{missing} of {counted(len(rows), 'stage')} to build in {store.root}")
+    if elsewhere.remote:
+        found = f"{len(elsewhere.have)} more in {elsewhere.remote}"
+        print(f"{found}, of which a run fetches {len(fetched)}: {size_of(fetched)}")
     for row in rows:
         if row.source and row.seconds is not None:
             eight = f"; {duration(row.seconds / 8)} on 8 such devices, if they are 8 times as fast"
@@ -92,12 +100,12 @@ def _memory(config: Config) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Planned:
-    """A stage as `plan` shows it. `bytes` and `seconds` are measured of a "fresh" one, else estimated, None = unknown;
+    """A stage as `plan` shows it. `state`: that in the store, or "remote" where only the remote has it. `bytes` and `seconds` are measured of one that is there, else estimated, None = unknown;
     `source`: the basis of estimated seconds; `why`: why it is not fresh, or who builds it."""
 
     stage: str
     ref: Ref
-    state: State
+    state: State | Literal["remote"]
     bytes: float | None
     seconds: float | None
     source: str = ""
@@ -111,7 +119,7 @@ class _Planned:
 
     def cells(self) -> tuple[str, ...]:
         """Its row of the table."""
-        about = "" if self.state == "fresh" else "~"
+        about = "" if self.state in ("fresh", "remote") else "~"
         takes = (
             "-" if self.bytes is None else f"{about}{size(self.bytes)}",
             "-" if self.seconds is None else f"{about}{duration(self.seconds)}",
@@ -119,13 +127,16 @@ class _Planned:
         return (self.stage, str(self.ref), self.state, *takes, self.why)
 
 
-def _planned(stage: Stage, store: Store, estimator: Estimator, explainer: Explainer) -> _Planned:
+def _planned(stage: Stage, store: Store, estimator: Estimator, explainer: Explainer, elsewhere: Elsewhere) -> _Planned:
     ref, state = stage.recipe.ref, store.state(stage.recipe.ref)
+    if far := elsewhere.have.get(ref):
+        known: Any = {"bytes": far.bytes, "seconds": far.provenance["seconds"]}
+        return _Planned(stage=stage.name, ref=ref, state="remote", **known, why=f"in {elsewhere.remote}")
     if state == "fresh":
         built = store.open(ref).manifest
         return _Planned(stage=stage.name, ref=ref, state=state, bytes=built.bytes, seconds=built.provenance["seconds"])
     guess, why = estimator.estimate(stage), _why(stage, state, store, explainer)
-    known: Any = {"bytes": guess.bytes, "seconds": guess.seconds, "source": guess.source}
+    known = {"bytes": guess.bytes, "seconds": guess.seconds, "source": guess.source}
     return _Planned(stage=stage.name, ref=ref, state=state, **known, why=why)
 
 
@@ -137,35 +148,44 @@ def _why(stage: Stage, state: State, store: Store, explainer: Explainer) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    return _walk(open_request(options), open_runtime(options), options.first, options.last, options.force)
+    return _walk(options, options.first, options.last, options.force)
 
 
 def stage(options: argparse.Namespace) -> int:
-    return _walk(open_request(options), open_runtime(options), options.stage, options.stage, ())
+    return _walk(options, options.stage, options.stage, ())
 
 
-def _walk(request: Request, runtime: Runtime, first: str, last: str, force: Sequence[str]) -> int:
+def _walk(options: argparse.Namespace, first: str, last: str, force: Sequence[str]) -> int:
+    request, runtime = open_request(options), open_runtime(options)
     if under_torchrun() and not (first == last == v2c.STAGE and not force):
         raise UserError(
             f"under torchrun only `{request.command('stage', v2c.STAGE)}` runs; start the others without it"
         )
+    if under_torchrun() and (options.remote or options.push):
+        raise UserError("the processes of torchrun read no remote; `zs-seg pull` the inputs first, and push afterwards")
     config, store = configure(request), request.open_store()
     stages = line(config)
     selected = runs.select(stages, first=first, last=last)
     again = runs.forced(selected, force)
     runs.require_shares(config, selected, runtime.devices)
-    runs.require_inputs(request, store, stages, selected, again)
-    runs.show_device(request, store, selected, runtime, again)
-    runs.show_work(config, store, stages, selected, again)
+    elsewhere = Elsewhere.look(store, stages, remote=options.remote, push=options.push)
+    runs.require_inputs(request, store, stages, selected, again, elsewhere.have)
+    runs.show_device(request, store, selected, runtime, again, elsewhere.have)
+    runs.show_work(config, store, stages, selected, again, elsewhere.have)
     with runs.noted(request, stages, store):
+        elsewhere.note(request.run_name)
         runs.remove(store, again)
+        elsewhere.fetch(elsewhere.needed(selected, again))
         for number, stage in enumerate(stages, 1):
             if stage in selected:
-                outcome = runs.build(stage, store, runtime)
+                outcome = elsewhere.outcome(stage, again) or runs.build(stage, store, runtime)
                 if not torchrun_rank():
                     print(f"[{number}/{len(stages)}] {outcome}", flush=True)
+                elsewhere.leave(outcome.ref)
         if selected[-1] is stages[-1]:
-            _print_report(request.run_name, runs.publish(request.preset, stages, store, name=request.run_name))
+            folder = runs.publish(request.preset, stages, store, name=request.run_name, elsewhere=elsewhere.have)
+            _print_report(request.run_name, folder)
+        elsewhere.finish()
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from storage.errors import UserError, counted, did_you_mean
 from storage.keys import Ref
 from storage.lineage import Lineage
 from storage.runs import RunRecord, Runs
-from storage.store import Store
+from storage.store import Manifest, Store
 
 log = logging.getLogger(__name__)
 
@@ -72,20 +72,25 @@ def remove(store: Store, stages: Sequence[Stage]) -> None:
 
 
 def require_inputs(
-    request: Request, store: Store, stages: Sequence[Stage], selected: Sequence[Stage], again: Sequence[Stage] = ()
+    request: Request,
+    store: Store,
+    stages: Sequence[Stage],
+    selected: Sequence[Stage],
+    again: Sequence[Stage] = (),
+    elsewhere: Container[Ref] = (),
 ) -> None:
-    """Check that every input that the selected stages do not make themselves is complete. Those of `again` are built
-    even if complete.
+    """Check that every input that the selected stages do not make themselves is complete, in the store or `elsewhere`.
+    Those of `again` are built even if complete.
 
     Raises UserError that names the first missing stage and the command that makes it.
     """
     stage_of = {stage.recipe.ref: stage.name for stage in stages}
     made = {stage.recipe.ref for stage in selected}
     for stage in selected:
-        if stage not in again and store.state(stage.recipe.ref) == "fresh":
+        if stage not in _due(store, [stage], again, elsewhere):
             continue
         for ref in stage.recipe.inputs.values():
-            if ref not in made and (state := store.state(ref)) != "fresh":
+            if ref not in made and ref not in elsewhere and (state := store.state(ref)) != "fresh":
                 name = stage_of[ref]
                 raise UserError(
                     f"stage {stage.name} reads what stage {name} makes, and {ref} is {state} in {store.root}; "
@@ -103,13 +108,27 @@ def require_shares(config: Config, selected: Sequence[Stage], devices: int) -> N
 
 
 def show_work(
-    config: Config, store: Store, stages: Sequence[Stage], selected: Sequence[Stage], again: Sequence[Stage] = ()
+    config: Config,
+    store: Store,
+    stages: Sequence[Stage],
+    selected: Sequence[Stage],
+    again: Sequence[Stage] = (),
+    elsewhere: Container[Ref] = (),
 ) -> None:
     """Log how many of several selected stages are to be built, and about how long that takes, by `zs-seg plan`."""
     if len(selected) == 1:
         return
-    due = [stage for stage in selected if stage in again or store.state(stage.recipe.ref) != "fresh"]
+    due = _due(store, selected, again, elsewhere)
     log.info("%s, %s", counted(len(selected), "stage"), _work(config, store, stages, due) if due else "none to build")
+
+
+def _due(store: Store, selected: Sequence[Stage], again: Sequence[Stage], elsewhere: Container[Ref]) -> list[Stage]:
+    """The stages that are to be built: those of `again`, and what is complete neither in the store nor elsewhere."""
+
+    def complete(ref: Ref) -> bool:
+        return ref in elsewhere or store.state(ref) == "fresh"
+
+    return [stage for stage in selected if stage in again or not complete(stage.recipe.ref)]
 
 
 def _work(config: Config, store: Store, stages: Sequence[Stage], due: Sequence[Stage]) -> str:
@@ -136,13 +155,18 @@ def _work(config: Config, store: Store, stages: Sequence[Stage], due: Sequence[S
 
 
 def show_device(
-    request: Request, store: Store, selected: Sequence[Stage], runtime: Runtime, again: Sequence[Stage] = ()
+    request: Request,
+    store: Store,
+    selected: Sequence[Stage],
+    runtime: Runtime,
+    again: Sequence[Stage] = (),
+    elsewhere: Container[Ref] = (),
 ) -> None:
     """Log the device that the stages to be built compute on, if any does; not where workers elsewhere do it.
 
     Raises UserError where the preset is made for a GPU, there is none, and the CPU was not asked for by name.
     """
-    due = {stage.name for stage in selected if stage in again or store.state(stage.recipe.ref) != "fresh"}
+    due = {stage.name for stage in _due(store, selected, again, elsewhere)}
     if not runtime.local:
         due -= {"cache-clip"}
     if due.isdisjoint(ON_DEVICE):
@@ -167,15 +191,16 @@ def noted(request: Request, stages: Sequence[Stage], store: Store) -> contextlib
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The result of one stage: built now, in `seconds`, or complete before."""
+    """The result of one stage: built now, in `seconds`, or complete before; `note` where that was elsewhere."""
 
     stage: str
     ref: Ref
     built: bool
     seconds: float
+    note: str = ""
 
     def __str__(self) -> str:
-        done = f"built in {duration(self.seconds)}" if self.built else "fresh, nothing to do"
+        done = self.note or (f"built in {duration(self.seconds)}" if self.built else "fresh, nothing to do")
         return f"{self.stage:<11} {self.ref!s:<28} {done}"
 
 
@@ -196,25 +221,36 @@ def build(stage: Stage, store: Store, runtime: Runtime) -> Outcome:
     return Outcome(stage=stage.name, ref=ref, built=built, seconds=time.monotonic() - started)
 
 
-def publish(preset: str, stages: Sequence[Stage], store: Store, runs: Path = Path("runs"), *, name: str = "") -> Path:
-    """Copy the report to `<runs>/<name, else preset>/`, with the preset's name and where every number came from;
-    returns that folder."""
+def publish(
+    preset: str,
+    stages: Sequence[Stage],
+    store: Store,
+    runs: Path = Path("runs"),
+    *,
+    name: str = "",
+    elsewhere: Mapping[Ref, Manifest] | None = None,
+) -> Path:
+    """Copy the report to `<runs>/<name, else preset>/`, with the preset's name and where every number came from, also of
+    stages whose artefacts are elsewhere; returns that folder."""
     from pipeline.report import write
 
     folder, ref = runs / (name or preset), stages[-1].recipe.ref
     store.require_intact(ref)
     try:
-        write.publish(store.path(ref), folder, preset=preset, lineage=lineage(stages, store))
+        write.publish(store.path(ref), folder, preset=preset, lineage=lineage(stages, store, elsewhere))
     except OSError as error:
         raise UserError(f"folder {folder} cannot be written ({error.strerror}); mend that or run elsewhere") from error
     return folder
 
 
-def lineage(stages: Sequence[Stage], store: Store) -> dict[str, dict[str, Any]]:
+def lineage(
+    stages: Sequence[Stage], store: Store, elsewhere: Mapping[Ref, Manifest] | None = None
+) -> dict[str, dict[str, Any]]:
     """Stage -> its artefact and the seconds it took to build; an artefact that nobody needs any more may be gone."""
-    refs = {stage.name: stage.recipe.ref for stage in stages}
-    return {
-        name: {"ref": str(ref), "seconds": store.open(ref).manifest.provenance["seconds"]}
-        for name, ref in refs.items()
-        if store.state(ref) == "fresh"
-    }
+    found = {}
+    for stage in stages:
+        ref = stage.recipe.ref
+        manifest = store.open(ref).manifest if store.state(ref) == "fresh" else (elsewhere or {}).get(ref)
+        if manifest:
+            found[stage.name] = {"ref": str(ref), "seconds": manifest.provenance["seconds"]}
+    return found

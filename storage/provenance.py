@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import pwd
+import socket
 import subprocess
 import time
 from functools import cache
@@ -25,9 +28,11 @@ PACKAGES = (
 
 
 def provenance() -> dict[str, Any]:
-    """Time, git commit (None outside a git checkout), Python and package versions, platform."""
+    """Time, user and machine, git commit (None outside a git checkout), Python and package versions, platform."""
     return {
         "created": time.strftime("%FT%T%z"),
+        "user": user_name(os.getuid()),
+        "host": socket.gethostname(),
         "git": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -56,3 +61,11 @@ def _commit() -> str | None:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):  # no git here, or no commit yet
         return None
+
+
+def user_name(number: int) -> str:
+    """The name of a user, or "user 1234" for an id without a name on this machine, as in a container."""
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"

@@ -409,12 +409,11 @@ class Remote:
         """The manifest in a file of the remote. Raises UserError as `manifest`."""
         try:
             manifest = Manifest.parse(text, ref)
-            sound = all(_is_sound(name, entry) for name, entry in manifest.files.items())
+            if all(_is_sound(name, entry) for name, entry in manifest.files.items()):
+                return manifest
         except UNPARSABLE:
-            sound = False
-        if not sound:
-            raise UserError(f"{ref} is damaged in {self}, its {MANIFEST} cannot be used; {self.anew(ref)}")
-        return manifest
+            pass
+        raise UserError(f"{ref} is damaged in {self}, its {MANIFEST} cannot be used; {self.anew(ref)}")
 
     def anew(self, ref: Ref) -> str:
         """What mends a damaged artefact there."""

@@ -24,7 +24,8 @@ from storage.atomic import write_text
 from storage.errors import UserError
 from storage.keys import Ref
 from storage.lock import Lock
-from storage.store import Store, user_name
+from storage.provenance import user_name
+from storage.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ import errno
 import json
 import logging
 import os
-import pwd
 import re
 import secrets
 import time
@@ -29,7 +28,7 @@ from storage.errors import UserError, anew, counted
 from storage.inputs import NOTE, Inputs
 from storage.keys import KEY_LENGTH, Recipe, Ref, canonical, recipe_key, sha256_file
 from storage.lock import Lock
-from storage.provenance import provenance
+from storage.provenance import provenance, user_name
 
 log = logging.getLogger(__name__)
 
@@ -533,14 +532,6 @@ def _closed(path: Path) -> str:
     shut = there.parent if os.access(there, os.R_OK | os.W_OK) else there
     owner = user_name(shut.lstat().st_uid)
     return f": {shut} belongs to {owner}, who must let the group read and write (umask 002, chmod -R g+rwX)"
-
-
-def user_name(number: int) -> str:
-    """The name of a user, or "user 1234" for an id without a name on this machine, as in a container."""
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return f"user {number}"
 
 
 def _names(folder: Path) -> list[str]:
