@@ -206,14 +206,12 @@ def parser() -> _Parser:
             "--name",
             default="",
             metavar="NAME",
-            help="name of the run, whose artefacts `gc` keeps; default: the preset",
+            help="name of the run; default: the preset's",
         )
     for command in (plan, run, stage):
-        command.add_argument("--remote", default="", metavar="R", help=f"look there before building: {REMOTE}")
+        command.add_argument("--remote", default="", metavar="R", help="look there before building: name or address")
     for command in (run, stage):
-        command.add_argument(
-            "--push", action="store_true", help="send what is complete here to the remote, stage by stage"
-        )
+        command.add_argument("--push", action="store_true", help="send what is complete to the remote")
     for command in (plan, run, stage, ablation):
         command.add_argument(
             "--max-steps", type=int, default=0, metavar="N", help="at most N steps per training stage, for trials"
@@ -317,7 +315,7 @@ def _add_run_flags(run: _Parser) -> None:
         action="append",
         default=[],
         metavar="STAGE",
-        help="rebuild it and all that depends on it; may be repeated",
+        help="rebuild it and what depends on it; repeatable",
     )
 
 

@@ -21,7 +21,10 @@ COMMON = {
     "data.train_images", "data.benchmark", "v2c.steps", "v2c.batch", "v2c.lr", "v2c.augment.size",
     "g2s.steps", "cpa.steps",
 }  # fmt: skip
-RARE = {"--help", "--help-all", "--traceback", "--skip-bad", "--threads", "--compile", "--checkpoint-every", "--dask"}
+RARE = {
+    "--help", "--help-all", "--traceback", "--skip-bad", "--threads", "--compile", "--checkpoint-every", "--dask",
+    "--remote", "--push",
+}  # fmt: skip
 # columns; longer lines are hard to read
 WIDEST = 100
 

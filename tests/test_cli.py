@@ -67,7 +67,7 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
         (("plan", "--preset", "dmo"), "preset 'dmo' is unknown (did you mean 'demo'?)"),
         (("plan",), "--preset"),
         (("no-such",), "predict"),
-        (("pln", *DEMO), "command 'pln' is unknown (did you mean 'plan'?); use one of plan, run"),
+        (("pln", *DEMO), "command 'pln' is unknown (did you mean 'plan'?); use one of new, plan, run"),
         (("run", *DEMO, "--no-such"), "--no-such"),
         (("run", *DEMO, "--forse", "cpa"), "'--forse' is unknown (did you mean '--force'?); `zs-seg run --help-all`"),
         (("run", *DEMO, "--backbone-lr=1"), "'--backbone-lr' is unknown (did you mean '--v2c.backbone-lr'?)"),
@@ -201,7 +201,7 @@ def test_plan_tells_fresh_from_missing(small_store: Store, capsys: pytest.Captur
     assert main(("plan", *TREE, "--store", str(small_store.root))) == 0
     rows = [row.split() for row in capsys.readouterr().out.splitlines()[1 : 1 + len(STAGES)]]
     assert [row[0] for row in rows] == list(STAGES)
-    assert [row[2] for row in rows] == ["fresh"] * 3 + ["missing"] * 6
+    assert [row[2] for row in rows] == ["fresh"] * 3 + ["missing"] * 7
     assert rows[4][3] == "-" and rows[4][4].startswith("~")  # the bytes of v2c are not known, its time is assumed
 
 
@@ -218,7 +218,7 @@ def test_plan_says_where_estimates_come_from(
 def test_plan_as_json(small_store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(("plan", *TREE, "--store", str(small_store.root), "--json")) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["store"] == str(small_store.root) and found["to_build"] == 6
+    assert found["store"] == str(small_store.root) and found["to_build"] == 7
     assert [row["stage"] for row in found["stages"]] == list(STAGES)
     assert [f"{row['kind']}/{row['key']}" for row in found["stages"]] == [
         str(stage.recipe.ref) for stage in line(small_config())
@@ -239,7 +239,7 @@ def test_a_run_begins_with_what_there_is_to_do(small_store: Store, caplog: pytes
     for selected, again, expected in (
         (stages[:3], (), r"3 stages, none to build"),
         (stages[:3], stages[:1], r"3 stages, 1 to build, about \d+ s"),
-        (stages, (), r"9 stages, 6 to build, about \d+ s \(assumed of all, see `zs-seg plan`\)"),
+        (stages, (), r"10 stages, 7 to build, about \d+ s \(assumed of all, see `zs-seg plan`\)"),
     ):
         caplog.clear()
         runs.show_work(config, small_store, stages, selected, again)
@@ -255,7 +255,7 @@ def test_a_run_begins_with_what_there_is_to_do(small_store: Store, caplog: pytes
         runs.show_work(config, small_store, stages, stages)
     finally:
         annotations.write_bytes(intact)
-    assert caplog.messages == ["9 stages, 6 to build; no time, as the images cannot be counted"]
+    assert caplog.messages == ["10 stages, 7 to build; no time, as the images cannot be counted"]
 
 
 def test_plan_estimates_from_the_last_artefact_alike(small_store: Store, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,14 +87,14 @@ def test_resnet50_starts_from_the_published_weights(name: str, tmp_path: Path) -
     ref = Ref(kind="shards", key="0" * 16)
 
     def weights(config: V2CConfig) -> str | None:
-        return v2c.recipe(config, shards=ref, tokens=ref, text=ref).config["segmenter"]["backbone_weights"]
+        return v2c.recipe(config, shards=ref, tokens=ref, text=ref).config.segmenter.backbone_weights
 
     assert weights(config) == ("imagenet" if name == "coco-zss-r101c" else "resnet50.tv_in1k")
     assert weights(replace(config, segmenter=replace(config.segmenter, backbone_weights=None))) is None
     assert weights(replace(config, segmenter=replace(config.segmenter, backbone="resnet18"))) == "imagenet"
     if root:
         (stage,) = (s for s in line(configure(Request(preset=name, coco=str(root)))) if s.name == "v2c")
-        assert stage.recipe.config["segmenter"]["backbone_weights"] == "resnet50.tv_in1k"
+        assert stage.recipe.config.segmenter.backbone_weights == "resnet50.tv_in1k"
 
 
 def test_semantic_views_are_those_of_the_semantic_presets_alone() -> None:
