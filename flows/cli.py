@@ -195,6 +195,8 @@ def parser() -> _Parser:
     _add_predict_flags(predict)
     evaluate = add("evaluate", commands.evaluate_checkpoint, "score a trained checkpoint on a benchmark's own files")
     _add_evaluate_flags(evaluate)
+    sweep = add("sweep", commands.sweep, "a finished run's scores with the teacher at other alpha and beta")
+    _add_sweep_flags(sweep)
     _add_pq_flags(add("pq", commands.panoptic_quality, "panoptic quality of any result in COCO's panoptic format"))
     _add_view_flags(add("view", view.view, "make pages of all validation images of a run, or of two side by side"))
     bench = add("bench", commands.bench, "time ours and a reference in turn, in one process")
@@ -217,7 +219,7 @@ def parser() -> _Parser:
             "--max-steps", type=int, default=0, metavar="N", help="at most N steps per training stage, for trials"
         )
         command.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be used")
-    for command in (run, stage, ablation, verify, predict, evaluate, bench):
+    for command in (run, stage, ablation, verify, predict, evaluate, sweep, bench):
         command.add_argument(
             "--device", default="auto", metavar="DEVICE", help="auto (default), cpu, cuda, cuda:1, ..."
         )
@@ -473,6 +475,21 @@ def _add_evaluate_flags(evaluate: _Parser) -> None:
     )
     evaluate.add_argument("--out", default="", metavar="DIR", help="folder for the predictions")
     _add_teacher_flag(evaluate, "for classes that the checkpoint does not have, and --with-teacher")
+
+
+def _add_sweep_flags(sweep: _Parser) -> None:
+    sweep.add_argument("run_name", metavar="RUN", help="a run, or the key of a report")
+    for name, classes in (("alpha", "seen"), ("beta", "unseen")):
+        sweep.add_argument(
+            f"--{name}",
+            type=float,
+            nargs="+",
+            default=[],
+            metavar="X",
+            help=f"the teacher's exponents for {classes} classes, each 0..1; default: the report's",
+        )
+    sweep.add_argument("--images", type=int, default=0, metavar="N", help="the first N validation images; default: all")
+    sweep.add_argument("--json", default="", metavar="FILE", help="also write the points to this file")
 
 
 def _add_with_teacher_flags(command: _Parser) -> None:

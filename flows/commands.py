@@ -297,6 +297,30 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     return 0
 
 
+def sweep(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from pipeline.scoring import exponents
+    from storage.atomic import write_text
+
+    if options.json and not Path(options.json).parent.is_dir():
+        raise UserError(f"--json {options.json}: folder {Path(options.json).parent} not found; make it first")
+    found = exponents.run(
+        report=options.run_name,
+        alphas=options.alpha,
+        betas=options.beta,
+        images=options.images,
+        store=open_store(options),
+        runtime=open_runtime(options),
+    )
+    Console().print(exponents.table(found))
+    if options.json:
+        write_text(Path(options.json), json.dumps(found, indent=1, allow_nan=False))
+    return 0
+
+
 def panoptic_quality(options: argparse.Namespace) -> int:
     from pathlib import Path
 

@@ -17,6 +17,7 @@ from PIL import Image
 from tiny import QUIET, build, copy_artefacts, tiny_config
 
 from pipeline import mask_tokens, scenes
+from pipeline.data.benchmarks import LabelFiles
 from pipeline.data.transforms import channels_first
 from pipeline.inference.forward import outputs
 from pipeline.inference.model import load_model
@@ -60,7 +61,7 @@ def test_every_row_is_a_single_call_of_open_clip(shared_store: Store, steps: dic
     compared = 0
     for tar in Shards(shared_store.path(steps["shard"].recipe.ref)).tars("val"):
         group = read_mask_tokens(made.path / f"{tar.stem}.zarr")
-        assert float(group.scale[0]) == pytest.approx(float(clip.logit_scale.exp()))
+        assert float(group.scale[0]) == pytest.approx(float(clip.logit_scale.detach().exp()))
         for row, sample in enumerate(read_shard(tar)):
             picture = decode_image(sample)
             _, output = next(outputs(model.segmenter, [(None, channels_first(picture))], model.meta.resize, batch=1))
@@ -73,7 +74,7 @@ def test_every_row_is_a_single_call_of_open_clip(shared_store: Store, steps: dic
                 alone = embed(clip, masked(prepared, masks[query], torch.zeros(3)))
                 assert float(torch.cosine_similarity(token, alone, dim=0)) >= 0.9995
                 compared += 1
-    assert compared >= 30 and made.manifest.counts["val"]["images"] == 10
+    assert compared >= 10 and made.manifest.counts["val"]["images"] == 10
 
 
 def test_of_training_images_the_first_that_the_protocol_leaves(
@@ -106,7 +107,7 @@ def test_options_that_change_no_token_move_no_key(steps: dict[str, Stage]) -> No
 
     assert key() == key(views=2) == recipe.key
     assert len({key(), key(method="attention"), key(crop="box"), key(dtype="bfloat16"), key(batch=7)}) == 5
-    semantic = replace(benchmark, task="semantic")
+    semantic = replace(benchmark, files=LabelFiles(images=("*.jpg",), labels=("*.png",), ignored=(), splits={}))
     few, many = (
         mask_tokens.recipe(CONFIG.tokens, benchmark=semantic, **given | {"calibration_images": n}).key for n in (1, 9)
     )
@@ -123,12 +124,12 @@ def test_a_killed_build_goes_on_to_the_same_bytes(
     groups = made.folders(".zarr")
     for group in groups[:2]:
         shutil.copytree(group, partial / group.name)
-    whole = (partial / groups[0].name / "token/c/0/0").stat()
-    chunk = partial / groups[1].name / "token/c/0/0"
+    whole = (partial / groups[0].name / "image_id/c/0").stat()
+    chunk = partial / groups[1].name / "image_id/c/0"
     chunk.write_bytes(chunk.read_bytes()[:-9] + b"x" * 9)
     again.run(store, QUIET)
     assert content(store.path(made.ref)) == content(made.path)
-    assert (store.path(made.ref) / groups[0].name / "token/c/0/0").stat().st_ino == whole.st_ino
+    assert (store.path(made.ref) / groups[0].name / "image_id/c/0").stat().st_ino == whole.st_ino
     assert groups[1].name in caplog.text and store.open(made.ref).manifest.provenance["resumed"]
 
 

@@ -112,7 +112,7 @@ def test_verify_of_a_sample_reads_what_its_seed_draws(copied: Store, capsys: pyt
         main(("verify", "--sample", "60", "--seed", str(seed), "--store", str(copied.root))) for seed in range(20)
     ]
     capsys.readouterr()
-    assert "1 of 14 artefacts is damaged" in says(capsys, copied, "verify", "--sample", "999", status=2)[-1]
+    assert "1 of 16 artefacts is damaged" in says(capsys, copied, "verify", "--sample", "999", status=2)[-1]
     files[-1].unlink()
     key = files[-1].parent.name
     assert key in says(capsys, copied, "verify", key, "--sample", "1", status=2)[-1]  # sizes are always compared
@@ -134,7 +134,7 @@ def test_verify_names_stray_files_and_sets_damage_aside(copied: Store, capsys: p
     rows = [row for row in says(capsys, copied, "verify", "--set-aside") if "is set aside as" in row]
     assert len(rows) == 2 and copied.state(shards) == copied.state(tokens) == "missing"
     assert len(list(copied.root.glob("*/.*.aside"))) == 2
-    assert "12 artefacts" in says(capsys, copied, "verify", "--set-aside")[-1]
+    assert "14 artefacts" in says(capsys, copied, "verify", "--set-aside")[-1]
     assert not any("set aside" in row for row in says(capsys, copied, "gc", "--partial-age", "1"))
     rows = [
         row for row in says(capsys, copied, "gc", "--partial-age", "0", "--delete") if "set aside, untouched" in row
@@ -165,7 +165,7 @@ def test_show_and_verify_of_a_run(copied: Store, capsys: pytest.CaptureFixture[s
     copied.remove(copied.find(keys()["evaluate"]))
     rows = says(capsys, copied, "verify", "demo")
     assert rows[0].split() == [f"report/{keys()['evaluate']}", "missing,", "nothing", "to", "compare"]
-    assert "8 artefacts" in rows[-1]
+    assert "9 artefacts" in rows[-1]
     note(copied, "planned", demo_line(7)[4:])
     assert "nothing of run planned" in says(capsys, copied, "verify", "planned", status=2)[0]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,35 +87,56 @@ class TeacherCalibration:
         }
 
 
-class TeacherSweep:
-    """Panoptic quality of one row over alpha, with its beta, and over beta, with its alpha; under its thresholds."""
+class TeacherPoints:
+    """Panoptic quality of some rows, whose checkpoints and exponents differ, under the same thresholds."""
 
-    def __init__(
-        self, benchmark: Benchmark, row: TeacherRow, thresholds: Thresholds, *, exponents: tuple[float, ...]
-    ) -> None:
+    def __init__(self, benchmark: Benchmark, rows: Iterable[TeacherRow], thresholds: Thresholds) -> None:
         self.benchmark, self.thresholds = benchmark, thresholds
         ids = [category.id for category in benchmark.categories]
-        self.rows = {
-            name: {value: replace(row, **{name: value}) for value in sorted({*exponents, getattr(row, name)})}
-            for name in ("alpha", "beta")
-        }
-        # the row itself is on both curves
-        self._qualities = {at: PanopticQuality(ids) for curve in self.rows.values() for at in curve.values()}
+        self._qualities = {row: PanopticQuality(ids) for row in rows}
 
+    @torch.no_grad()
     def update(
         self, gt: GroundTruth, output: Output, own: Mapping[str, Tensor], found: MaskTokens, classes: Classes
     ) -> None:
         """Count one image; `own` are the checkpoints' logits (Q, K)."""
-        log_t = found.log_scores(classes.text)
+        output, log_t = output.kept(), found.log_scores(classes.text)
         for row, quality in self._qualities.items():
             logits = row.logits(own, found, log_t, classes.seen)
             ids, segments = panoptic_map(output, logits, classes, self.thresholds)
             quality.update(gt.ids, gt.sample.segments, ids, segments, image=gt.sample.image_id)
 
+    def points(self) -> dict[TeacherRow, SweepPoint]:
+        """By row, so far; a point's `value` is the row's beta."""
+        return {row: sweep_point(row.beta, quality, self.benchmark) for row, quality in self._qualities.items()}
+
+
+class TeacherSweep:
+    """One row's curves over alpha, with its beta, and over beta, with its alpha; under its thresholds."""
+
+    def __init__(
+        self, benchmark: Benchmark, row: TeacherRow, thresholds: Thresholds, *, exponents: Sequence[float]
+    ) -> None:
+        self._rows = {
+            name: {value: replace(row, **{name: value}) for value in sorted({*exponents, getattr(row, name)})}
+            for name in ("alpha", "beta")
+        }
+        # the row itself is on both curves
+        self._points = TeacherPoints(
+            benchmark, (at for curve in self._rows.values() for at in curve.values()), thresholds
+        )
+
+    def update(
+        self, gt: GroundTruth, output: Output, own: Mapping[str, Tensor], found: MaskTokens, classes: Classes
+    ) -> None:
+        """Count one image, as `TeacherPoints.update`."""
+        self._points.update(gt, output, own, found, classes)
+
     def curves(self) -> TeacherCurves:
         """Both curves so far."""
-
-        def points(name: str) -> list[SweepPoint]:
-            return [sweep_point(value, self._qualities[at], self.benchmark) for value, at in self.rows[name].items()]
-
-        return TeacherCurves(alpha=points("alpha"), beta=points("beta"))
+        points = self._points.points()
+        curves = {
+            name: [replace(points[row], value=value) for value, row in curve.items()]
+            for name, curve in self._rows.items()
+        }
+        return TeacherCurves(**curves)
