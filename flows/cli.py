@@ -488,7 +488,13 @@ def _add_sweep_flags(sweep: _Parser) -> None:
             metavar="X",
             help=f"the teacher's exponents for {classes} classes, each 0..1; default: the report's",
         )
-    sweep.add_argument("--images", type=int, default=0, metavar="N", help="the first N validation images; default: all")
+    sweep.add_argument(
+        "--images",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the first N of the images that the report kept; default: all",
+    )
     sweep.add_argument("--json", default="", metavar="FILE", help="also write the points to this file")
 
 

@@ -298,6 +298,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
 
 
 def sweep(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
     from pathlib import Path
 
     from rich.console import Console
@@ -317,7 +318,7 @@ def sweep(options: argparse.Namespace) -> int:
     )
     Console().print(exponents.table(found))
     if options.json:
-        write_text(Path(options.json), json.dumps(found, indent=1, allow_nan=False))
+        write_text(Path(options.json), json.dumps([asdict(point) for point in found], indent=1, allow_nan=False))
     return 0
 
 

@@ -69,7 +69,7 @@ def demo() -> Config:
         ),
         g2s=G2SConfig(steps=1000, batch=16, hidden=256),
         cpa=CPAConfig(steps=300, batch=16, lr=3e-3),
-        evaluate=EvaluateConfig(batch=16),
+        evaluate=EvaluateConfig(batch=16, kept_images=300),
     )
 
 

@@ -17,9 +17,10 @@ from storage.store import Build
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from models.segmenter import Segmenter
-    from pipeline.inference.maps import Classes, PredictedSegment, Thresholds
+    from pipeline.inference.maps import Classes, Output, PredictedSegment, Thresholds
     from pipeline.inference.model import Model
     from pipeline.report.pictures import Picture
     from storage.shards import Sample
@@ -64,6 +65,7 @@ def build(
     from pipeline.inference.model import load_model, require_same_classes
     from pipeline.report.write import write_report
     from pipeline.scoring.evaluator import Evaluator
+    from pipeline.scoring.exponents import keep
     from pipeline.scoring.found_masks import validation_masks
     from pipeline.teacher.text_bank import open_text
     from pipeline.training.curves import read_curves
@@ -80,6 +82,7 @@ def build(
     segmenter, resize = for_inference(stage_1.segmenter), stage_1.meta.resize
     classes = classes_of(bank.embedding, bank.classes(), device)
     pictures: list[Picture] = []
+    kept: list[tuple[int, Output, dict[str, Tensor]]] = []
     shards, masks = Shards(build.open("shards").path), build.open("mask_tokens").path
 
     thresholds = _teacher_thresholds(build, config, runtime, models, classes, segmenter, slack=threshold_slack)
@@ -90,6 +93,9 @@ def build(
         for ((sample, own), output), (image, found) in zip(every, validation_masks(shards, masks, device), strict=True):
             assert image == sample.image_id, (image, sample.image_id)
             maps = evaluator.update(sample, own, output, found)
+            if len(kept) < config.kept_images and benchmark.task == "panoptic":
+                own_logits = {name: model.logits(output.features, model.text) for name, model in models.items()}
+                kept.append((sample.image_id, output, own_logits))
             if len(pictures) < config.pictures and any(
                 not benchmark.seen[benchmark.index[s.category_id]] for s in sample.segments
             ):
@@ -98,7 +104,9 @@ def build(
     report = evaluator.report(bank.teacher)
     trained = {"v2c": "inductive", "g2s": "generator", "cpa": "transductive"}
     curves = {stage: read_curves(build.open(name).path) for stage, name in trained.items()}
-    build.add(*write_report(build.path, report, curves=curves, pictures=pictures))
+    build.add(
+        *(keep(build.path, kept) if kept else ()), *write_report(build.path, report, curves=curves, pictures=pictures)
+    )
     left_out = report.left_out
     log.info(
         "ceilings leave out %s; segments without a query over them: %d",

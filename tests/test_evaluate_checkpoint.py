@@ -24,10 +24,10 @@ from pipeline.data.benchmarks import Benchmark, Category, load_benchmark
 from pipeline.inference.maps import PredictedSegment
 from pipeline.inference.model import load_model
 from pipeline.inference.vocabulary import vocabulary_of
-from pipeline.scoring import evaluate_checkpoint
+from pipeline.scoring import evaluate_checkpoint, exponents
 from pipeline.scoring.metrics import PanopticQuality
 from storage.shards import Segment, encode_ids
-from storage.store import Store
+from storage.store import Manifest, Store
 
 pytestmark = pytest.mark.slow  # a run that was trained long enough to find something
 
@@ -61,7 +61,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         store=store,
         data=store.open(refs["scenes"]).path,
         report=json.loads((store.open(refs["evaluate"]).path / "report.json").read_text()),
-        keys={stage: refs[stage].key for stage in ("v2c", "cpa")},
+        keys={stage: refs[stage].key for stage in ("v2c", "cpa", "evaluate")},
         benchmark=write_benchmark(store.root.parent / "scenes-test.json", BENCHMARK.categories, BENCHMARK.unseen_ids),
     )
 
@@ -300,6 +300,47 @@ def test_a_turned_photo_is_scored_as_its_label_map_lies(run: Run, tmp_path: Path
     photos[0].save(tmp_path / "val2017" / "0.jpg", format="PNG", exif=exif)
     with pytest.raises(ValueError, match=r"0\.jpg states orientation 3, and its size does not tell"):
         evaluate(run, file, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ zs-seg sweep
+
+
+def test_a_sweep_is_the_report_at_other_exponents(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the report's own exponents its rows, at those of its curves their points, to the digit; neither the teacher nor
+    the segmenter is loaded."""
+    for module in ("models.teacher.load_teacher", "pipeline.inference.model.load_model"):
+        monkeypatch.setattr(module, None)
+    words = ("sweep", run.keys["evaluate"], "--store", run.store.root, "--beta", "0.8", "0.2")
+    assert main([*map(str, words), "--json", str(tmp_path / "points.json")]) == 0
+    assert "inductive + teacher" in capsys.readouterr().out
+    found = {(point["row"], point["beta"]): point for point in json.loads((tmp_path / "points.json").read_text())}
+    assert len(found) == 4
+    for (row, beta), point in found.items():
+        (expected,) = (at for at in run.report["sweeps"][row]["beta"] if at["value"] == beta)
+        assert {key: point[key] for key in ("sPQ", "uPQ", "hPQ")} | {"value": beta} == expected
+        assert beta != 0.8 or point["sPQ"] == run.report[row]["sPQ"]
+    assert len({point["sPQ"] for point in found.values()}) > 1
+    (first, *_) = exponents.run(
+        report=run.keys["evaluate"], alphas=(1.0,), betas=(1.0,), images=3, store=run.store, runtime=QUIET
+    )
+    assert (first.row, first.alpha, first.beta) == ("inductive_teacher", 1.0, 1.0)
+
+
+def test_what_a_sweep_refuses(run: Run, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"alphas": (), "betas": (), "images": 0, "runtime": QUIET}
+    with pytest.raises(ValueError, match=r"--alpha and --beta must lie in 0..1, not 1.5"):
+        exponents.run(report=run.keys["evaluate"], store=run.store, **given | {"alphas": (0.2, 1.5)})
+    store = Store(tmp_path)
+    shutil.copytree(run.store.root / "report" / run.keys["evaluate"], tmp_path / "report" / run.keys["evaluate"])
+    manifest = tmp_path / "report" / run.keys["evaluate"] / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["files"] = {name: facts for name, facts in content["files"].items() if "zarr" not in name}
+    del content["checksum"]
+    manifest.write_text(Manifest(**content).dumps())
+    with pytest.raises(ValueError, match=r"has kept no image; run it again with --evaluate.kept-images N"):
+        exponents.run(report=run.keys["evaluate"], store=store, **given)
 
 
 # ------------------------------------------------------------------------------------------------ classes

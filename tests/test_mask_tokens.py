@@ -23,12 +23,15 @@ from pipeline.inference.forward import outputs
 from pipeline.inference.model import load_model
 from pipeline.line import Stage
 from storage.errors import UserError
+from storage.kept_outputs import read_kept_outputs, write_kept_outputs
 from storage.mask_tokens import MaskTokenGroup, check_mask_tokens, read_mask_tokens, write_mask_tokens
 from storage.shards import Shards, decode_image, read_shard
 from storage.store import Artefact, Store
 
 CONFIG = tiny_config()
-UNSEEN = set(scenes.benchmark(scenes.ScenesConfig()).unseen_ids)
+assert isinstance(CONFIG.data, scenes.ScenesConfig)
+WORLD = scenes.benchmark(CONFIG.data)
+UNSEEN = set(WORLD.unseen_ids)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def steps(shared_store: Store) -> dict[str, Stage]:
 
 def stage(steps: dict[str, Stage], **change: Any) -> Stage:
     given: dict[str, Any] = {
-        "teacher": CONFIG.teacher, "benchmark": scenes.benchmark(scenes.ScenesConfig()), "calibration_images": 6,
+        "teacher": CONFIG.teacher, "benchmark": WORLD, "calibration_images": 6,
         "shards": steps["shard"].recipe.ref, "checkpoint": steps["v2c"].recipe.ref,
     }  # fmt: skip
     return Stage.of(mask_tokens, CONFIG.tokens, **given | change)
@@ -86,9 +89,7 @@ def test_of_training_images_the_first_that_the_protocol_leaves(
         read_mask_tokens(path).image_id.tolist() for path in made.folders(".zarr") if path.name.startswith("train")
     ]
     assert [i for some in found for i in some] == left[:6] and made.manifest.counts["train"]["images"] == 6
-    hidden = replace(
-        scenes.benchmark(scenes.ScenesConfig()), unseen_ids=tuple(sorted({s.category_id for s in samples[0].segments}))
-    )
+    hidden = replace(WORLD, unseen_ids=tuple(sorted({s.category_id for s in samples[0].segments})))
     tars = Shards(shared_store.path(steps["shard"].recipe.ref)).tars("train")
     kept = dict(mask_tokens._left_for_training(tars, hidden, most=10**6))
     assert 0 < sum(kept.values()) < len(samples)
@@ -100,7 +101,7 @@ def test_options_that_change_no_token_move_no_key(steps: dict[str, Stage]) -> No
     """Mirrored views are of training; thresholds of semantic maps do not exist."""
     recipe = stage(steps).recipe
     given: dict[str, Any] = {"teacher": CONFIG.teacher, "calibration_images": 6, **recipe.inputs}
-    benchmark = scenes.benchmark(scenes.ScenesConfig())
+    benchmark = WORLD
 
     def key(**change: Any) -> str:
         return mask_tokens.recipe(replace(CONFIG.tokens, **change), benchmark=benchmark, **given).key
@@ -147,7 +148,7 @@ def test_two_workers_change_no_byte(
 def test_a_worker_that_does_not_see_the_store(steps: dict[str, Stage], tmp_path: Path) -> None:
     job = mask_tokens.Job(
         tar=tmp_path / "val-000000.tar", group=tmp_path / "a.zarr", images=1, hide=False, checkpoint=tmp_path,
-        config=CONFIG.tokens, teacher=CONFIG.teacher, benchmark=scenes.benchmark(scenes.ScenesConfig()),
+        config=CONFIG.tokens, teacher=CONFIG.teacher, benchmark=WORLD,
     )  # fmt: skip
     with pytest.raises(UserError, match=r"a worker on .* does not find .*val-000000\.tar; pass --store"):
         mask_tokens._encode(job, QUIET, lambda *_: None)
@@ -199,3 +200,21 @@ def test_arrays_that_do_not_fit_are_refused(change: dict[str, np.ndarray], messa
     with pytest.raises(UserError, match=message):
         write_mask_tokens(tmp_path / "a.zarr", **arrays(**change), scale=1.0)
     assert MaskTokenGroup(**arrays(), scale=np.ones(1)).of(0)[0].tolist() == [1, 5]
+
+
+def test_kept_outputs_come_back(tmp_path: Path) -> None:
+    """Images of two sizes; arrays that do not fit are refused."""
+    rng = np.random.default_rng(0)
+    masks = [rng.normal(size=(2, 3, 4)).astype(np.float32), rng.normal(size=(2, 5, 2)).astype(np.float32)]
+    sizes = np.array([[(3, 4), (12, 16), (12, 15), (30, 40)], [(5, 2), (20, 8), (20, 7), (60, 20)]])
+    given = {"image_id": np.array([7, 9]), "sizes": sizes, "masks": np.concatenate([m.ravel() for m in masks])}
+    logits = {name: rng.normal(size=(2, 2, 6)).astype(np.float32) for name in ("inductive", "transductive")}
+    files = write_kept_outputs(tmp_path / "a.zarr", **given, **logits)
+    assert sorted(files) == sorted(path for path in (tmp_path / "a.zarr").rglob("*") if path.is_file())
+    kept = read_kept_outputs(tmp_path / "a.zarr")
+    for number, mask in enumerate(masks):
+        assert np.array_equal(kept.masks_of(number), mask)
+    assert np.array_equal(kept.transductive, logits["transductive"]) and np.array_equal(kept.sizes, sizes)
+    for wrong in ({"masks": given["masks"][1:]}, {"image_id": np.array([7])}, {"sizes": sizes[:, :3]}):
+        with pytest.raises(UserError, match="kept outputs do not fit together"):
+            write_kept_outputs(tmp_path / "b.zarr", **{**given, **wrong}, **logits)

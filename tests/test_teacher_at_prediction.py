@@ -162,7 +162,9 @@ def test_tokens_are_those_of_cache_clip(
     """For masks that are segments; in parts as in one piece."""
     shards = Shards(shared_store.path(build(shared_store, tiny_config(), until="shard")["shard"].recipe.ref))
     config, tar = TokensConfig(**options), shards.tars("val")[0]
-    world = scenes.benchmark(scenes.ScenesConfig())
+    data = tiny_config().data
+    assert isinstance(data, scenes.ScenesConfig)
+    world = scenes.benchmark(data)
     encode_tar(teacher, tar, tmp_path / "a.zarr", config, world, hide=False, progress=lambda *_: None)
     group, compared = read_tokens(tmp_path / "a.zarr"), 0
     for row, sample in enumerate(read_shard(tar)):

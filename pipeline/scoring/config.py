@@ -43,9 +43,13 @@ class EvaluateConfig:
     teacher_exponents: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     """Points of the sweeps over alpha and over beta, each in 0..1; their own values are added."""
 
+    kept_images: int = 0
+    """Validation images, the first ones, whose masks a panoptic report keeps for `zs-seg sweep`, 0 or more: 55 KB each on
+    the demo, 25 MB with 100 queries at 800 x 1216 pixels."""
+
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.sweep_images < 1 or self.pictures < 0:
-            raise UserError("evaluate: batch and sweep_images must be at least 1, and pictures 0 or more")
+        if self.batch < 1 or self.sweep_images < 1 or min(self.pictures, self.kept_images) < 0:
+            raise UserError("evaluate: batch and sweep_images must be at least 1, pictures and kept_images 0 or more")
         for name in ("object_thresholds", "seen_offsets", "teacher_exponents"):
             if any(not 0 <= value <= 1 for value in getattr(self, name)):
                 raise UserError(f"evaluate: {name} must lie in 0..1")

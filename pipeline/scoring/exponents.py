@@ -1,14 +1,15 @@
-"""`zs-seg sweep`: a finished report's rows with the teacher at other exponents alpha and beta.
+"""`zs-seg sweep`: a finished report's rows with the teacher at other exponents alpha and beta, in seconds.
 
-It reads the cached mask tokens, so no teacher is loaded and nothing is encoded; the segmenter's masks, which would take
-24 MB an image at 800 x 1200 pixels, are not kept and are computed again. Object thresholds are those of the report.
+It reads the masks and class logits that the report has kept (`EvaluateConfig.kept_images`) and the cached mask tokens:
+neither the teacher nor the segmenter is loaded. Object thresholds are those of the report.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.benchmarks import Benchmark, Category
@@ -22,73 +23,107 @@ from storage.store import Store
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import Tensor
+
+    from pipeline.inference.maps import Output
+
+KEPT = "outputs.zarr"  # in a report's folder
+
+
+def keep(folder: Path, found: Sequence[tuple[int, Output, Mapping[str, Tensor]]]) -> list[Path]:
+    """Write what a sweep needs of some images (id, output, the checkpoints' class logits (Q, K)) into a report's folder;
+    returns the files."""
+    import numpy as np
+
+    from storage.kept_outputs import write_kept_outputs
+
+    sizes = [(o.masks.shape[-2:], o.padded_size, o.image_size, o.original_size) for _, o, _ in found]
+    logits = {
+        name: np.stack([own[name].float().cpu().numpy() for _, _, own in found])
+        for name in ("inductive", "transductive")
+    }
+    return write_kept_outputs(
+        folder / KEPT,
+        image_id=np.array([image_id for image_id, _, _ in found]),
+        sizes=np.array(sizes),
+        masks=np.concatenate([output.masks.float().cpu().numpy().ravel() for _, output, _ in found]),
+        **logits,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """Panoptic quality of a row of `records.WITH_TEACHER` at a pair of exponents, in percent."""
+
+    row: str
+    alpha: float
+    beta: float
+    sPQ: float
+    uPQ: float
+    hPQ: float
 
 
 def run(
     *, report: str, alphas: Sequence[float], betas: Sequence[float], images: int, store: Store, runtime: Runtime
-) -> list[dict[str, Any]]:
-    """Panoptic quality at every pair of `alphas` and `betas` ((): the report's own), on the first `images` validation
-    images (0: all).
+) -> list[Point]:
+    """The points of every pair of `alphas` and `betas` ((): the report's own), on the first `images` of the kept
+    images (0: all). `report` is a run, or the key of a report.
 
-    Returns a record for each pair and checkpoint: `row` (of `records.WITH_TEACHER`), `alpha`, `beta`, sPQ, uPQ and hPQ in
-    percent. `report` is a run, or the key of a report.
-
-    Raises UserError where there is no such report, or it is of a semantic benchmark, and for an exponent outside of
-    0..1.
+    Raises UserError where there is no such report, or it has kept no image, and for an exponent outside of 0..1.
     """
     if wrong := [value for value in (*alphas, *betas) if not 0 <= value <= 1]:
         raise UserError(f"--alpha and --beta must lie in 0..1, not {wrong[0]:g}")
     artefact = store.open(names.find(store, report, kind="report"))
-    written, manifest = read_report(artefact.path / "report.json"), artefact.manifest
-    if written.sweeps is None:
-        raise UserError(f"report {artefact.ref} is of a semantic benchmark, which has no sweeps; pass a panoptic run's")
-    benchmark = _benchmark(manifest.config["benchmark"])
+    if not any(name.startswith(f"{KEPT}/") for name in artefact.manifest.files):
+        raise UserError(
+            f"report {artefact.ref} has kept no image; run it again with --evaluate.kept-images N (panoptic runs only)"
+        )
 
-    from models.folding import for_inference
-    from pipeline.data.samples import samples_with_tokens
-    from pipeline.inference.forward import outputs
-    from pipeline.inference.maps import classes_of
-    from pipeline.inference.model import load_model
+    import torch
+
+    from pipeline.inference.maps import Output, Thresholds, classes_of
     from pipeline.scoring.found_masks import validation_masks
     from pipeline.scoring.rows import GroundTruth
     from pipeline.scoring.teacher_rows import TeacherPoints, teacher_rows
     from pipeline.teacher.text_bank import open_text
-    from storage.shards import Shards
+    from storage.kept_outputs import read_kept_outputs
+    from storage.shards import Shards, read_shard
 
-    device, settings = runtime.torch_device(), written.settings
-    paths = {name: store.open(Ref.parse(source)).path for name, source in manifest.inputs.items()}
-    bank = open_text(paths["text"], Ref.parse(manifest.inputs["text"]).key)
-    models = {name: load_model(paths[name], device) for name in ("inductive", "transductive")}
-    classes, shards = classes_of(bank.embedding, bank.classes(), device), Shards(paths["shards"])
+    device, settings = runtime.torch_device(), read_report(artefact.path / "report.json").settings
+    inputs = {name: Ref.parse(source) for name, source in artefact.manifest.inputs.items()}
+    benchmark = _benchmark(artefact.manifest.config["benchmark"])
+    bank = open_text(store.open(inputs["text"]).path, inputs["text"].key)
+    classes, shards = classes_of(bank.embedding, bank.classes(), device), Shards(store.open(inputs["shards"]).path)
+    rows, points = teacher_rows(EvaluateConfig()), {}
     pairs = list(itertools.product(alphas or (settings.alpha,), betas or (settings.beta,)))
-    rows = teacher_rows(EvaluateConfig())
-    points = {
-        name: TeacherPoints(
-            benchmark,
-            [replace(rows[name], alpha=alpha, beta=beta) for alpha, beta in pairs],
-            replace(
-                models["inductive"].meta.thresholds, object_threshold=getattr(settings, f"object_threshold_{name}")
-            ),
+    for name in WITH_TEACHER:
+        object_threshold, overlap = getattr(settings, f"object_threshold_{name}"), settings.overlap_threshold
+        assert object_threshold is not None and overlap is not None
+        thresholds = Thresholds(object_threshold=object_threshold, overlap_threshold=overlap)
+        points[name] = TeacherPoints(
+            benchmark, [replace(rows[name], alpha=alpha, beta=beta) for alpha, beta in pairs], thresholds
         )
-        for name in WITH_TEACHER
-    }
-    stage_1 = models["inductive"]
-    samples = samples_with_tokens(shards, paths["tokens"], workers=runtime.decoders)
-    every = outputs(
-        for_inference(stage_1.segmenter), samples, stage_1.meta.resize, batch=manifest.config["evaluate"]["batch"]
-    )
-    count = min(images or settings.images, settings.images)
+    kept = read_kept_outputs(artefact.path / KEPT)
+    count = min(images or len(kept.image_id), len(kept.image_id))
+    samples = (sample for tar in shards.tars("val") for sample in read_shard(tar))
+    found = validation_masks(shards, store.open(inputs["mask_tokens"]).path, device)
     with runtime.bar(count, "sweeping", "image") as bar:
-        for ((sample, _), output), (_, found) in itertools.islice(
-            zip(every, validation_masks(shards, paths["mask_tokens"], device), strict=True), count
-        ):
-            kept, gt = output.kept(), GroundTruth(sample, benchmark)
-            own = {name: model.logits(kept.features, model.text) for name, model in models.items()}
+        for number, sample, (image_id, tokens) in zip(range(count), samples, found, strict=False):
+            assert sample.image_id == image_id == kept.image_id[number]
+            _, padded, image, original = ((height, width) for height, width in kept.sizes[number].tolist())
+            output = Output(
+                features=torch.zeros(0), masks=torch.from_numpy(kept.masks_of(number)).to(device), padded_size=padded,
+                image_size=image, original_size=original, keep=True,
+            )  # fmt: skip
+            own = {
+                name: torch.from_numpy(getattr(kept, name)[number]).to(device) for name in ("inductive", "transductive")
+            }
+            gt = GroundTruth(sample, benchmark)
             for part in points.values():
-                part.update(gt, kept, own, found, classes)
+                part.update(gt, output, own, tokens, classes)
             bar.update()
     return [
-        {"row": name, "alpha": row.alpha, "beta": row.beta, "sPQ": point.sPQ, "uPQ": point.uPQ, "hPQ": point.hPQ}
+        Point(row=name, alpha=row.alpha, beta=row.beta, sPQ=point.sPQ, uPQ=point.uPQ, hPQ=point.hPQ)
         for name, part in points.items()
         for row, point in part.points().items()
     ]
@@ -100,14 +135,14 @@ def _benchmark(content: dict[str, Any]) -> Benchmark:
     return Benchmark(**{**content, "categories": categories, "unseen_ids": tuple(content["unseen_ids"])})
 
 
-def table(found: Sequence[dict[str, Any]]) -> Table:
-    """The records in percent, for the terminal."""
+def table(found: Sequence[Point]) -> Table:
+    """The points in percent, for the terminal."""
     from rich.table import Table
 
     shown = Table()
-    for name in found[0]:
+    for name in ("row", "alpha", "beta", "sPQ", "uPQ", "hPQ"):
         shown.add_column(name, justify="left" if name == "row" else "right", style="bold" if name == "hPQ" else None)
-    for record in found:
-        cells = (f"{value:.1f}" if name.endswith("PQ") else f"{value:g}" for name, value in list(record.items())[1:])
-        shown.add_row(record["row"].replace("_", " + "), *cells)
+    for point in found:
+        scores = (f"{value:.1f}" for value in (point.sPQ, point.uPQ, point.hPQ))
+        shown.add_row(point.row.replace("_", " + "), f"{point.alpha:g}", f"{point.beta:g}", *scores)
     return shown
