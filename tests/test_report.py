@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reports
+from browser import chromium
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageColor
@@ -28,7 +29,7 @@ from pipeline.inference.maps import PredictedSegment
 from pipeline.report.overlay import UNSEEN, Label
 from pipeline.report.page import SETTINGS
 from pipeline.report.pictures import TITLES, Picture, sheet
-from pipeline.report.plots import spread
+from pipeline.report.plots import loss_plot, spread
 from pipeline.report.write import console_table, publish, write_report
 from pipeline.scoring.metrics import ConfusionMatrix, PanopticQuality, class_map, scores, semantic_scores
 from pipeline.scoring.published import beside_the_paper
@@ -318,6 +319,78 @@ def test_pictures_are_the_image_the_truth_and_both_predictions(folder: Path) -> 
     assert (truth[edge] == unseen).all() and not (inductive == unseen).all(-1).any()
     circle = (slice(60, 100), slice(40, 46))
     assert (truth[circle] == inductive[circle]).all()  # one class, one colour
+
+
+def test_the_pointer_finds_every_segments_name(folder: Path) -> None:
+    """The map beside a picture has the place of every pixel's segment, 0 where nothing is annotated."""
+    found = [attrs for tag, attrs in page(folder).tags if tag == "img" and "data-places" in attrs]
+    assert [attrs["alt"] for attrs in found] == [*TITLES[1:]] * 5
+    for attrs, (ids, labels) in zip(
+        found, (PICTURE.ground_truth, PICTURE.inductive, PICTURE.transductive), strict=False
+    ):
+        places = np.asarray(Image.open(io.BytesIO(base64.b64decode(str(attrs["data-places"]).split(",")[1]))))
+        names = ["void", *json.loads(str(attrs["data-names"]))]
+        named = np.array(names)[places[..., 0].astype(int) + 256 * places[..., 1]]
+        expected = {0: "void"} | {i: name + ("" if seen else ", unseen") for i, (name, _, seen) in labels.items()}
+        assert (named == np.vectorize(expected.get)(ids)).all()
+    assert "<b>&star, unseen" in str(found[0]["data-names"])
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0, 3e4])
+@pytest.mark.parametrize("span", [1.0, 40.0, 300.0, 1e5])
+def test_every_number_at_an_axis_can_be_read(scale: float, span: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain numbers inside of the picture, at least two of them at each axis, apart from each other."""
+    from matplotlib.figure import Figure
+
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def kept(self: Figure, *arguments: object, **named: object) -> None:
+        figures.append(self)
+        save(self, *arguments, **named)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    high = scale * span
+    loss_plot([{"step": s, "total": high * (scale / high) ** (s / 900), "mmd": scale} for s in range(0, 1000, 100)])
+    (axes,) = figures[0].axes
+    inside = figures[0].bbox
+    for axis, (low, top) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        ticks = zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)
+        boxes = [label.get_window_extent() for at, label in ticks if low <= at <= top and label.get_text()]
+        texts = [label.get_text() for label in axis.get_majorticklabels()]
+        assert len(boxes) >= 2 and not [text for text in texts if "$" in text or "\N{MULTIPLICATION SIGN}" in text]
+        assert not axis.get_offset_text().get_text()
+        assert not [label for label in axis.get_minorticklabels() if label.get_text()]
+        for box in boxes:
+            assert inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+        assert not any(one.overlaps(other) for one, other in pairwise(boxes))
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (420, "dark")])
+def test_in_a_browser_pictures_are_enlarged_and_named(folder: Path, width: int, scheme: str) -> None:
+    with chromium() as browser:
+        opened, faults = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme), []
+        opened.on("pageerror", lambda error: faults.append(str(error)))
+        opened.goto((folder / "report.html").as_uri())
+        assert opened.evaluate("document.documentElement.scrollWidth") <= width
+        ground = re.findall(r"\d+", opened.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert (sum(map(int, ground)) < 200) == (scheme == "dark")
+        truth = opened.locator(".panel >> nth=1")
+        small = truth.bounding_box()["width"]
+        truth.hover(position={"x": 0.2 * small, "y": 0.2 * small})
+        opened.wait_for_selector(".tip:not([hidden]):text-is('red circle')")
+        truth.click()
+        large = opened.locator("dialog[open] img")
+        assert large.bounding_box()["width"] >= min(1.9 * small, 400) and "ground truth, 2 of" in opened.inner_text(
+            "dialog"
+        )
+        opened.keyboard.press("ArrowRight")
+        assert "inductive, 3 of" in opened.inner_text("dialog")
+        large.hover(position={"x": 0.55 * large.bounding_box()["width"], "y": 0.7 * large.bounding_box()["width"]})
+        opened.wait_for_selector("dialog .tip:not([hidden]):text-is('red circle')")
+        opened.keyboard.press("Escape")
+        opened.wait_for_selector("dialog", state="hidden")
+        assert faults == []
 
 
 def test_the_preview_has_the_first_three_rows(folder: Path) -> None:

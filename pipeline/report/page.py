@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-from PIL import Image
-
 from pipeline.report.loss_table import loss_table
-from pipeline.report.pictures import picture_rows
+from pipeline.report.pictures import Panel, picture_rows
 from pipeline.report.plots import loss_plot, sweep_plot
 from pipeline.report.style import SCRIPT, STYLE
 from pipeline.runtime import duration
@@ -101,9 +99,9 @@ def page(
     report: Report,
     *,
     curves: Mapping[str, Sequence[Mapping[str, float]]],
-    pictures: Sequence[Sequence[Image.Image]],
+    pictures: Sequence[Sequence[Panel]],
 ) -> str:
-    """The whole page; arguments as in `write.write_report`, pictures rendered (see `Picture.panels`)."""
+    """The whole page; arguments as in `write.write_report`, pictures rendered (see `Picture.row`)."""
     marks = "".join(f"<li>{escape(mark)}</li>" for mark in report.marks)
     parts = [
         f"<header><p class=brand>zs-seg{PRESET_PLACE}</p><h1>{escape(report.benchmark)}</h1></header>",

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, DIM, GRID = "#1f2933", "#616e7c", "#e4e7eb"
+# of the figure's width: room for numbers such as 0.0002
+LEFT = 0.13
 UNDRAWN = ("step", "lr", "norm", "seconds", "waiting")
 LINES = "#2f7ed8", "#d9720b", "#3f9b4f", "#8e6bbf", "#a8801a", "#128a8a", "#9c6b4e", "#5f6f81"  # dark enough for text
 
@@ -29,6 +31,8 @@ def loss_plot(rows: Sequence[Mapping[str, float]]) -> str:
     losses = sorted(
         {name for row in rows for name in row if name not in UNDRAWN}, key=lambda name: (name != "total", name)
     )
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure, axes = _figure("step", width=0.57)
     ends, lowest, highest = [], np.inf, -np.inf
     for number, name in enumerate(losses):
@@ -42,6 +46,10 @@ def loss_plot(rows: Sequence[Mapping[str, float]]) -> str:
         lowest, highest = min(lowest, float(smooth.min())), max(highest, float(smooth.max()))
     if lowest > 0 and highest > 30 * lowest:
         axes.set_yscale("log")
+        # neighbouring powers of ten name only themselves; a shorter axis needs numbers between them
+        between = (1.0,) if highest > 1000 * lowest else (1.0, 3.0) if highest > 100 * lowest else (1.0, 2.0, 5.0)
+        axes.yaxis.set_major_locator(LogLocator(subs=between))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(left=0)
     axes.margins(x=0.01)
     return _finish(figure, axes, ends)
@@ -77,7 +85,7 @@ def _figure(below: str, *, width: float) -> tuple[Figure, Axes]:
 
     figure = Figure(figsize=(4.3, 2.8), dpi=200)
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.1, 0.15, width, 0.82))
+    axes = figure.add_axes((LEFT, 0.15, width - (LEFT - 0.1), 0.82))
     axes.grid(axis="y", color=GRID, linewidth=0.7)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#9aa5b1")
@@ -88,6 +96,10 @@ def _figure(below: str, *, width: float) -> tuple[Figure, Axes]:
 
 def _finish(figure: Figure, axes: Axes, ends: Sequence[tuple[float, str, str, bool]]) -> str:
     """Writes (height, text, colour, bold) at the right end of every line, and renders."""
+    from matplotlib.ticker import FuncFormatter
+
+    # plain numbers, and no power of ten above the axis
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     place = axes.transData + axes.transAxes.inverted()
     end = axes.get_xlim()[1]
     heights = spread([float(place.transform((end, value))[1]) for value, *_ in ends], gap=0.085)
@@ -95,7 +107,7 @@ def _finish(figure: Figure, axes: Axes, ends: Sequence[tuple[float, str, str, bo
         weight = "bold" if bold else "normal"
         axes.text(1.03, height, text, transform=axes.transAxes, color=colour, fontsize=8.5, va="center", weight=weight)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white")
+    figure.savefig(buffer, format="png", facecolor="none")  # the page's own, light or dark
     return data_url(buffer.getvalue(), "png")
 
 

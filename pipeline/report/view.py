@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.report.pictures import places_png
 from pipeline.report.style import COLOURS
 from pipeline.scoring.records import CHECKPOINTS, HEADLINE, read_report
 from storage.atomic import replacing, write_text
@@ -223,7 +224,8 @@ class _Recorder:
             segments: list[Any] = [{"class": k} for k in classes[name]]
             if name in found:
                 found[name].describe(segments)
-            content[name] = {"png": _png(places), "segments": segments}
+            png = base64.b64encode(places_png(places, SIDE)).decode()
+            content[name] = {"png": png, "segments": segments}
         content["over"] = {name: one.over(maps["truth"], maps[name]) for name, one in found.items()}
         name = f"{sample.image_id:012d}"
         write_text(folder / "maps" / f"{name}.js", f"viewMap({BASE}, {sample.image_id}, {_dumps(content)});\n")
@@ -390,17 +392,6 @@ def _places(ids: NDArray[np.integer], segments: Sequence[Segment | PredictedSegm
     known = np.array([0, *(segment.id for segment in segments)])
     order = np.argsort(known)
     return order[np.searchsorted(known[order], ids)]
-
-
-def _png(places: NDArray[np.int64]) -> str:
-    """Places (H, W) as the base64 of a PNG whose long side is at most `SIDE` pixels: place = R + 256 G."""
-    from storage.shards import encode_ids
-
-    height, width = places.shape
-    if (longest := max(height, width)) > SIDE:
-        rows, columns = (np.arange(n * SIDE // longest) * longest // SIDE for n in (height, width))
-        places = places[np.ix_(rows, columns)]
-    return base64.b64encode(encode_ids(places)).decode()
 
 
 def _size(image: Image.Image, side: int, *, grow: bool = False) -> tuple[int, int]:

@@ -56,10 +56,10 @@ def write_report(
     files = [folder / name for name in ("report.json", "per_class.csv", "report.html")]
     write_text(folder / "report.json", report.to_json())
     write_text(folder / "per_class.csv", _class_csv(report))
-    rows = [picture.panels() for picture in pictures]
+    rows = [picture.row() for picture in pictures]
     write_text(folder / "report.html", page(report, curves=curves, pictures=rows))
     if rows:
-        preview = sheet(TITLES, rows[:PREVIEW_ROWS], side=PREVIEW_SIDE)
+        preview = sheet(TITLES, [[panel.picture for panel in row] for row in rows[:PREVIEW_ROWS]], side=PREVIEW_SIDE)
         files.append(folder / PREVIEW)
         _write_bytes(files[-1], encoded(preview, "jpeg"))
     return files
