@@ -22,8 +22,9 @@ from pipeline.teacher.config import TextConfig
 from pipeline.training.config import V2CConfig
 from storage.keys import Ref
 
-ZPS = ("coco-zps-r50", "coco-zps-maskformer-r50")
-ZSS = ("coco-zss-r50", "coco-zss-r101c")
+ZPS = ("coco-zps-r50", "coco-zps-maskformer-r50", "coco-zps-r50-regions")
+ZSS = ("coco-zss-r50", "coco-zss-r101c", "coco-zss-r50-regions", "coco-zss-r101c-regions")
+REGIONS = {"coco-zps-r50-regions": "coco-zps-r50", "coco-zss-r50-regions": "coco-zss-r50", "coco-zss-r101c-regions": "coco-zss-r101c", "demo-regions": "demo"}  # fmt: skip
 REDUCED = (
     "--teacher.name", "small", "--teacher.pretrained", "shipped", "--teacher.fill", "mean", "--text.templates", "plain",
     "--v2c.segmenter.backbone-weights", "None", "--v2c.batch", "2", "--v2c.points", "112", "--v2c.calibration-images", "2",
@@ -43,7 +44,7 @@ def test_the_published_numbers(name: str) -> None:
     assert (segmenter.queries, segmenter.dim, segmenter.heads, segmenter.frozen_batchnorm) == (100, 256, 8, True)
     assert segmenter.backbone_weights == "imagenet"
     assert (config.tokens.dtype, v2c.precision, config.queries.views) == ("bfloat16", "bfloat16", 4)
-    assert segmenter.backbone == ("resnet101c" if name.endswith("r101c") else "resnet50")
+    assert segmenter.backbone == ("resnet101c" if "r101c" in name else "resnet50")
     assert config.data.benchmark == ("coco-panoptic-zps" if name in ZPS else "coco-stuff-zss")
     assert v2c.augment.size == (1024 if name in ZPS else 640)
     if "maskformer" in name:
@@ -59,13 +60,15 @@ def test_the_published_numbers(name: str) -> None:
     [
         ("coco-zps-r50", (134_736, 33_684, 9_000)), ("coco-zss-r50", (354_861, 88_715, 9_000)),
         ("coco-zss-r101c", (354_861, 88_715, 9_000)), ("coco-zps-maskformer-r50", (33_684, 33_684, 33_684)),
+        ("coco-zps-r50-regions", (354_861, 88_715, 9_000)), ("coco-zss-r50-regions", (354_861, 88_715, 9_000)),
+        ("coco-zss-r101c-regions", (354_861, 88_715, 9_000)),
     ],
 )  # fmt: skip
 def test_steps_are_epochs_of_the_images_left(name: str, steps: tuple[int, int, int]) -> None:
     config = preset(name)
     assert (config.v2c.steps, config.g2s.steps, config.cpa.steps) == steps
     message = PRESETS[name].__doc__ or ""
-    if name != "coco-zss-r101c":  # which says that it is coco-zss-r50 with another backbone
+    if "zss" not in name or name == "coco-zss-r50":  # the others point to it
         assert all(f"{number:,}" in message for number in steps)
     assert epochs(12, images=44_912, batch=16) == 33_684
     assert 140_350 * 16 / 50 == 44_912
@@ -89,12 +92,28 @@ def test_resnet50_starts_from_the_published_weights(name: str, tmp_path: Path) -
     def weights(config: V2CConfig) -> str | None:
         return v2c.recipe(config, shards=ref, tokens=ref, text=ref).config.segmenter.backbone_weights
 
-    assert weights(config) == ("imagenet" if name == "coco-zss-r101c" else "resnet50.tv_in1k")
+    assert weights(config) == ("imagenet" if "r101c" in name else "resnet50.tv_in1k")
     assert weights(replace(config, segmenter=replace(config.segmenter, backbone_weights=None))) is None
     assert weights(replace(config, segmenter=replace(config.segmenter, backbone="resnet18"))) == "imagenet"
     if root:
         (stage,) = (s for s in line(configure(Request(preset=name, coco=str(root)))) if s.name == "v2c")
         assert stage.recipe.config.segmenter.backbone_weights == "resnet50.tv_in1k"
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_regions_are_all_that_their_presets_add(name: str) -> None:
+    """Besides the protocol, and with it the images, where the other preset has the image filter."""
+    config, base = preset(name), preset(REGIONS[name])
+    assert config.v2c.candidates and config.tokens.regions == "components"
+    assert all(word in (PRESETS[name].__doc__ or "") for word in ("outline", "classes never"))
+    assert config.data.protocol == ("own" if "zss" in name else "pixel-ignore")
+    plain = replace(config.v2c, candidate_mask_weight=0.0, candidate_token_weight=0.0, steps=base.v2c.steps)
+    assert plain == base.v2c
+    assert replace(config.tokens, regions="none", region_min_area=40) == base.tokens
+    for part in ("shard", "teacher", "text", "queries", "cpa", "evaluate"):
+        assert getattr(config, part) == getattr(base, part)
+    assert replace(config.g2s, steps=base.g2s.steps) == base.g2s
+    assert not base.v2c.candidates and base.tokens.regions == "none"
 
 
 def test_semantic_views_are_those_of_the_semantic_presets_alone() -> None:

@@ -135,7 +135,8 @@ def test_regions_come_back_image_by_image(tmp_path: Path) -> None:
 
 
 def test_regions_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    base, one = tokens(3, 3) | {"kept": np.ones(3)}, np.ones((2, 2), np.uint8)
+    base: dict[str, Any] = tokens(3, 3) | {"kept": np.ones(3)}
+    one = np.ones((2, 2), np.uint8)
     good = region_group(np.ones((1, 2, 4)), [one, None, one], [1, 0, 1], [0, 0, 0])
     with pytest.raises(ValueError, match="without a map, or a map without regions"):
         region_group(np.ones((1, 2, 4)), [one, None, None], [1, 0, 1], [0, 0, 0])
@@ -149,10 +150,10 @@ def test_regions_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         {"regions": region_group(np.ones((1, 2, 5)), [one, None, one], [1, 0, 1], [0, 0, 0])},
         {"regions": region_group(np.ones((1, 2, 4)), [one, one], [1, 1], [0, 0])},
     ]
-    none = {"instance": np.zeros((0, 4)), "offsets": np.zeros(4), "segment_id": np.zeros(0)}
+    none: dict[str, Any] = {"instance": np.zeros((0, 4)), "offsets": np.zeros(4), "segment_id": np.zeros(0)}
     for other in others:
         with pytest.raises(ValueError, match="not of the same samples"):
-            write_tokens(tmp_path / "a.zarr", **(base | none | {"regions": good} | other))
+            write_tokens(tmp_path / "a.zarr", **{**base, **none, "regions": good, **other})
     assert list(tmp_path.iterdir()) == []
 
 
