@@ -219,7 +219,7 @@ def test_gc_is_a_look_until_told(copied: Store, capsys: pytest.CaptureFixture[st
 def test_plan_says_why_and_by_whom(copied: Store, capsys: pytest.CaptureFixture[str]) -> None:
     (step,) = (step for step in demo_line(200) if step.name == "v2c")
     copied.remove(copied.find(keys()["scenes"]))  # they hold no images to count
-    words = ("plan", *DEMO, "--v2c.lr", str(step.recipe.config["lr"]))
+    words = ("plan", *DEMO, "--v2c.lr", str(step.recipe.config.lr))
 
     def look(build: Build) -> None:
         rows = says(capsys, copied, *words)[1:10]

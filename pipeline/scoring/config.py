@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from storage.errors import UserError
+from storage.keys import option
 
 # Stage 1 chooses its object threshold from these, and the report's curve is drawn over them.
 OBJECT_THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -43,7 +44,7 @@ class EvaluateConfig:
     teacher_exponents: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     """Points of the sweeps over alpha and over beta, each in 0..1; their own values are added."""
 
-    kept_images: int = 0
+    kept_images: int = option(0)
     """Validation images, the first ones, whose masks a panoptic report keeps for `zs-seg sweep`, 0 or more: 55 KB each on
     the demo, 25 MB with 100 queries at 800 x 1216 pixels."""
 
