@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.benchmarks import Benchmark, Category, LabelFiles, load_benchmark
+from pipeline.data.benchmarks import (
+    Benchmark,
+    Category,
+    CocoFiles,
+    CocoSplit,
+    Holdout,
+    LabelFiles,
+    load_benchmark,
+)
 
 SHARED_FACTS = Path(__file__).parents[2] / "shared" / "facts"  # what the classes were copied from; not everywhere
 
@@ -125,9 +133,29 @@ def test_a_semantic_file_of_ones_own(tmp_path: Path) -> None:
     )
 
 
+def test_a_file_that_names_its_annotations(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    splits = {"train": {"json": "a.json", "images": "a", "pngs": "p"}, "test": {"json": "b.json", "images": "."}}
+    more = {"annotations": {"kind": "panoptic", "splits": splits, "bgr": True}, "holdout": {"share": 0.25, "seed": "3"}}
+    path.write_text(json.dumps(FILE | more | {"others": "ignore"}))
+    benchmark = load_benchmark(str(path))
+    train = CocoSplit(json="a.json", images="a", pngs="p")
+    assert benchmark.task == "panoptic" and benchmark.others == "ignore"
+    assert benchmark.annotations == CocoFiles(
+        kind="panoptic", bgr=True, holdout=Holdout(share=0.25, seed=3),
+        splits={"train": train, "test": CocoSplit(json="b.json", images=".")},
+    )  # fmt: skip
+    assert benchmark.annotations.split("val") == train
+    with pytest.raises(ValueError, match="split 'dev' is unknown; --split is one of train, test, val"):
+        benchmark.annotations.split("dev")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"others": "keep"}, "others is 'keep', which must be refuse or ignore"),
+        ({"holdout": {"share": 1.5}}, "holdout: share must be above 0 and below 1, not 1.5"),
+        ({"holdout": {}}, "'share' is missing"),
         ({"task": "depth"}, "task 'depth' is unknown; use one of panoptic, semantic"),
         ({"task": "panoptic"}, "'isthing' is missing"),
         ({"labels": 3}, "missing or malformed"),
@@ -173,6 +201,12 @@ def test_a_semantic_file_at_odds_with_itself(tmp_path: Path, change: dict[str, A
         (lambda f: f["categories"][0].update(isthing="no"), "isthing of entry 1 of categories is 'no'"),
         (lambda f: f.update(unseen_ids=["fog"]), "an entry of unseen_ids is 'fog', which must be a whole number"),
         (lambda f: f.update(protocol=3), "missing or malformed"),
+        (lambda f: f.update(annotations={"kind": "boxes", "splits": {}}), "annotations: kind 'boxes' is unknown"),
+        (lambda f: f.update(annotations={"splits": {}}), "'kind' is missing"),
+        (
+            lambda f: f.update(annotations={"kind": "panoptic", "splits": {"train": {"json": "a"}}}),
+            "'images' is missing",
+        ),
     ],
 )
 def test_a_file_at_odds_with_itself(tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:

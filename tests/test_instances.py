@@ -50,6 +50,6 @@ def test_run_lengths_are_those_of_cocos_own_tools() -> None:
         height, width = rng.integers(1, 40, 2).tolist()
         inside = (rng.random((height, width)) < rng.random()).astype(np.uint8)
         runs = coco_mask.encode(np.asfortranarray(inside))
-        mask = {"size": [height, width], "counts": runs["counts"].decode()}
+        mask = {"size": [height, width], "counts": str(runs["counts"], "ascii")}
         found = draw([{"id": 1, "iscrowd": 0, "segmentation": mask}], height, width)
         np.testing.assert_array_equal(found, inside)

@@ -18,7 +18,8 @@ from sharding import BENCHMARK, CONFIG, JPEG, PNG, QUIET, samples, shard, tree
 from stage_processes import shard_until
 
 from pipeline import shard as stage
-from pipeline.data.coco import CocoSource, coco_source, fingerprint_coco
+from pipeline.data.benchmarks import CocoFiles, Holdout
+from pipeline.data.coco import CocoSource, coco_source, coco_split, fingerprint_coco
 from pipeline.data.config import ShardConfig
 from pipeline.line import Stage
 from pipeline.shard import recipe
@@ -103,6 +104,7 @@ def test_what_is_in_the_key_and_what_is_not(coco: Path) -> None:
 
     assert key() == key(unseen_ids=(), protocol="none", name="other")  # shards serve every protocol
     assert key(categories=BENCHMARK.categories[::-1]) != key()
+    assert key(others="ignore") != key()
     assert key(source=replace(source, root="/elsewhere")) == key()
     assert key(source=replace(source, fingerprint="0" * 64)) != key()
     assert key(source=Ref(kind="scenes", key="0" * 16)) != key()
@@ -150,6 +152,19 @@ def test_the_fingerprint_is_of_what_the_annotation_lists(coco: Path, caplog: pyt
         f"{coco}/annotations/panoptic_val2017: not listed in the annotation, and not used: desktop.ini",
     ]
     assert fingerprint_coco(coco) == source.fingerprint and len(caplog.messages) == 3
+
+
+def test_the_fingerprint_has_how_annotations_are_read(coco: Path) -> None:
+    """COCO's own layout, written out, has the fingerprint that it has without; another way of reading has another."""
+    own = CocoFiles(kind="panoptic", splits={split: coco_split(None, split) for split in ("train", "val")})
+    plain = fingerprint_coco(coco)
+    assert fingerprint_coco(coco, own) == plain
+    ways: list[dict[str, Any]] = [
+        {"kind": "instances"}, {"bgr": True}, {"bare": True}, {"holdout": Holdout(share=0.2)},
+        {"holdout": Holdout(share=0.3)}, {"holdout": Holdout(share=0.2, seed=1)},
+    ]  # fmt: skip
+    others = {fingerprint_coco(coco, replace(own, **way)) for way in ways}
+    assert len(others) == len(ways) and plain not in others
 
 
 def test_data_that_changed_since_planning(coco: Path, store: Store) -> None:

@@ -377,8 +377,8 @@ def _plain(root: Path) -> LabelFiles | None:
         below = {path.name.lower(): path.name for path in sorted(first.iterdir()) if path.is_dir()}
         for image in [below[name] for name in IMAGES if name in below] or [""]:
             for label in [below[name] for name in LABELS if name in below] or [""]:
-                parts = [f"{{split}}/{part}" if part else "{split}" for part in (image, label)]
-                if found := _pair(root, *parts, splits):
+                pictures, maps = ("/".join(filter(None, ("{split}", part))) for part in (image, label))
+                if found := _pair(root, pictures, maps, splits):
                     return found
     return _pair(root, ".", ".", {})
 
