@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
-from flows import ablate, commands, new, remote_commands, store_commands, view
+from flows import ablate, commands, history, new, remote_commands, store_commands, view
 from flows.flags import flags_of
 from flows.presets import PRESETS, preset
 from models.errors import ModelError
@@ -319,6 +319,12 @@ def _add_run_flags(run: _Parser) -> None:
         metavar="STAGE",
         help="rebuild it and what depends on it; repeatable",
     )
+    run.add_argument(
+        "--track",
+        default="",
+        metavar="TRACKER",
+        help="mlflow: send config, curves, scores and pictures there in the end",
+    )
 
 
 def _add_ablate_flags(command: _Parser) -> None:
@@ -338,6 +344,20 @@ def _add_store_commands(add: Callable[..., _Parser]) -> _Parser:
     show = add("show", store_commands.show_artefact, "show an artefact: its manifest, inputs and users")
     show.add_argument("key", metavar="KEY", help=f"{ARTEFACT}; of a run the last stage")
     show.add_argument("--json", action="store_true", help="as JSON")
+    runs = add("runs", history.runs, "list the named runs: date, what they changed in their preset, scores")
+    runs.add_argument(
+        "--row", action="append", default=[], metavar="ROW",
+        help="row of the reports to show, or all; may be repeated; default: inductive and transductive",
+    )  # fmt: skip
+    runs.add_argument(
+        "--sort", default="date", metavar="FIELD", help="date (default), name, hPQ, or a row's score: inductive.uPQ"
+    )
+    shape = runs.add_mutually_exclusive_group()
+    shape.add_argument("--json", action="store_true", help="as JSON, with the scores of all rows")
+    shape.add_argument("--csv", action="store_true", help="as CSV, with the scores of all rows")
+    runs.add_argument(
+        "--tensorboard", default="", metavar="DIR", help="also make DIR/RUN/STAGE links to the trainings' event files"
+    )
     diff = add(
         "diff", store_commands.diff, "show the settings in which two artefacts, or what they were made from, differ"
     )

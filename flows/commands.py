@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from flows import runs
+from flows import runs, track
 from flows.elsewhere import Elsewhere, size_of
 from flows.request import configure, open_request, open_runtime, open_store
 from flows.tables import print_table, size
@@ -148,14 +148,18 @@ def _why(stage: Stage, state: State, store: Store, explainer: Explainer) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    return _walk(options, options.first, options.last, options.force)
+    if options.track:
+        track.require(options.track)
+        if options.last:
+            raise UserError("--track sends runs that have a report; leave --until or --track out")
+    return _walk(options, options.first, options.last, options.force, tracked=bool(options.track))
 
 
 def stage(options: argparse.Namespace) -> int:
     return _walk(options, options.stage, options.stage, ())
 
 
-def _walk(options: argparse.Namespace, first: str, last: str, force: Sequence[str]) -> int:
+def _walk(options: argparse.Namespace, first: str, last: str, force: Sequence[str], *, tracked: bool = False) -> int:
     request, runtime = open_request(options), open_runtime(options)
     if under_torchrun() and not (first == last == v2c.STAGE and not force):
         raise UserError(
@@ -185,6 +189,9 @@ def _walk(options: argparse.Namespace, first: str, last: str, force: Sequence[st
         if selected[-1] is stages[-1]:
             folder = runs.publish(request.preset, stages, store, name=request.run_name, elsewhere=elsewhere.have)
             _print_report(request.run_name, folder)
+            if tracked:
+                refs = {stage.name: stage.recipe.ref for stage in stages}
+                track.track(request.run_name, config, refs, store, folder)
         elsewhere.finish()
     return 0
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from flows.history import print_scores
 from flows.request import open_runtime, open_store
 from flows.tables import age, print_table, print_tree, size
 from pipeline.line import STAGES
@@ -263,6 +264,7 @@ def diff(options: argparse.Namespace) -> int:
         print_table(("field", one_name, other_name), rows)
     count = f"{counted(len(rows), 'field')} differ{'s' * (len(rows) == 1)}"
     print(count if rows else f"{one_name} and {other_name} differ in no field")
+    print_scores((one_name, other_name), (before, after))
     return 0
 
 
