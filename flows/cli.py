@@ -64,6 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _presets() -> list[str]:
+    """The presets' names, two that differ in "-regions" as one."""
+    return [
+        f"{name}{'[-regions]' * (f'{name}-regions' in PRESETS)}" for name in PRESETS if not name.endswith("-regions")
+    ]
+
+
 def _require_command(argv: Sequence[str], known: Collection[str]) -> None:
     """Raises UserError for a command that there is not."""
     if argv and not argv[0].startswith("-") and argv[0] not in known:
@@ -147,7 +154,7 @@ def parser() -> _Parser:
     main_parser = _Parser(
         prog="zs-seg",
         description="Zero-shot panoptic and semantic segmentation, trained as a staged, cached pipeline.",
-        epilog=f"Presets: {', '.join(PRESETS)}. Stages: {', '.join(STAGES)}.",
+        epilog=f"Presets: {', '.join(_presets())}. Stages: {', '.join(STAGES)}.",
     )
     main_parser.add_argument("--version", nargs=0, action=_Version, help="show the version and exit")
     subparsers = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -161,7 +168,7 @@ def parser() -> _Parser:
             add_help=name not in TREE_COMMANDS,
         )
         if name in TREE_COMMANDS:
-            command.add_argument("--preset", required=True, metavar="PRESET", help=f"one of {', '.join(PRESETS)}")
+            command.add_argument("--preset", required=True, metavar="PRESET", help=f"one of {', '.join(_presets())}")
             command.add_argument(
                 "--coco", default="", metavar="DIR", help="real images, in COCO's layout; default: COCO_ROOT"
             )

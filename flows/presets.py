@@ -78,7 +78,7 @@ def demo_regions() -> Config:
     minutes.
 
     Every training image is drawn from all classes and stays (pixel-ignore): what is of an unseen class has no label. The
-    outline of that unlabelled area is used, its classes never are: its connected components are the regions that free
+    outline of the unlabelled area is used, its classes never are: its connected components are the regions that free
     queries are matched to, whose teacher tokens they learn. No unseen name is used before stage 3, so the first row of
     the report is inductive. On other held-out classes (`--data.split validation`) stage 3, which corrects a bias that is
     then no longer there, lowered the score: `pipeline/README.md`.
