@@ -39,7 +39,7 @@ def keep(folder: Path, found: Sequence[tuple[int, Output, Mapping[str, Tensor]]]
 
     sizes = [(o.masks.shape[-2:], o.padded_size, o.image_size, o.original_size) for _, o, _ in found]
     logits = {
-        name: np.stack([own[name].float().cpu().numpy() for _, _, own in found])
+        name: np.stack([own[name].detach().float().cpu().numpy() for _, _, own in found])
         for name in ("inductive", "transductive")
     }
     return write_kept_outputs(
