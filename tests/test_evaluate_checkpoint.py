@@ -330,8 +330,9 @@ def test_a_sweep_is_the_report_at_other_exponents(
 
 def test_what_a_sweep_refuses(run: Run, tmp_path: Path) -> None:
     given: dict[str, Any] = {"alphas": (), "betas": (), "images": 0, "runtime": QUIET}
+    wrong: dict[str, Any] = {**given, "alphas": (0.2, 1.5)}
     with pytest.raises(ValueError, match=r"--alpha and --beta must lie in 0..1, not 1.5"):
-        exponents.run(report=run.keys["evaluate"], store=run.store, **given | {"alphas": (0.2, 1.5)})
+        exponents.run(report=run.keys["evaluate"], store=run.store, **wrong)
     store = Store(tmp_path)
     shutil.copytree(run.store.root / "report" / run.keys["evaluate"], tmp_path / "report" / run.keys["evaluate"])
     manifest = tmp_path / "report" / run.keys["evaluate"] / "manifest.json"

@@ -109,9 +109,7 @@ def test_options_that_change_no_token_move_no_key(steps: dict[str, Stage]) -> No
     assert key() == key(views=2) == recipe.key
     assert len({key(), key(method="attention"), key(crop="box"), key(dtype="bfloat16"), key(batch=7)}) == 5
     semantic = replace(benchmark, files=LabelFiles(images=("*.jpg",), labels=("*.png",), ignored=(), splits={}))
-    few, many = (
-        mask_tokens.recipe(CONFIG.tokens, benchmark=semantic, **given | {"calibration_images": n}).key for n in (1, 9)
-    )
+    few, many = (stage(steps, benchmark=semantic, calibration_images=n).recipe.key for n in (1, 9))
     assert few == many != recipe.key
 
 
