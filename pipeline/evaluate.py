@@ -94,8 +94,8 @@ def build(
             assert image == sample.image_id, (image, sample.image_id)
             maps = evaluator.update(sample, own, output, found)
             if len(kept) < config.kept_images and benchmark.task == "panoptic":
-                own_logits = {name: model.logits(output.features, model.text) for name, model in models.items()}
-                kept.append((sample.image_id, output, own_logits))
+                logits = {name: model.logits(output.features, model.text).detach() for name, model in models.items()}
+                kept.append((sample.image_id, output, logits))
             if len(pictures) < config.pictures and any(
                 not benchmark.seen[benchmark.index[s.category_id]] for s in sample.segments
             ):
