@@ -328,9 +328,11 @@ def test_the_pointer_finds_every_segments_name(folder: Path) -> None:
     for attrs, (ids, labels) in zip(
         found, (PICTURE.ground_truth, PICTURE.inductive, PICTURE.transductive), strict=False
     ):
-        places = np.asarray(Image.open(io.BytesIO(base64.b64decode(str(attrs["data-places"]).split(",")[1]))))
+        places = np.asarray(Image.open(io.BytesIO(base64.b64decode(str(attrs["data-places"]).split(",")[1])))).astype(
+            int
+        )
         names = ["void", *json.loads(str(attrs["data-names"]))]
-        named = np.array(names)[places[..., 0].astype(int) + 256 * places[..., 1]]
+        named = np.array(names)[places[..., 0] + 256 * places[..., 1]]
         expected = {0: "void"} | {i: name + ("" if seen else ", unseen") for i, (name, _, seen) in labels.items()}
         assert (named == np.vectorize(expected.get)(ids)).all()
     assert "<b>&star, unseen" in str(found[0]["data-names"])

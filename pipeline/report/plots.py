@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, DIM, GRID = "#1f2933", "#616e7c", "#e4e7eb"
-# of the figure's width: room for numbers such as 0.0002
-LEFT = 0.13
+# of the figure's width: room for numbers such as 0.0002, wider ones have more; and pixels between them and the axis
+LEFT, AIR = 0.13, 16
 UNDRAWN = ("step", "lr", "norm", "seconds", "waiting")
 LINES = "#2f7ed8", "#d9720b", "#3f9b4f", "#8e6bbf", "#a8801a", "#128a8a", "#9c6b4e", "#5f6f81"  # dark enough for text
 
@@ -100,6 +100,10 @@ def _finish(figure: Figure, axes: Axes, ends: Sequence[tuple[float, str, str, bo
 
     # plain numbers, and no power of ten above the axis
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    figure.draw_without_rendering()
+    widest = max((label.get_window_extent().width for label in axes.get_yticklabels()), default=0.0)
+    box, left = axes.get_position(), max(LEFT, (widest + AIR) / figure.bbox.width)
+    axes.set_position((left, box.y0, box.x1 - left, box.height))
     place = axes.transData + axes.transAxes.inverted()
     end = axes.get_xlim()[1]
     heights = spread([float(place.transform((end, value))[1]) for value, *_ in ends], gap=0.085)
