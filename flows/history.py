@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.request import Request, configure, open_request, open_store
+from flows.request import Request, configure, open_store
 from flows.tables import print_table
 from pipeline.scoring.records import HEADLINE
 from storage.differences import ABSENT, Difference
@@ -117,7 +117,7 @@ def changed(record: RunRecord) -> list[Difference] | None:
     """The fields of the configuration in which a run differs from its preset, as this version has it; None where its
     command cannot be read any more."""
     try:
-        request = request_of(record)
+        request = Request.parse(record.command)
         own, preset = (flat_fields(configure(one)) for one in (request, replace(request, overrides=(), max_steps=0)))
     except UserError:
         return None
@@ -128,19 +128,6 @@ def changed(record: RunRecord) -> list[Difference] | None:
         for name in dict.fromkeys((*own, *preset))
         if own.get(name, ABSENT) != preset.get(name, ABSENT)
     ]
-
-
-def request_of(record: RunRecord) -> Request:
-    """What the run's command asked for. Raises UserError where this version does not know it."""
-    from flows import cli
-
-    words = shlex.split(record.command)[1:]
-    try:
-        options, overrides = cli.parser().parse_known_args(words)
-    except SystemExit as error:
-        raise UserError(f"the command of run {record.name} is none of this version: {record.command}") from error
-    options.overrides = tuple(overrides)
-    return open_request(options)
 
 
 def flat_fields(config: Config) -> dict[str, Any]:

@@ -61,6 +61,27 @@ class Request:
         """The command line that does `words` for the same request."""
         return shlex.join(["zs-seg", *self.arguments(*words)])
 
+    @classmethod
+    def parse(cls, command: str) -> Request:
+        """The request of a command line that `command` made of one word, such as "run".
+
+        Raises UserError for any other.
+        """
+        rest, given = iter(shlex.split(command)[2:]), dict[str, str]()
+        overrides: list[str] = []
+        for word in rest:
+            if word in ("--preset", "--coco", "--store", "--name", "--max-steps"):
+                given[word] = next(rest, "")
+            else:
+                overrides.append(word)
+        steps = given.get("--max-steps", "0")
+        if not given.get("--preset") or not steps.isdecimal():
+            raise UserError(f"{command!r} is no command of a run")
+        names = ("preset", "coco", "store", "name")
+        return cls(
+            **{name: given.get(f"--{name}", "") for name in names}, max_steps=int(steps), overrides=tuple(overrides)
+        )
+
 
 def open_request(options: argparse.Namespace) -> Request:
     """The request that a command's flags make."""

@@ -19,8 +19,10 @@ from many_artefacts import demo_line, fill
 from flows.cli import main
 from flows.history import all_runs
 from flows.presets import preset
+from flows.request import Request
 from flows.track import track
 from pipeline.line import Stage
+from storage.errors import UserError
 from storage.runs import RunRecord, Runs
 from storage.store import MANIFEST, Store
 
@@ -127,6 +129,20 @@ def test_diff_shows_scores_of_both(made: Store, capsys: pytest.CaptureFixture[st
     assert "" not in says(capsys, made, "diff", "demo", "half")  # one has no report
 
 
+def test_a_requests_command_can_be_read_again() -> None:
+    for request in (
+        Request(preset="demo"),
+        Request(
+            preset="coco-sample", coco="/data/my coco", store="s", name="x", max_steps=7, overrides=("--v2c.lr", "1e-3")
+        ),
+        Request(preset="demo", overrides=("--shard.skip-bad", "--data.unseen", "a b", "c")),
+    ):
+        assert Request.parse(request.command("run")) == request
+    for command in ("zs-seg run", "zs-seg run --preset", "zs-seg run --preset demo --max-steps many"):
+        with pytest.raises(UserError, match="no command of a run"):
+            Request.parse(command)
+
+
 def test_an_empty_store_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert says(capsys, Store(tmp_path), "runs") == [f"no run is recorded in {tmp_path}"]
 
@@ -181,9 +197,9 @@ def test_mlflow_gets_config_curves_scores_and_pictures(
     made: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Into plain files, without a server; a second time nothing is sent twice."""
-    pytest.importorskip("mlflow", reason="MLflow was not tried: it is not installed (pip install mlflow-skinny)")
-    from mlflow import MlflowClient
-
+    mlflow: Any = pytest.importorskip(
+        "mlflow", reason="MLflow was not tried: it is not installed (pip install mlflow-skinny)"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     store = Store(tmp_path / "store")
@@ -198,7 +214,7 @@ def test_mlflow_gets_config_curves_scores_and_pictures(
         (published / name).write_text(name)
     for _ in range(2):
         track("demo", preset("demo"), refs, store, published)
-    client = MlflowClient()
+    client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("demo")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])

@@ -86,8 +86,8 @@ PICTURE = Picture(
 def report() -> Report:
     wrong, right = result(1, 1, 3), result(1, 2, 3)
     rows = {name: wrong if name in ("inductive", "control", "true_masks_inductive") else right for name in ROWS}
-    lost = dict.fromkeys(("transductive", *TEACHER_ROWS), losses())
-    lost["inductive"] = losses(masks=(10.0, 20.0), seen_bias=(-2.5, 43.21))
+    lost = {"inductive": losses(masks=(10.0, 20.0), seen_bias=(-2.5, 43.21))}
+    lost |= {name: losses() for name in ("transductive", *TEACHER_ROWS)}
     return reports.report(rows, marks=["stand-in teacher", "random weights"], losses=lost)
 
 
