@@ -52,10 +52,11 @@ ablate: install  ## the paper's ablations on generated scenes, five seeds, with 
 test: install-dev  ## every test
 	@$(PYTEST)
 
-test-faults: install-dev  ## 300 random faults, a killed Prefect server, fuzzed files; about 20 minutes; SEED=0
+test-faults: install-dev  ## 300 random faults, a killed Prefect server, killed pushes and pulls, fuzzed files; about 20 minutes; SEED=0
 	@mkdir -p runs
 	@PYTHONPATH=.:tests/helpers OMP_NUM_THREADS=1 $(PYTHON) tests/faults/fault_run.py --seed $(or $(SEED),0) --count 300 --markdown runs/faults.md --json runs/faults.json
 	@PYTHONPATH=. $(PYTHON) tests/faults/fault_prefect.py
+	@PYTHONPATH=.:tests/helpers:tests/faults $(PYTHON) tests/faults/fault_remote.py 30 $(or $(SEED),0)
 	@$(PYTEST) --hypothesis-profile deep tests/test_cluster.py tests/test_fuzz_readers.py tests/test_safety.py tests/test_store.py tests/test_store_inputs.py
 
 check: install-dev  ## format, lint, types, quick tests
