@@ -403,6 +403,8 @@ def _add_store_commands(add: Callable[..., _Parser]) -> _Parser:
         help="rename damaged artefacts, so that the next run makes them anew, and nothing that was made of them",
     )
     _add_teacher_flag(verify, "with --rows")
+    for command in (gc, verify):
+        command.add_argument("--remote", default="", metavar="R", help=f"not the store, but {REMOTE}")
     return verify
 
 

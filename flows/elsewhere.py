@@ -74,7 +74,7 @@ class Elsewhere:
 
     def leave(self, ref: Ref) -> None:
         """With `push`, send what is complete here and not there. A failure is logged, and raised by `finish`."""
-        if not (self.remote and self.push) or ref in self.have:
+        if not (self.remote and self.push) or self.store.state(ref) != "fresh":
             return
         try:
             send(self.store, self.remote, transfer.compare(self.store, self.remote, [ref]).here)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from flows.request import open_store
 from flows.tables import print_table, size
 from pipeline.runtime import Runtime
-from storage import names, transfer
+from storage import names, remote_care, transfer
 from storage.errors import UserError, counted, did_you_mean
 from storage.keys import Ref
 from storage.remote import Remote, Remotes
@@ -54,6 +55,9 @@ def push(options: argparse.Namespace) -> int:
     store, there = _open(options, options.to)
     there.require(make=not options.dry_run)
     wanted = _local(store, options.key)
+    if not options.dry_run:  # first, so that a `gc` there keeps what is found complete
+        for name in wanted.runs:
+            transfer.push_run(store, there, name)
     found = transfer.compare(store, there, wanted.refs)
     for ref in found.other:
         log.warning("%s is in %s with other bytes of the same key; left out", ref, there)
@@ -64,8 +68,6 @@ def push(options: argparse.Namespace) -> int:
         _print_files(found.here)
         print(f"{head} would go to {there}; {_rest(skipped, absent, there='here')}")
         return 0
-    for name in wanted.runs:
-        transfer.push_run(store, there, name)
     sent = send(store, there, found.here, progress=Runtime().progress)
     print(f"{counted(len(sent), 'artefact')} with {size(_bytes(m for m in found.here if m.ref in sent))} sent to {there}; "
           f"{_rest(skipped + len(found.here) - len(sent), absent, there='here')}")  # fmt: skip
@@ -120,6 +122,41 @@ def status(options: argparse.Namespace) -> int:
         print_table(("artefact", "stage", "complete", "size"), rows)
     print(f"{len(found.same):,} on both sides, {len(found.here):,} with {size(_bytes(found.here))} to push, "
           f"{len(found.there):,} with {size(_bytes(found.there))} to pull; {there} is {there.url}")  # fmt: skip
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    """`verify --remote`."""
+    if options.rows:
+        raise UserError("--rows encodes rows of the store's tokens again; leave it out, or pull them first")
+    store = open_store(options)
+    there = Remotes(store).open(options.remote)
+    there.require()
+    refs = _remote(store, there, options.key).refs if options.key else there.refs()
+    drawn = None
+    if options.sample:
+        seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+        drawn, number = remote_care.draw(there, refs, options.sample, seed)
+        print(f"{min(options.sample, number)} of {counted(number, 'file')}, drawn with --seed {seed}")
+    damaged = []
+    for ref in refs:
+        problems = remote_care.verify(there, ref, files=None if drawn is None else drawn.get(ref, []))
+        if problems or drawn is None:
+            print(f"{ref!s:<28} {'; '.join(problems) or 'intact'}", flush=True)
+        damaged += [ref] if problems else []
+    if damaged and not options.set_aside:
+        listed = ", ".join(map(str, damaged))
+        raise UserError(
+            f"{len(damaged)} of {counted(len(refs), 'artefact')} in {there} damaged ({listed}); "
+            f"`zs-seg verify --remote {there} --set-aside` sets aside what is damaged, and the next push sends it anew"
+        )
+    for ref in damaged:
+        if there.has_manifest(ref):
+            print(f"{ref} is set aside there, its manifest as {remote_care.set_aside(there, ref)}")
+    if not damaged:
+        print(
+            f"{counted(len(refs), 'artefact')} in {there}: {'all files are there, in their sizes; the drawn ones are intact' if drawn is not None else 'intact'}"
+        )
     return 0
 
 

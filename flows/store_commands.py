@@ -6,20 +6,22 @@ import argparse
 import json
 import random
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from flows import remote_commands
 from flows.history import print_scores
 from flows.request import open_runtime, open_store
 from flows.tables import age, print_table, print_tree, size
 from pipeline.line import STAGES
-from storage import names
+from storage import names, remote_care
 from storage.collect import Survey, collect, survey
 from storage.differences import differences
 from storage.errors import UserError, anew, counted
 from storage.keys import Ref
 from storage.lineage import Lineage, Node
+from storage.remote import Remote, Remotes
 from storage.runs import Runs
 from storage.store import MANIFEST, Artefact, Store
 
@@ -175,6 +177,8 @@ def verify_artefacts(options: argparse.Namespace) -> int:
     for flag, value in (("--rows", options.rows), ("--sample", options.sample)):
         if value < 0:
             raise UserError(f"{flag} must be 0 or more, not {value}")
+    if options.remote:
+        return remote_commands.verify(options)
     store = open_store(options)
     refs = _named(store, options.key) if options.key else store.refs()
     drawn = _draw(store, refs, options) if options.sample else None
@@ -285,18 +289,24 @@ def gc(options: argparse.Namespace) -> int:
     store = open_store(options)
     if options.partial_age < 0:
         raise UserError(f"--partial-age must be 0 days or more, not {options.partial_age:g}")
-    work = collect if options.delete else survey
-    found = work(store, keep=options.keep, forget=options.forget, partial_age=options.partial_age * 86400)
+    where: Store | Remote = Remotes(store).open(options.remote) if options.remote else store
+    if isinstance(where, Remote):
+        work: Callable[..., Survey] = remote_care.collect if options.delete else remote_care.survey
+    else:
+        work = collect if options.delete else survey
+    place = where.url if isinstance(where, Remote) else str(store.root)
+    found = work(where, keep=options.keep, forget=options.forget, partial_age=options.partial_age * 86400)
     if options.json:
-        print(json.dumps({"store": str(store.root), "deleted": options.delete, **_survey(found)}, indent=1))
+        print(json.dumps({"store": place, "deleted": options.delete, **_survey(found)}, indent=1))
         return 0
     if found.waste:
         rows = [(one.name, size(one.bytes), one.reason) for one in found.waste]
         print_table(("removed" if options.delete else "to remove", "size", "reason"), rows)
     for ref in found.locked:
-        print(f"{ref} is being built by {store.holder(ref)}: left alone")
+        how = "sent" if isinstance(where, Remote) else f"built by {store.holder(ref)}"
+        print(f"{ref} is being {how}: left alone")
     stay = "stays" if len(found.kept) == 1 else "stay"
-    kept = f"{counted(len(found.kept), 'artefact')} with {size(found.kept_bytes)} {stay} in {store.root}"
+    kept = f"{counted(len(found.kept), 'artefact')} with {size(found.kept_bytes)} {stay} in {place}"
     folders = f"{counted(len(found.waste), 'folder')} with {size(found.bytes)}"
     if options.delete:
         print(f"{folders} removed; {kept}")

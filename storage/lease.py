@@ -60,10 +60,17 @@ def parse(data: bytes | None) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def alive(data: bytes | None) -> bool:
+    """Whether a lease was renewed of late, by the clocks of its owner and of this machine, which may differ by half a
+    minute. What has just been created may still be empty."""
+    when = parse(data).get("time", 0)
+    return data == b"" or (isinstance(when, float) and time.time() - when < 2 * DEAD)
+
+
 class Lease:
     """The lease at a place, as a context manager; `what` names it in the log, `note` stands in it beside its owner.
 
-    With `wait` false, entering raises BlockingIOError while it seems to be held: while the file is there.
+    With `wait` false, entering raises BlockingIOError while it is `alive`.
     """
 
     def __init__(self, place: Place, *, what: str, note: Mapping[str, Any] | None = None, wait: bool = True) -> None:
@@ -78,7 +85,7 @@ class Lease:
         while not self.place.create(self._data()):
             if (data := self.place.read()) is None:
                 continue
-            if not self.wait and time.time() - parse(data).get("time", 0) < 2 * DEAD:
+            if not self.wait and alive(data):
                 raise BlockingIOError(f"{self.what} is held by {holder(parse(data))}")
             if data != seen:
                 if seen is None:

@@ -17,6 +17,7 @@ import random
 import re
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -334,6 +335,15 @@ class Remote:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def age(self, path: str) -> float:
+        """Seconds since a file, or a folder with files, was written last, by the clock of the server; 0 for none."""
+        try:
+            if (when := self._tried(lambda: self._fs.modified(self._path(path)))) is not None:
+                return time.time() - when.timestamp()
+        except (FileNotFoundError, NotADirectoryError, KeyError):
+            pass
+        return 0.0
+
     def names(self, folder: str = "") -> list[str]:
         """What lies directly in a folder, files and folders, sorted."""
         root = self._path(folder)
@@ -388,13 +398,13 @@ class Remote:
 
     # ----------------------------------------------------------------------------------------- artefacts and runs
 
+    def kinds(self) -> list[str]:
+        """The folders of artefacts."""
+        return [name for name in self.names() if re.fullmatch(r"[a-z][a-z0-9-]*", name) and name != "runs"]
+
     def refs(self) -> list[Ref]:
         """Every artefact's folder, complete or not, sorted by kind and key. Lists folders, none of their files."""
-        found = []
-        for kind in self.names():
-            if re.fullmatch(r"[a-z][a-z0-9-]*", kind) and kind != "runs":
-                found += [Ref(kind=kind, key=name) for name in self.names(kind) if _KEY.fullmatch(name)]
-        return found
+        return [Ref(kind=kind, key=name) for kind in self.kinds() for name in self.names(kind) if _KEY.fullmatch(name)]
 
     def manifest(self, ref: Ref) -> Manifest | None:
         """The manifest of a complete artefact, in one request; None where there is none.
@@ -404,6 +414,10 @@ class Remote:
         if (text := self.read(f"{ref}/{MANIFEST}")) is None:
             return None
         return self.parsed(text, ref)
+
+    def has_manifest(self, ref: Ref) -> bool:
+        """Whether there is one, usable or not."""
+        return self.size(f"{ref}/{MANIFEST}") is not None
 
     def parsed(self, text: bytes, ref: Ref) -> Manifest:
         """The manifest in a file of the remote. Raises UserError as `manifest`."""

@@ -184,9 +184,9 @@ class Store:
             return ref
         with self.mistakes_as_user_errors(ref):
             self.path(ref).parent.mkdir(parents=True, exist_ok=True)
-            with self._lock(ref, note={"inputs": [str(source) for source in recipe.inputs.values()]}):
+            with self._lock(ref, note={"inputs": [str(source) for source in recipe.inputs.values()]}) as lock:
                 if self.state(ref) != "fresh":
-                    self._build(recipe, work)
+                    self._build(recipe, work, lock)
                 else:
                     log.info("%s: %s is complete now, somebody else built it", recipe.stage, ref)
         return ref
@@ -195,7 +195,7 @@ class Store:
         """The build as another process has it that computes along and leaves writing to the first."""
         return Build(store=self, recipe=recipe, path=self.partial(recipe.ref))
 
-    def _build(self, recipe: Recipe, work: Callable[[Build], None]) -> None:
+    def _build(self, recipe: Recipe, work: Callable[[Build], None], lock: Lock) -> None:
         ref, partial, started = recipe.ref, self.partial(recipe.ref), time.monotonic()
         inputs = self._check_inputs(recipe)
         resumed = self._made_of(inputs, recipe)
@@ -230,16 +230,17 @@ class Store:
                 **build.provenance,
             },
         )
-        self._complete(manifest, partial)
+        self._complete(manifest, partial, lock)
         # Only now, so that a kill a moment earlier costs no training.
         for file in (partial / NOTE, *build.scratch):
             delete(self.path(ref) / file.relative_to(partial))
         size = manifest.bytes / 1e6
         log.info("%s: %s complete, %s, %.1f MB", recipe.stage, ref, counted(len(files), "file"), size)
 
-    def _complete(self, manifest: Manifest, folder: Path) -> None:
+    def _complete(self, manifest: Manifest, folder: Path, lock: Lock) -> None:
         """A folder that holds all files becomes the artefact."""
         ref = manifest.ref
+        lock.require()
         write_text(folder / MANIFEST, manifest.dumps())
         if self.path(ref).exists():
             aside = self._rename(ref, self.path(ref), ASIDE)
@@ -260,7 +261,7 @@ class Store:
         folder = self.arriving(ref)
         with self.mistakes_as_user_errors(ref):
             self.path(ref).parent.mkdir(parents=True, exist_ok=True)
-            with self._lock(ref, wait=False):
+            with self._lock(ref, wait=False) as lock:
                 if self.state(ref) == "fresh":
                     return False
                 folder.mkdir(exist_ok=True)
@@ -268,7 +269,7 @@ class Store:
                 for name in _names(folder):
                     if name not in manifest.files:
                         delete(folder / name)
-                self._complete(manifest, folder)
+                self._complete(manifest, folder, lock)
                 if self.partial(ref).is_dir():
                     aside = self._rename(ref, self.partial(ref), ASIDE)
                     log.warning("what a build of %s had made here is set aside as %s", ref, aside)

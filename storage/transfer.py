@@ -29,6 +29,7 @@ from storage.store import ASIDE, MANIFEST, PUSHING, Manifest, Store
 log = logging.getLogger(__name__)
 
 NOTE = "push.json"  # in the folder of a push under way: the manifest that it will have
+REMOVING = b"being removed\n"  # the note while `gc` removes the artefact
 BLOCK = 8 << 20  # bytes of one request
 AHEAD = 2  # requests under way of one file, beside the one whose bytes are hashed
 ARTEFACTS = 4  # at a time
@@ -267,6 +268,10 @@ def _push_once(store: Store, remote: Remote, manifest: Manifest, files: ThreadPo
     remote.make_folder(hidden)
     begun = not remote.create(note, manifest.dumps().encode())
     if begun and (text := remote.read(note)) is not None:
+        if text == REMOVING:
+            raise UserError(
+                f"{ref} is being removed from {remote} by a gc; wait for that, or finish it, and push again"
+            )
         noted = remote.parsed(text, ref)
         if noted.files != manifest.files:
             log.warning(

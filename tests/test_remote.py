@@ -8,6 +8,8 @@ import logging
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from flows import runs
 from flows.cli import main
 from flows.elsewhere import Elsewhere
 from storage import remote as remote_module
-from storage import transfer
+from storage import remote_care, transfer
 from storage.errors import UserError
 from storage.keys import Ref
 from storage.remote import Remote, Remotes, require_address, without_secrets
@@ -468,3 +470,100 @@ def test_progress_has_a_rate_and_bytes(
     with caplog.at_level(logging.INFO):
         assert main(("push", str(ref), "--to", f"file://{tmp_path}/remote", "--store", str(store.root))) == 0
     assert "push: 100%, 3.05M of 3.05M [" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------- gc and verify
+
+
+def two_lines(store: Store, url: str) -> tuple[set[Ref], set[Ref]]:
+    """A remote with a run of two lines: the artefacts of the last one, and those that only the earlier one needs."""
+    fill(store, demo_line(100), files=2)
+    fill(store, demo_line(), files=2)
+    for number in (100, 0):
+        with Runs(store).exclusive():
+            refs = {step.name: step.recipe.ref for step in demo_line(number)}
+            line = RunRecord(
+                name="demo", command="x", refs=refs, user="u", date=f"2026-01-0{2 - number // 100}T00:00:00+0000"
+            )
+            Runs(store).merge("demo", [line])
+    sent(store, url, *store.refs())
+    transfer.push_run(store, Remote(url), "demo")
+    last, earlier = ({step.recipe.ref for step in demo_line(number)} for number in (0, 100))
+    return last, earlier - last
+
+
+def test_gc_of_a_remote_keeps_what_its_runs_reach(
+    capsys: pytest.CaptureFixture[str], store: Store, url: str, tmp_path: Path
+) -> None:
+    assert "no run" in says(capsys, store, "gc", "--remote", url, "--delete", status=2)[0]
+    last, earlier = two_lines(store, url)
+    stray = make(store, 1)
+    sent(store, url, stray)
+    found = json.loads("\n".join(says(capsys, store, "gc", "--remote", url, "--json")))
+    reasons = {folder["name"]: folder["reason"] for folder in found["folders"]}
+    assert reasons.keys() == {str(ref) for ref in earlier | {stray}}
+    assert reasons[str(stray)] == "no run reaches it"
+    assert all(reasons[str(ref)].startswith("of an earlier run demo (u, 2026-01-01") for ref in earlier)
+    assert set(found["kept"]) == {str(ref) for ref in last}
+    assert set(Remote(url).refs()) == last | earlier | {stray}  # without --delete nothing goes
+    text = says(capsys, store, "gc", "--remote", url, "--keep", "2")
+    assert len(text) == 3 and text[1].startswith(str(stray))
+    assert "removed" in says(capsys, store, "gc", "--remote", url, "--delete")[-1]
+    assert set(Remote(url).refs()) == last
+    other = Store(tmp_path / "other")
+    assert set(fetched(other, url, *last)) == last
+    assert says(capsys, store, "gc", "--remote", url, "--delete")[-1].startswith("0 folders with 0 B removed")
+    # What it removed can be pushed again.
+    assert set(sent(store, url, *earlier)) == earlier
+
+
+def test_gc_of_a_remote_leaves_a_push_under_way_alone(store: Store, url: str) -> None:
+    """For so long as its note is young; later, what a cut-off push sent goes."""
+    two_lines(store, url)
+    ref, remote = make(store, 1), Remote(url)
+    hidden = f"tokens/.{ref.key}.pushing"
+    folder = hidden if remote.renames else str(ref)
+    for path in {hidden, folder}:
+        remote.make_folder(path)
+    remote.create(f"{hidden}/{transfer.NOTE}", store.open(ref).manifest.dumps().encode())
+    remote.write(f"{folder}/index.json", b"x")
+    remote_care.collect(remote)
+    assert remote.read(f"{folder}/index.json") == b"x"
+    time.sleep(1.1)
+    assert len(remote_care.collect(remote, partial_age=1).waste) >= 1
+    assert remote.read(f"{folder}/index.json") is None and remote.read(f"{hidden}/{transfer.NOTE}") is None
+    assert sent(store, url, ref) == [ref]
+
+
+def test_no_run_is_pushed_while_a_gc_is_at_work_there(store: Store, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_lines(store, url)
+    begun = threading.Event()
+    with Remote(url).exclusive():
+        thread = threading.Thread(target=lambda: (transfer.push_run(store, Remote(url), "demo"), begun.set()))
+        thread.start()
+        assert not begun.wait(1)
+    assert begun.wait(30)
+    thread.join()
+
+
+def test_verify_of_a_remote_finds_every_fault_and_sets_aside(
+    capsys: pytest.CaptureFixture[str], store: Store, url: str, tmp_path: Path
+) -> None:
+    refs, remote = [make(store, number) for number in range(4)], Remote(url)
+    sent(store, url, *refs)
+    assert says(capsys, store, "verify", "--remote", url)[-1].endswith("intact")
+    assert "drawn with --seed 3" in says(capsys, store, "verify", "--remote", url, "--sample", "5", "--seed", "3")[0]
+    data = remote.read(f"{refs[0]}/train-000001.tar") or b""
+    remote.write(f"{refs[0]}/train-000001.tar", b"\xff" + data[1:])
+    remote.delete(f"{refs[1]}/a.zarr/zarr.json")
+    remote.write(f"{refs[2]}/train-000001.tar", data + b"x")
+    line = says(capsys, store, "verify", "--remote", url, status=2)[-1]
+    assert "3 of 4 artefacts" in line and all((str(ref) in line) == (ref != refs[3]) for ref in refs)
+    # Sizes and missing files show without reading a byte; of flipped ones the drawn ones do.
+    assert "2 of 4" in says(capsys, store, "verify", "--remote", url, "--sample", "1", "--seed", "5", status=2)[-1]
+    printed = says(capsys, store, "verify", "--remote", url, "--set-aside")
+    assert sum("is set aside there" in line for line in printed) == 3
+    assert [remote.manifest(ref) is None for ref in refs] == [True] * 3 + [False]
+    assert sent(store, url, *refs) == refs
+    assert says(capsys, store, "verify", "--remote", url)[-1].endswith("intact")
+    assert says(capsys, store, "verify", str(refs[0]), "--remote", url)[0].endswith("intact")
