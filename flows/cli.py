@@ -221,6 +221,9 @@ def parser() -> _Parser:
         command.add_argument("--remote", default="", metavar="R", help="look there before building: name or address")
     for command in (run, stage):
         command.add_argument("--push", action="store_true", help="send what is complete to the remote")
+        command.add_argument(
+            "--cache", type=float, default=0.0, metavar="GB", help="read tars from the remote, keep so many GB of them"
+        )
     for command in (plan, run, stage, ablation):
         command.add_argument(
             "--max-steps", type=int, default=0, metavar="N", help="at most N steps per training stage, for trials"

@@ -172,7 +172,7 @@ def _walk(options: argparse.Namespace, first: str, last: str, force: Sequence[st
     selected = runs.select(stages, first=first, last=last)
     again = runs.forced(selected, force)
     runs.require_shares(config, selected, runtime.devices)
-    elsewhere = Elsewhere.look(store, stages, remote=options.remote, push=options.push)
+    elsewhere = Elsewhere.look(store, stages, remote=options.remote, push=options.push, cache=int(options.cache * 1e9))
     runs.require_inputs(request, store, stages, selected, again, elsewhere.have)
     runs.show_device(request, store, selected, runtime, again, elsewhere.have)
     runs.show_work(config, store, stages, selected, again, elsewhere.have)

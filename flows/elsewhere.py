@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from flows.remote_commands import fetch, send
 from flows.runs import Outcome
 from pipeline.line import Stage
-from storage import transfer
+from storage import through, transfer
 from storage.errors import UserError, counted
 from storage.keys import Ref
 from storage.remote import Remote, Remotes
@@ -20,17 +20,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Elsewhere:
-    """The remote of a run, None = there is none. `have`: what of the line is complete there and not in the store."""
+    """The remote of a run, None = there is none. `cache`: bytes through which the tars of shards are read, 0 = they are
+    fetched. `have`: what of the line is complete there and not in the store."""
 
     store: Store
     remote: Remote | None = None
     push: bool = False
+    cache: int = 0
     have: dict[Ref, Manifest] = field(default_factory=dict)
     unsent: dict[Ref, str] = field(default_factory=dict)
 
     @classmethod
-    def look(cls, store: Store, stages: Sequence[Stage], *, remote: str, push: bool) -> Elsewhere:
+    def look(cls, store: Store, stages: Sequence[Stage], *, remote: str, push: bool, cache: int = 0) -> Elsewhere:
         """One request for each stage that the store lacks. Raises UserError where the remote cannot be reached."""
+        if cache and not remote:
+            raise UserError("--cache is for what a remote has; name it with --remote")
         if not (remote or push):
             return cls(store=store)
         there = Remotes(store).open(remote)
@@ -38,7 +42,9 @@ class Elsewhere:
         if not remote:
             return cls(store=store, remote=there, push=push)
         found, _ = transfer.missing(store, there, [stage.recipe.ref for stage in stages])
-        return cls(store=store, remote=there, push=push, have={manifest.ref: manifest for manifest in found})
+        return cls(
+            store=store, remote=there, push=push, cache=cache, have={manifest.ref: manifest for manifest in found}
+        )
 
     def needed(self, selected: Sequence[Stage], again: Sequence[Stage] = ()) -> list[Manifest]:
         """Of `have` what a run fetches: what its last stage makes, and what the stages that it builds read."""
@@ -55,7 +61,10 @@ class Elsewhere:
         """Bring these into the store. Raises UserError for one that is damaged there."""
         if self.remote and manifests:
             log.info("%s of %s from %s", counted(len(manifests), "artefact"), size_of(manifests), self.remote)
-            fetch(self.store, self.remote, list(manifests))
+            left = [manifest for manifest in manifests if self.cache and manifest.kind == "shards"]
+            for manifest in left:
+                through.leave(self.store, self.remote, manifest, size=self.cache)
+            fetch(self.store, self.remote, [manifest for manifest in manifests if manifest not in left])
 
     def outcome(self, stage: Stage, again: Sequence[Stage]) -> Outcome | None:
         """Of a stage that is not to be built, as the remote has it; None for any other."""

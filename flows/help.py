@@ -23,7 +23,7 @@ COMMON = {
 }  # fmt: skip
 RARE = {
     "--help", "--help-all", "--traceback", "--skip-bad", "--threads", "--compile", "--checkpoint-every", "--dask",
-    "--remote", "--push", "--track",
+    "--remote", "--push", "--cache", "--track",
 }  # fmt: skip
 # columns; longer lines are hard to read
 WIDEST = 100

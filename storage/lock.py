@@ -193,7 +193,7 @@ def _unfit(root: Path) -> str:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        return error.strerror
+        return error.strerror or str(error)
     finally:
         path.unlink()
         os.close(one)

@@ -26,6 +26,7 @@ from storage.atomic import replacing, write_text
 from storage.errors import UserError, anew
 from storage.id_colours import colours_of, ids_of
 from storage.images import open_image
+from storage.through import opened
 
 INDEX = "index.json"
 _TAR = re.compile(r"(train|val)-\d{6}\.tar")
@@ -116,7 +117,7 @@ def _members(path: Path, rows: Collection[int] | None) -> Iterator[dict[str, Any
     Raises UserError for a foreign name or a missing end.
     """
     end, row, key = 0, -1, ""
-    with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+    with opened(path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
             if not _MEMBER.fullmatch(member.name):
                 raise UserError(f"member {member.name!r} is no {{image id}}.jpg, .image.png, .json or .png")

@@ -38,6 +38,7 @@ REMOVED = ".removed"  # the end of a folder's name that is on its way out
 ASIDE = ".aside"  # the same of one that no build uses, until `zs-seg gc` or a person deletes it
 PULLING = ".pulling"  # the same of one whose files arrive from a remote
 PUSHING = ".pushing"  # the same on a remote, while they are sent there
+ELSEWHERE = "elsewhere.json"  # in the folder of an artefact whose tars stay in a remote (`storage/through.py`)
 LARGE = 10**9  # bytes that take seconds to hash
 UNPARSABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)  # what a damaged manifest raises
 
@@ -267,7 +268,7 @@ class Store:
                 folder.mkdir(exist_ok=True)
                 fetch(folder)
                 for name in _names(folder):
-                    if name not in manifest.files:
+                    if name not in (ELSEWHERE, *manifest.files):
                         delete(folder / name)
                 self._complete(manifest, folder, lock)
                 if self.partial(ref).is_dir():
@@ -438,15 +439,16 @@ class Store:
             try:
                 if sha256_file(path / name) != entry["sha256"]:
                     problems[name] = "has changed (sha256 differs)"
-            except FileNotFoundError:  # since its size was looked at
-                problems[name] = "is missing"
+            except FileNotFoundError:
+                if not _stays(path, name):  # it was there when its size was looked at
+                    problems[name] = "is missing"
         return problems
 
     def strays(self, ref: Ref) -> list[str]:
         """The files in the artefact's folder that do not belong to it, which nothing reads; [] when its manifest cannot
         be used."""
-        listed = {MANIFEST, *self.file_names(ref)}
-        return [name for name in _names(self.path(ref)) if name not in listed] if len(listed) > 1 else []
+        listed = {MANIFEST, ELSEWHERE, *self.file_names(ref)}
+        return [name for name in _names(self.path(ref)) if name not in listed] if len(listed) > 2 else []
 
     def remove(self, ref: Ref) -> None:
         """Remove the artefact and what a killed build of it left; nothing happens when there is neither.
@@ -541,13 +543,19 @@ def _names(folder: Path) -> list[str]:
     return sorted(Path(path).relative_to(folder).as_posix() for path in found)
 
 
+def _stays(path: Path, name: str) -> bool:
+    """Whether a file of the artefact in this folder is not here, but in a remote."""
+    return name.endswith(".tar") and (path / ELSEWHERE).is_file()
+
+
 def _size_problems(path: Path, manifest: Manifest) -> dict[str, str]:
     problems = {}
     for name, entry in manifest.files.items():
         try:
             size = (path / name).stat().st_size
         except (FileNotFoundError, NotADirectoryError):
-            problems[name] = "is missing"
+            if not _stays(path, name):
+                problems[name] = "is missing"
         else:
             if size != entry["bytes"]:
                 problems[name] = f"has {size} bytes instead of {entry['bytes']}"

@@ -24,7 +24,7 @@ from storage.errors import UserError, anew
 from storage.keys import Ref
 from storage.remote import Remote, Stopped
 from storage.runs import Runs
-from storage.store import ASIDE, MANIFEST, PUSHING, Manifest, Store
+from storage.store import ASIDE, ELSEWHERE, MANIFEST, PUSHING, Manifest, Store
 
 log = logging.getLogger(__name__)
 
@@ -263,6 +263,8 @@ def _push(store: Store, remote: Remote, manifest: Manifest, files: ThreadPoolExe
 
 def _push_once(store: Store, remote: Remote, manifest: Manifest, files: ThreadPoolExecutor, advance: Advance) -> bool:
     ref = manifest.ref
+    if (store.path(ref) / ELSEWHERE).is_file():
+        raise UserError(f"the tars of {ref} are read through from a remote and are not here; push it from there")
     hidden = f"{ref.kind}/.{ref.key}{PUSHING}"
     folder, note = hidden if remote.renames else str(ref), f"{hidden}/{NOTE}"
     remote.make_folder(hidden)
@@ -293,6 +295,8 @@ def _push_once(store: Store, remote: Remote, manifest: Manifest, files: ThreadPo
         if remote.stop.is_set():
             raise Stopped()
         source, sha256 = store.path(ref) / name, manifest.files[name]["sha256"]
+        if not source.is_file() and store.path(ref).is_dir():
+            raise UserError(f"{ref} is damaged ({name} is missing); {anew(ref.key)}")
         if problem := remote.send(source, f"{folder}/{name}", sha256=sha256, advance=advance):
             raise UserError(f"{ref} is damaged ({name} {problem}); {anew(ref.key)}")
 

@@ -28,6 +28,7 @@ from pipeline.data.sizes import grouped
 from pipeline.data.transforms import Placement, channels_first, place_for_test, place_for_training
 from pipeline.teacher.text_bank import TextBank
 from pipeline.training.distributed import ALONE, Ranks
+from storage import through
 from storage.shards import Sample, Shards, decode_ids, decode_image, read_shard
 from storage.tokens import read_tokens
 
@@ -242,6 +243,7 @@ class TrainingData:
             own = [entry for at, entry in enumerate(window, place) if at % size // share == ranks.rank]
             place += len(window)
             samples: dict[tuple[int, int], Sample] = {}
+            through.ahead(self.tars[tar] for tar in {tar for tar, _ in own})
             for tar in {tar for tar, _ in own}:
                 rows = sorted(row for other, row in own if other == tar)
                 samples |= zip(((tar, row) for row in rows), read_shard(self.tars[tar], set(rows)), strict=True)

@@ -50,7 +50,7 @@ def killed(words: list[str], seconds: float) -> bool:
 
 def kill_at_random(store: Store, url: str, folder: Path, *, times: int, seed: int = 0) -> int:
     """Kill pushes and pulls at random moments; after each, nothing that looks whole may differ. How many died at work."""
-    draw, died = random.Random(seed), 0
+    draw, died, whole = random.Random(seed), 0, 0.0
     for direction, function in (("push", push), ("pull", pull)):
         for number in range(times):
             ref = make(store, number)

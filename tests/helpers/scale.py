@@ -1,0 +1,100 @@
+"""What commands cost on data of COCO's size, and whether that grows with the number of files and no faster.
+
+    PYTHONPATH=.:tests/helpers python tests/helpers/scale.py FOLDER [TARS ...]
+
+Makes stores of 10, 100 and 1,000 tars (118 images each, 13 files of tokens a tar) of which every file is a small
+stand-in, runs each command in a process of its own, and prints seconds and the largest memory of it; the remote is a
+folder, or `REMOTE=s3` a server on loopback. Of these numbers the documents cite some.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+from many_artefacts import demo_line, note
+from s3_server import s3_server
+
+from storage.store import Build, Store
+
+IMAGES, INSTANCES = 118, 1300  # a tar
+ARRAYS = ("global", "instance", "offsets", "segment_id", "kept", "mirrored_global")
+
+
+def work(stage: str, tars: int, build: Build) -> None:
+    both = {"images": IMAGES * tars, "encoded": IMAGES * tars, "instances": INSTANCES * tars}
+    build.counts.update({
+        "scenes": {"train2017": both, "val2017": both}, "shard": {"train": both, "val": both}, "cache-clip": {"train": both, "val": both},
+        "text": {"classes": 56}, "queries": {"views": IMAGES * tars}, "evaluate": {"images": 50},
+    }.get(stage, {}))  # fmt: skip
+    for number in range(tars if stage in ("shard", "cache-clip", "queries") else 3):
+        names = [f"train-{number:06d}.tar"]
+        if stage == "cache-clip":
+            group = f"train-{number:06d}.zarr"
+            names = [
+                f"{group}/zarr.json",
+                *(f"{group}/{array}/{file}" for array in ARRAYS for file in ("zarr.json", "c")),
+            ]
+        for name in names:
+            (build.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (build.path / name).write_text(f"{number} {name}")
+            build.add(build.path / name)
+
+
+def command(*words: object) -> tuple[float, int, str]:
+    """Seconds, largest memory in bytes, and the last line of a command."""
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, output
+    return time.monotonic() - started, usage.ru_maxrss * 1024, (output.splitlines() or [""])[-1]
+
+
+def measure(folder: Path, tars: int, url: str) -> None:
+    store, steps = Store(folder / "store"), demo_line()
+    for step in steps:
+        store.build(step.recipe, partial(work, step.name, tars))
+    note(store, "demo", steps)
+    here, other = ("--store", store.root), ("--store", folder / "other")
+    files = sum(len(store.open(ref).manifest.files) for ref in store.refs())
+    tried = {
+        "plan": ("plan", "--preset", "demo", *here),
+        "push": ("push", "--to", url, *here),
+        "push of nothing": ("push", "--to", url, *here),
+        "pull": ("pull", "--from", url, *other),
+        "pull of nothing": ("pull", "--from", url, *other),
+        "verify --sample 100": ("verify", "--sample", "100", *here),
+        "verify --remote --sample 100": ("verify", "--remote", url, "--sample", "100", *here),
+        "gc --remote": ("gc", "--remote", url, *here),
+    }
+    for name, words in tried.items():
+        seconds, memory, _ = command(*words)
+        print(f"| {IMAGES * tars:,} | {files:,} | {name} | {seconds:.2f} s | {1e6 * seconds / files:.0f} us | {memory / 1e6:.0f} MB |", flush=True)  # fmt: skip
+
+
+def main(root: str, *tars: str) -> None:
+    print("| images | files | command | time | a file | memory |\n| --- | --- | --- | --- | --- | --- |")
+    for number in map(int, tars or ("10", "100", "1000")):
+        folder = Path(root) / str(number)
+        folder.mkdir(parents=True)
+        if os.environ.get("REMOTE") == "s3":
+            with s3_server() as environment:
+                os.environ.update(environment)
+                measure(folder, number, "s3://bucket/scale")
+        else:
+            measure(folder, number, f"file://{folder}/remote")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
