@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import deformable_torch
 from models.deformable_torch import Shapes
 from models.errors import ModelError
 from models.linear import linear
+from models.portable import by_size, is_portable
 
 TRITON = importlib.util.find_spec("triton") is not None
 
@@ -41,7 +43,24 @@ def sample_levels(value: Tensor, shapes: Shapes, x: Tensor, y: Tensor, weights: 
     Returns:
         (B, Q, M * D).
     """
+    if is_portable():
+        return _sample_by_grid(value, shapes, x, y, weights)
     return torch.ops.zs_seg.deformable_sample(value, [side for shape in shapes for side in shape], x, y, weights)
+
+
+def _sample_by_grid(value: Tensor, shapes: Shapes, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """`sample_levels` by `grid_sample`, level by level."""
+    batch, queries, heads, _, points = weights.shape
+    total = value.new_zeros(batch * heads, value.shape[3], queries)
+    maps = value.permute(0, 2, 3, 1).flatten(0, 1).split([h * w for h, w in shapes], dim=2)  # (B M, D, h w) each
+    for level, (map_, (h, w)) in enumerate(zip(maps, shapes, strict=True)):
+        places = torch.stack([(2 * x[..., level, :] + 1) / w - 1, (2 * y[..., level, :] + 1) / h - 1], -1)
+        places = places.transpose(1, 2).reshape(batch * heads, queries, points, 2)
+        samples = F.grid_sample(map_.unflatten(2, (h, w)), places, align_corners=False)  # (B M, D, Q, P)
+        total = total + (
+            samples * weights[..., level, :].transpose(1, 2).reshape(batch * heads, 1, queries, points)
+        ).sum(-1)
+    return total.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2)
 
 
 def _kernels(value: Tensor) -> Any:
@@ -179,7 +198,7 @@ class DeformableAttention(nn.Module):
         weights = weights.unflatten(1, (self.heads, -1)).softmax(2).flatten(1, 2).transpose(1, 2).unflatten(2, split)
         x, y = (
             place.repeat_interleave(self.points, 1).view(-1, 1, *split[1:]) + offset
-            for place, offset in zip(token_places(shapes, tokens.device), offsets.unbind(-1), strict=True)
+            for place, offset in zip(by_size(token_places, shapes, tokens.device), offsets.unbind(-1), strict=True)
         )
         samples = sample_levels(value.to(x.dtype), shapes, x, y, weights.to(x.dtype))
         return linear(samples, self.output_proj.weight, self.output_proj.bias)

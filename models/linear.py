@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.portable import is_portable
+
 FEW = 256  # tokens; with fewer F.linear is the faster of the two
 
 
@@ -14,7 +16,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     On a CPU it is computed as a 1 x 1 convolution, forward and backward: its kernels (oneDNN) come nearer to the
     processor's peak than those of `F.linear` (MKL), above all on processors that are not Intel's.
     """
-    if x.device.type != "cpu" or x.shape[1] < FEW:
+    if is_portable() or x.device.type != "cpu" or x.shape[1] < FEW:
         return F.linear(x, weight, bias)
     return _from_maps(_convolve(_to_maps(x), weight, bias))
 
@@ -32,7 +34,7 @@ def feed_forward(x: Tensor, ffn: nn.Sequential) -> Tensor:
     """`ffn`, from `make_feed_forward`, on tokens (B, S, C) -> (B, S, C)."""
     first, _, second = ffn
     assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
-    if x.device.type != "cpu" or x.shape[1] < FEW:
+    if is_portable() or x.device.type != "cpu" or x.shape[1] < FEW:
         return ffn(x)
     # in place on the convolution's result: on a view of it autograd would copy the whole tensor three times
     hidden = F.relu(_convolve(_to_maps(x), first.weight, first.bias), inplace=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models.linear import make_feed_forward
 from models.mask_logits import MaskLogits
 from models.pixel_decoder import group_norm, sine_positions
+from models.portable import by_size
 from models.query_decoder import Attention, DecoderLayer
 
 
@@ -76,7 +77,7 @@ class FPNPixelDecoder(nn.Module):
         *finer, coarsest = features
         height, width = coarsest.shape[-2:]
         tokens = self.input_proj(coarsest).permute(0, 2, 3, 1).flatten(1, 2)
-        positions = sine_positions(height, width, self.dim, tokens.device)
+        positions = by_size(sine_positions, height, width, self.dim, tokens.device)
         for layer in self.layers:
             tokens = layer(tokens, positions)
         if self.layers:
@@ -122,7 +123,7 @@ class DETRDecoder(nn.Module):
         before the first layer are all zero, so there is no output for them.
         """
         height, width = mask_features.shape[-2:]
-        keys = tokens + sine_positions(height // 8, width // 8, self.dim, tokens.device)
+        keys = tokens + by_size(sine_positions, height // 8, width // 8, self.dim, tokens.device)
         positions = self.query_positions.weight
         x = torch.zeros_like(positions).expand(len(tokens), -1, -1)
         features = []

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.deformable import DeformableAttention, Shapes
 from models.linear import feed_forward, make_feed_forward
+from models.portable import by_size
 
 LEVELS = 3  # strides 32, 16, 8: the maps of the attention, in this order
 
@@ -97,7 +98,7 @@ class PixelDecoder(nn.Module):
         sizes = [h * w for h, w in shapes]
 
         tokens = torch.cat([map_.permute(0, 2, 3, 1).flatten(1, 2) for map_ in maps], dim=1)  # (B, S, dim)
-        places = [sine_positions(h, w, self.dim, tokens.device) for h, w in shapes]
+        places = [by_size(sine_positions, h, w, self.dim, tokens.device) for h, w in shapes]
         positions = torch.cat([place + level for place, level in zip(places, self.level_embed.weight, strict=True)])
         for layer in self.layers:
             tokens = layer(tokens, positions, shapes)

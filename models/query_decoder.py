@@ -16,6 +16,7 @@ from models.deformable import Shapes
 from models.linear import linear, make_feed_forward
 from models.mask_logits import MaskLogits
 from models.pixel_decoder import LEVELS, sine_positions
+from models.portable import by_size
 
 
 class Attention(nn.Module):
@@ -91,7 +92,8 @@ class QueryDecoder(nn.Module):
         shapes: Shapes = tuple((height * 4 // stride, width * 4 // stride) for stride in (32, 16, 8))
         values = [level + embed for level, embed in zip(levels, self.level_embed.weight, strict=True)]
         keys = [
-            value + sine_positions(h, w, self.dim, value.device) for value, (h, w) in zip(values, shapes, strict=True)
+            value + by_size(sine_positions, h, w, self.dim, value.device)
+            for value, (h, w) in zip(values, shapes, strict=True)
         ]
         small = [
             F.interpolate(mask_features.detach(), size=shape, mode="bilinear", align_corners=False).flatten(2)

@@ -37,6 +37,8 @@ if TYPE_CHECKING:  # importing open_clip takes seconds, and who reads cached tok
 
 log = logging.getLogger(__name__)
 
+TOKENS = "tokens.json"  # in an exported folder
+
 
 @dataclass(frozen=True, kw_only=True)
 class MaskTokens:
@@ -179,11 +181,14 @@ def require_exponents(alpha: float, beta: float) -> None:
 
 
 def cached_options(folder: Path, store: Store) -> TokensConfig:
-    """The options of the tokens that a checkpoint was trained with, from the manifests of its store.
+    """The options of the tokens that a checkpoint was trained with, from the manifests of its store, or from the file
+    that `zs-seg export --folder` put beside it.
 
     A folder that was copied out of its store has lost them; then the defaults are taken, and a line says so.
     """
     try:
+        if (folder / TOKENS).is_file():
+            return TokensConfig(**json.loads((folder / TOKENS).read_bytes()))
         inputs = json.loads((folder / MANIFEST).read_bytes())["inputs"]
         if "tokens" not in inputs:
             inputs = store.open(Ref.parse(inputs["checkpoint"])).manifest.inputs
