@@ -92,6 +92,9 @@ cpa: install  ## training stage 3: the projector adapts; the transductive checkp
 mask-tokens: install  ## what the teacher sees in the masks that the network finds
 	@$(ZS_SEG) run --preset $(PRESET) $(FLAGS) --until mask-tokens
 
+app: install  ## a page on this machine to drop an image and type words; ARGS='--checkpoint RUN', demo where none is named
+	@$(ZS_SEG) app $(if $(STORE),--store "$(STORE)") $(ARGS)
+
 evaluate: install  ## the report in runs/PRESET/
 	@$(ZS_SEG) run --preset $(PRESET) $(FLAGS)
 

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data.images import decode_image, read_image
+from pipeline.inference.config import ALPHA, BETA
 from pipeline.inference.model import checkpoint_folder
 from pipeline.inference.words import read_words
 from pipeline.runtime import Runtime
@@ -36,6 +37,7 @@ from storage.errors import UserError
 from storage.store import Store
 
 if TYPE_CHECKING:
+    from pipeline.data.benchmarks import Category
     from pipeline.inference.predictor import Chooser, Predictor, Seen, Segment
 
 __all__ = ["AnyImage", "Result", "Segmenter", "UserError", "load"]
@@ -60,7 +62,8 @@ def load(
         store: the folder of artefacts; "" takes the environment's ZS_SEG_STORE, else ./artifacts.
         device: auto (the GPU if there is one), or a torch device such as cpu or cuda:1.
         threads: CPU threads; 0 takes one per core.
-        teacher_weights: the teacher's weights file, where it was a local one and further names are asked for.
+        teacher_weights: the teacher's weights file, where it was a local one and is needed: for further names,
+            and with `with_teacher`.
 
     Raises UserError (a ValueError, one line) where there is no such checkpoint, or it is damaged.
     """
@@ -70,7 +73,7 @@ def load(
 
     from pipeline.inference.predictor import Predictor
 
-    return Segmenter(Predictor.load(folder, runtime, os.fspath(teacher_weights)))
+    return Segmenter(Predictor.load(folder, root, runtime, os.fspath(teacher_weights)))
 
 
 class Segmenter:
@@ -96,6 +99,9 @@ class Segmenter:
         object_threshold: float | None = ...,
         overlap_threshold: float | None = ...,
         seen_offset: float = ...,
+        with_teacher: bool = ...,
+        alpha: float = ...,
+        beta: float = ...,
     ) -> Result: ...
     @overload
     def __call__(
@@ -108,6 +114,9 @@ class Segmenter:
         object_threshold: float | None = ...,
         overlap_threshold: float | None = ...,
         seen_offset: float = ...,
+        with_teacher: bool = ...,
+        alpha: float = ...,
+        beta: float = ...,
     ) -> list[Result]: ...
 
     def __call__(
@@ -120,6 +129,9 @@ class Segmenter:
         object_threshold: float | None = None,
         overlap_threshold: float | None = None,
         seen_offset: float = 0.0,
+        with_teacher: bool = False,
+        alpha: float = ALPHA,
+        beta: float = BETA,
     ) -> Result | list[Result]:
         """Segment an image, or each of a list.
 
@@ -135,6 +147,9 @@ class Segmenter:
             overlap_threshold: the smallest share of its own mask that a segment must win; None = the checkpoint's.
             seen_offset: subtracted from the scores of classes seen in training where a class is chosen.
 
+            with_teacher: multiply the class scores with those of the checkpoint's teacher for the masks that are found.
+            alpha, beta: the teacher's exponent for seen and for unseen classes, in [0, 1]; 1 = the teacher alone.
+
         Raises UserError for an image that cannot be read, a name that does not fit beside the others, and a number out
         of range.
         """
@@ -145,6 +160,9 @@ class Segmenter:
             object_threshold=object_threshold,
             overlap_threshold=overlap_threshold,
             seen_offset=seen_offset,
+            with_teacher=with_teacher,
+            alpha=alpha,
+            beta=beta,
         )
         if isinstance(image, str | bytes | os.PathLike | Image.Image | np.ndarray):
             return self._one(image, chooser)
@@ -161,7 +179,7 @@ class Segmenter:
             image=pixels,
             map=prediction.ids,
             segments=prediction.segments,
-            categories=tuple(chooser.by_id.items()),
+            categories=chooser.vocabulary.categories,
             file_name=name,
         )
 
@@ -184,14 +202,14 @@ class Result:
         map: (H, W) int32, the id of each pixel's segment; 0 = none.
         segments: `id`, `name`, `score` in [0, 1], `isthing`, `seen` (in training), `area` in pixels, `bbox` (left, top,
             width, height) and `category_id` of each.
-        categories: (id, (name, is thing, seen)) of all classes that could be chosen.
+        categories: `id`, `name` and `isthing` of all classes that could be chosen.
         file_name: of the image, "image.png" where it came from no file.
     """
 
     image: NDArray[np.uint8]
     map: NDArray[np.int32]
     segments: tuple[Segment, ...]
-    categories: tuple[tuple[int, tuple[str, bool, bool]], ...]
+    categories: tuple[Category, ...]
     file_name: str
 
     def mask(self, segment: Segment | int) -> NDArray[np.bool_]:
@@ -231,18 +249,10 @@ class Result:
     def to_coco(self, image_id: int = 1) -> dict[str, Any]:
         """COCO's JSON of instances: `images`, `categories`, and `annotations`, each with its mask as a compressed RLE,
         `bbox`, `area` and `score`."""
-        from pipeline.inference.export import ImagePrediction, rle_results
+        from pipeline.inference.export import ImagePrediction, coco_instances
 
-        height, width = self.map.shape
         prediction = ImagePrediction(image_id=image_id, file_name=self.file_name, ids=self.map, segments=self.segments)
-        results = [{"id": i, "iscrowd": 0, **entry} for i, entry in enumerate(rle_results(prediction), start=1)]
-        return {
-            "images": [{"id": image_id, "file_name": self.file_name, "height": height, "width": width}],
-            "annotations": results,
-            "categories": [
-                {"id": id_, "name": name, "isthing": int(isthing)} for id_, (name, isthing, _) in self.categories
-            ],
-        }
+        return coco_instances(prediction, self.categories)
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()

@@ -198,8 +198,7 @@ def parser() -> _Parser:
     _add_ablate_flags(ablation)
     verify = _add_store_commands(add)
     _add_remote_commands(add)
-    predict = add("predict", commands.predict_images, "segment images with a trained checkpoint")
-    _add_predict_flags(predict)
+    predict, page = _add_prediction_commands(add)
     evaluate = add("evaluate", commands.evaluate_checkpoint, "score a trained checkpoint on a benchmark's own files")
     _add_evaluate_flags(evaluate)
     sweep = add("sweep", commands.sweep, "a finished run's scores with the teacher at other alpha and beta")
@@ -229,7 +228,7 @@ def parser() -> _Parser:
             "--max-steps", type=int, default=0, metavar="N", help="at most N steps per training stage, for trials"
         )
         command.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be used")
-    for command in (run, stage, ablation, verify, predict, evaluate, sweep, bench):
+    for command in (run, stage, ablation, verify, predict, page, evaluate, sweep, bench):
         command.add_argument(
             "--device", default="auto", metavar="DEVICE", help="auto (default), cpu, cuda, cuda:1, ..."
         )
@@ -434,6 +433,18 @@ def _add_remote_commands(add: Callable[..., _Parser]) -> None:
     status.add_argument("--json", action="store_true", help="as JSON")
 
 
+def _add_prediction_commands(add: Callable[..., _Parser]) -> tuple[_Parser, _Parser]:
+    """The commands for images of one's own; returns those that compute, `predict` and `app`."""
+    predict = add("predict", commands.predict_images, "segment images and videos with a trained checkpoint")
+    _add_predict_flags(predict)
+    page = add("app", commands.app, "serve a page on this machine to drop an image and type words")
+    _add_app_flags(page)
+    _add_export_flags(
+        add("export", commands.export, "write a checkpoint as an ONNX file, or as a folder that needs no store")
+    )
+    return predict, page
+
+
 def _add_predict_flags(predict: _Parser) -> None:
     predict.add_argument("--checkpoint", required=True, metavar="KEY", help=CHECKPOINT)
     predict.add_argument(
@@ -458,11 +469,12 @@ def _add_predict_flags(predict: _Parser) -> None:
     predict.add_argument(
         "--min-score", type=float, default=0.0, metavar="X", help="leave out segments with a lower score; default: 0"
     )
-    for name, what in (
-        ("object", "score above which a query competes for pixels"),
-        ("overlap", "smallest share of its mask that a segment wins"),
-    ):
-        predict.add_argument(f"--{name}-threshold", type=float, metavar="X", help=f"{what}; default: the checkpoint's")
+    predict.add_argument(
+        "--overlap-threshold",
+        type=float,
+        metavar="X",
+        help="smallest share of its own mask that a segment wins, 0..1; default: the checkpoint's",
+    )
     predict.add_argument(
         "--seen-offset",
         type=float,
@@ -470,13 +482,35 @@ def _add_predict_flags(predict: _Parser) -> None:
         metavar="X",
         help="subtracted from the scores of seen classes where a class is chosen; default: 0",
     )
+    _add_with_teacher_flags(predict)
     predict.add_argument(
         "--every", type=int, default=1, metavar="N", help="of a video, segment every N-th frame; default: 1"
     )
     predict.add_argument(
         "--skip-bad", action="store_true", help="leave out files that cannot be read, and list them in panoptic.json"
     )
-    _add_teacher_flag(predict, "with --names")
+    _add_teacher_flag(predict, "with --names and --with-teacher")
+
+
+def _add_export_flags(command: _Parser) -> None:
+    command.add_argument("checkpoint", metavar="KEY", help=CHECKPOINT)
+    command.add_argument(
+        "--onnx", default="", metavar="FILE", help="the network; text rows and classes go beside it, as .npy and .json"
+    )
+    command.add_argument("--folder", default="", metavar="DIR", help="weights, classes, text rows and a model card")
+    command.add_argument("--names", default="", metavar="A,B,C", help=f"class names beyond the checkpoint's; {WORDS}")
+    command.add_argument("--stuff", default="", metavar="A,B,C", help="the same for classes that are stuff")
+    command.add_argument("--only", action="store_true", help="with the classes of --names and --stuff alone")
+    _add_teacher_flag(command, "with --names")
+
+
+def _add_app_flags(page: _Parser) -> None:
+    page.add_argument("--checkpoint", default="demo", metavar="KEY", help=f"{CHECKPOINT}; default: demo")
+    page.add_argument("--port", type=int, default=7860, metavar="N", help="0 takes a free one; default: 7860")
+    page.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, which this machine alone reaches"
+    )
+    _add_teacher_flag(page, "for words and for the teacher at prediction")
 
 
 def _add_evaluate_flags(evaluate: _Parser) -> None:

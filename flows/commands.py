@@ -219,7 +219,10 @@ def predict_images(options: argparse.Namespace) -> int:
     if to_file and not Path(options.json).parent.is_dir():
         raise UserError(f"--json {options.json}: folder {Path(options.json).parent} not found; make it first")
     words = read_words(options.names.split(",")) + read_words(options.stuff.split(","), isthing=False)
-    numbers = {name: getattr(options, name) for name in ("object_threshold", "overlap_threshold", "seen_offset")}
+    given = (
+        "only", "object_threshold", "overlap_threshold", "seen_offset", "min_score", "with_teacher", "alpha", "beta",
+        "every",
+    )  # fmt: skip
     done = predict.run(
         checkpoint=options.checkpoint,
         images=options.images,
@@ -228,9 +231,7 @@ def predict_images(options: argparse.Namespace) -> int:
         teacher_weights=options.teacher,
         store=open_store(options),
         runtime=open_runtime(options),
-        settings=predict.Settings(
-            words=words, only=options.only, min_score=options.min_score, every=options.every, **numbers
-        ),
+        settings=predict.Settings(words=words, **{name: getattr(options, name) for name in given}),
     )
     text = json.dumps(done.content, indent=1, allow_nan=False)
     if to_file:
@@ -243,6 +244,18 @@ def predict_images(options: argparse.Namespace) -> int:
     if options.json == "-":
         print(text)
     return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    from flows import export
+
+    return export.export(options)
+
+
+def app(options: argparse.Namespace) -> int:
+    from flows import app
+
+    return app.app(options)
 
 
 LONGEST_TABLE = 30  # images

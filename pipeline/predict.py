@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.data import video
 from pipeline.data.images import SUFFIXES, check_header, decode_image, read_image
+from pipeline.inference.config import ALPHA, BETA
 from pipeline.inference.model import checkpoint_folder
 from pipeline.inference.words import Word
 from pipeline.runtime import Runtime
@@ -44,6 +45,9 @@ class Settings:
     overlap_threshold: float | None = None
     seen_offset: float = 0.0
     min_score: float = 0.0
+    with_teacher: bool = False
+    alpha: float = ALPHA
+    beta: float = BETA
     every: int = 1
 
     def __post_init__(self) -> None:
@@ -53,8 +57,8 @@ class Settings:
             raise UserError(f"--every must be at least 1, not {self.every}")
 
     def chooser(self, predictor: Predictor) -> Chooser:
-        names = ("only", "object_threshold", "overlap_threshold", "seen_offset", "min_score")
-        return predictor.chooser(self.words, **{name: getattr(self, name) for name in names})
+        options = {name: value for name, value in vars(self).items() if name not in ("words", "every")}
+        return predictor.chooser(self.words, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +150,7 @@ def run(
             (folder / "overlay").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {folder} cannot be written ({error.strerror}); choose another folder") from error
-    predictor = Predictor.load(weights, runtime, teacher_weights)
+    predictor = Predictor.load(weights, store, runtime, teacher_weights)
     chooser = settings.chooser(predictor)
     result = Predicted(
         folder=folder, about={"checkpoint": str(weights), "stage": predictor.model.meta.stage, **_about(chooser)}
@@ -185,6 +189,7 @@ def _about(chooser: Chooser) -> dict[str, Any]:
     columns = zip(known.ids, known.names, known.isthing, known.seen, strict=True)
     return {
         "thresholds": {**vars(thresholds), "min_score": chooser.min_score},
+        "teacher": dict(zip(("alpha", "beta"), chooser.exponents, strict=True)) if chooser.exponents else None,
         "classes": [{"id": i, "name": name, "isthing": thing, "seen": seen} for i, name, thing, seen in columns],
     }
 

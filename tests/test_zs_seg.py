@@ -22,6 +22,10 @@ from tiny import build, tiny_config
 import zs_seg
 from flows.cli import main
 from models.segmenter import Segmenter as Network
+from models.teacher import Teacher
+from pipeline.data.transforms import channels_first
+from pipeline.inference.maps import panoptic_map
+from pipeline.inference.teacher import TeacherAtPrediction
 from storage.keys import Ref
 from storage.runs import RunRecord, Runs
 from storage.store import Store
@@ -85,7 +89,8 @@ def test_an_image_may_come_as_path_bytes_picture_or_array(seg: zs_seg.Segmenter,
         assert all(same(result, found) for result in seg(forms, object_threshold=0))
     grey = seg(np.asarray(Image.fromarray(found.image).convert("L")))
     assert grey.image.shape == (64, 96, 3)
-    for wrong in (np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)):
+    wrongs: list[Any] = [np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)]
+    for wrong in wrongs:
         with pytest.raises(zs_seg.UserError, match="an array must be"):
             seg(wrong)
     with pytest.raises(zs_seg.UserError, match="image is no JPEG"):
@@ -131,6 +136,42 @@ def test_other_words_do_not_run_the_network_again(
     picture[:] = 0  # the same array, another image
     seg(picture)
     assert passes == [1, 1]
+
+
+def test_the_teacher_at_prediction_encodes_a_mask_once(
+    seg: zs_seg.Segmenter, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    encode = Teacher.encode_images
+    monkeypatch.setattr(
+        Teacher, "encode_images", lambda self, inputs, *a: encoded.append(len(inputs)) or encode(self, inputs, *a)
+    )
+    predictor = seg.predictor
+    options: dict[str, Any] = {"object_threshold": 0.2, "overlap_threshold": 0.1}
+    found = seg(photo, with_teacher=True, **options)
+    assert sum(encoded) > 1 and not same(found, seg(photo, **options))
+
+    once = sum(encoded)
+    seg(photo, ["zebra"], with_teacher=True, alpha=0.3, **options)
+    seg(photo, with_teacher=True, object_threshold=0.6)
+    assert sum(encoded) <= once + 1  # another threshold or name may let another query in
+    encoded.clear()
+
+    # against all queries encoded in one go
+    look = predictor.look(found.image)
+    chooser = predictor.chooser(with_teacher=True, **options)
+    teacher = TeacherAtPrediction(
+        teacher=predictor.lexicon.teacher, options=predictor.token_options, alpha=0.4, beta=0.8
+    )
+    logits = seg.predictor.model.logits(look.output.features, chooser.classes.text)
+    q = teacher.logits(channels_first(look.image), look.output, logits, chooser.classes)
+    assert sum(encoded) > once
+    ids, segments = panoptic_map(look.output, q, chooser.classes, chooser.thresholds)
+    assert np.array_equal(ids, found.map)
+    for segment, other in zip(segments, found.segments, strict=True):
+        assert segment.category_id == other.category_id and abs(segment.score - other.score) < 1e-5
+    with pytest.raises(zs_seg.UserError, match=r"--alpha and --beta must lie in 0..1"):
+        seg(photo, with_teacher=True, beta=1.5)
 
 
 def test_masks_boxes_areas_and_coco_agree(seg: zs_seg.Segmenter, photo: Path, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ class PanopticWriter:
         content = {
             "images": self.images,
             "annotations": self.annotations,
-            "categories": [{"id": c.id, "name": c.name, "isthing": int(c.isthing)} for c in categories],
+            "categories": _plain(categories),
             **more,
         }
         if self.rle:
@@ -132,6 +132,22 @@ def rle_results(prediction: ImagePrediction) -> list[dict[str, Any]]:
             }
         )
     return results
+
+
+def coco_instances(prediction: ImagePrediction, categories: Sequence[Category]) -> dict[str, Any]:
+    """One image in COCO's format for instances: `images`, `annotations`, each with its mask as a compressed RLE and its
+    score, and `categories`."""
+    height, width = prediction.ids.shape
+    image = {"id": prediction.image_id, "file_name": prediction.file_name, "height": height, "width": width}
+    return {
+        "images": [image],
+        "annotations": [{"id": i, "iscrowd": 0, **entry} for i, entry in enumerate(rle_results(prediction), start=1)],
+        "categories": _plain(categories),
+    }
+
+
+def _plain(categories: Sequence[Category]) -> list[dict[str, Any]]:
+    return [{"id": c.id, "name": c.name, "isthing": int(c.isthing)} for c in categories]
 
 
 def _segment_info(mask: NDArray[np.bool_], segment: Scored) -> dict[str, object]:

@@ -29,7 +29,8 @@ def read_words(texts: Iterable[str], *, isthing: bool | None = None) -> list[Wor
 
 def _read(text: str, isthing: bool | None) -> Word:
     names, colon, mark = (part.strip() for part in text.rpartition(":")) if ":" in text else (text.strip(), "", "")
-    if colon and mark.lower() not in MARKS:
+    if colon and (":" in names or mark.lower() not in MARKS):
+        mark = names.rpartition(":")[2].strip() if ":" in names else mark
         close = did_you_mean(mark.lower(), MARKS)
         raise UserError(
             f"class name {text.strip()!r} ends in the mark {mark!r}{close}; use :thing, :stuff, or no colon"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.inference.config import ALPHA, BETA
 from storage.errors import UserError
 from storage.keys import option
 
@@ -34,11 +35,11 @@ class EvaluateConfig:
     seen_offsets: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
     """Points of the sweep over the seen offset, each in 0..1; 0 is added."""
 
-    alpha: float = 0.4
+    alpha: float = ALPHA
     """Exponent of the teacher's scores of seen classes in the rows with the teacher at prediction, in 0..1: 0 is the
     network alone, 1 the teacher alone. FC-CLIP's, taken over and not tuned."""
 
-    beta: float = 0.8
+    beta: float = BETA
     """The same of unseen classes. FC-CLIP's, taken over and not tuned."""
 
     teacher_exponents: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
