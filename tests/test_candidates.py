@@ -147,7 +147,7 @@ def test_candidate_losses_of_parts_are_those_of_the_whole(negatives: Any) -> Non
             draws = [rng(30 + i) for i in range(3)][own]
             found = step.terms(part, draws, totals=totals, elsewhere=others[0], regions_elsewhere=others[1])
             terms = {name: terms.get(name, 0) + value for name, value in found.items()}
-        gradients.append(torch.autograd.grad(sum(terms.values()), [features, masks]))
+        gradients.append(torch.autograd.grad(torch.stack(list(terms.values())).sum(), [features, masks]))
         found = values(terms)
         whole = whole or found
         assert found == pytest.approx(whole, rel=1e-5)

@@ -39,6 +39,7 @@ from storage.store import Artefact, Store
 from storage.tokens import TokenGroup, read_tokens, region_group, write_tokens
 
 CONFIG = tiny_regions()
+assert isinstance(CONFIG.data, scenes.ScenesConfig)
 BENCHMARK = scenes.benchmark(replace(scenes.ScenesConfig(), shapes=CONFIG.data.shapes, protocol="pixel-ignore"))
 
 

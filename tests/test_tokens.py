@@ -19,7 +19,7 @@ def tokens(seed: int, n: int, dim: int = 4, *, mirrored: bool = False, regions: 
     kept = rng.random(n) < 0.7
     rows = rng.integers(0, 4, n) * kept
     m = int(rows.sum())
-    also = {
+    also: dict[str, Any] = {
         "mirrored_global": (rng.standard_normal((1, n, dim)) * kept[:, None]).astype(np.float16),
         "mirrored_instance": rng.standard_normal((1, m, dim)).astype(np.float16),
     }
