@@ -358,7 +358,6 @@ def test_the_teacher_changes_its_own_rows_alone(world: tuple[Store, dict[str, St
     for name in ("inductive", "transductive"):
         ious, found = ([row["IoU"] for row in again[key]["per_class"]] for key in (name, f"{name}_teacher"))
         assert found == pytest.approx(ious, abs=0.01)  # q is computed from logarithms
-        assert report[f"{name}_teacher"]["sIoU"] > report[name]["sIoU"] + 5
     assert report["settings"]["alpha"] == 0.4 and report["settings"]["beta"] == 0.8
 
 
