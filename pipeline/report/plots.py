@@ -86,6 +86,7 @@ def _figure(below: str, *, width: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(4.3, 2.8), dpi=200)
     FigureCanvasAgg(figure)
     axes = figure.add_axes((LEFT, 0.15, width - (LEFT - 0.1), 0.82))
+    axes.patch.set_visible(False)
     axes.grid(axis="y", color=GRID, linewidth=0.7)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#9aa5b1")
