@@ -63,7 +63,7 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("plan", "--preset", "no-such"), "demo, scenes, coco-sample"),
+        (("plan", "--preset", "no-such"), "demo, demo-regions, scenes, coco-sample"),
         (("plan", "--preset", "dmo"), "preset 'dmo' is unknown (did you mean 'demo'?)"),
         (("plan",), "--preset"),
         (("no-such",), "predict"),
