@@ -141,7 +141,7 @@ def test_a_file_that_names_its_annotations(tmp_path: Path) -> None:
     benchmark = load_benchmark(str(path))
     train = CocoSplit(json="a.json", images="a", pngs="p")
     assert benchmark.task == "panoptic" and benchmark.others == "ignore"
-    assert benchmark.annotations == CocoFiles(
+    assert benchmark.annotations and benchmark.annotations == CocoFiles(
         kind="panoptic", bgr=True, holdout=Holdout(share=0.25, seed=3),
         splits={"train": train, "test": CocoSplit(json="b.json", images=".")},
     )  # fmt: skip

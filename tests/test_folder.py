@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from coco_factory import make_coco
+from own_data import coco_instances
 from sharding import BENCHMARK, shard, tree
 
 from flows.cli import main
@@ -144,5 +145,10 @@ def test_a_zipped_folder_is_recognised_and_evaluated(
     zipped(root, STORED, STORED)
     assert main(("new", "mine", "--from", str(root), "--unseen", "giraffe", "--protocol", "none")) == 0
     assert "COCO panoptic (annotations/panoptic_train2017.json, " in capsys.readouterr().out
+    # and one that lies beside what was unpacked of it is no second set
+    own = coco_instances(tmp_path / "own")
+    pack(own / "export.zip", tmp_path, "own/train", "own/valid")
+    coco_instances(own)
+    assert main(("new", "other", "--from", str(own), "--unseen", "green ring")) == 0
     part = evaluate_checkpoint._panoptic(BENCHMARK, root, "val")
     assert [sample.image_id for (_, sample), _ in part.samples()] == [10010, 10011]

@@ -226,7 +226,9 @@ def compressed(data: dict[str, Any]) -> None:
         if isinstance(found := one["segmentation"], dict):
             values = np.repeat(np.arange(len(found["counts"])) % 2, found["counts"]).astype(np.uint8)
             mask = values.reshape(found["size"], order="F")
-            one["segmentation"] = {"size": found["size"], "counts": str(coco_mask.encode(mask)["counts"], "ascii")}
+            counts = coco_mask.encode(mask)["counts"]
+            assert isinstance(counts, bytes)
+            one["segmentation"] = {"size": found["size"], "counts": counts.decode()}
 
 
 @pytest.mark.parametrize("quirk", [floats, without_iscrowd, repeated_ids, degenerate, compressed])

@@ -97,7 +97,12 @@ def recognise(at: Path, *, kind: str = "", names: Path | None = None, holdout: H
     else:
         root, jsons = at, []
     folder = DataFolder(root)
-    annotated = _annotations(folder, jsons or _jsons(folder)) if kind != "labels" else {}
+    annotated: dict[Annotations, list[_Json]] = {}
+    if kind != "labels":
+        # a .zip beside what was unpacked of it counts for nothing
+        annotated = _annotations(folder, jsons or _jsons(root)) or _annotations(
+            folder, _with_masks(folder.names(".json"))
+        )
     for one in get_args(Annotations):
         if one in annotated and kind in ("", one):
             others = [other for other in annotated if other != one] if not kind else []
@@ -124,15 +129,18 @@ class _Json:
     categories: tuple[tuple[int, str, int | None], ...] = field(default=())
 
 
-def _jsons(folder: DataFolder) -> list[str]:
+def _jsons(root: Path) -> list[str]:
     found = [
-        Path(path, name).relative_to(folder.root).as_posix()
-        for path, folders, files in _walk(folder.root)
+        Path(path, name).relative_to(root).as_posix()
+        for path, _, files in _walk(root)
         for name in files
         if name.lower().endswith(".json")
     ]
-    paths = sorted(dict.fromkeys([*found, *folder.names(".json")]))
-    return [path for path in paths if not path.rpartition("/")[2].startswith(NO_MASKS)]
+    return _with_masks(found)
+
+
+def _with_masks(paths: Sequence[str]) -> list[str]:
+    return sorted(path for path in paths if not path.rpartition("/")[2].startswith(NO_MASKS))
 
 
 def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
