@@ -128,7 +128,7 @@ def _listed(root: Path, source: Source, benchmark: Benchmark) -> dict[str, list[
                 load=partial(annotated_sample, folder, entry),
                 cure=entry.cure,
                 blank=entry.blank,
-                listed=len(entry.segments) if files and files.kind == "instances" else 0,
+                listed=len(entry.segments) + entry.boxes if files and files.kind == "instances" else 0,
             )
             for entry in read_split(folder, split, benchmark)
         ]

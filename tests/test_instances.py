@@ -33,6 +33,7 @@ def test_the_smaller_instance_lies_on_top() -> None:
         ([["a", 1, 2, 3, 4, 5]], "with a polygon that holds no numbers"),
         ([[0, 1, 2, 3, 4, float("nan")]], "no list of finite x, y"),
         ([[0, 1, 2, 3, 4, 5, 6]], "no list of finite x, y"),
+        ({}, "with a mask of size None"),
         ({"size": [4, 5], "counts": [20]}, r"a mask of size \[4, 5\] \(height, width\), but the image is 5 x 4"),
         ({"size": [5, 4], "counts": [21]}, "run lengths that do not add up to the image's 20 pixels"),
         ({"size": [5, 4], "counts": [10, -5, 15]}, "do not add up"),

@@ -20,14 +20,18 @@ from own_data import (
     UNSEEN,
     VAL,
     Scene,
+    both_in_one_folder,
     coco_instances,
     coco_panoptic,
     instances_json,
+    lists_of_names,
     one_json,
     panoptic_json,
     plain_folder,
     plain_maps,
     save,
+    split_folders,
+    split_folders_of_both,
     write,
 )
 from PIL import Image
@@ -165,6 +169,44 @@ def test_the_shards_of_a_layout_hold_its_pixels(
             assert any(np.array_equal(np.maximum(one, nothing), values) for one in expected), sample.image_id
 
 
+@pytest.mark.parametrize("make", [split_folders, split_folders_of_both, lists_of_names, both_in_one_folder])
+def test_plain_label_maps_lie_as_people_lay_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, make: Callable[[Path], Path]
+) -> None:
+    """The same scenes, and names in files of every form, give the same shards."""
+    new(capsys, "--from", str(plain_maps(tmp_path / "plain")), "--unseen", UNSEEN, name="plain")
+    new(capsys, "--from", str(make(tmp_path / "data")), "--unseen", UNSEEN)
+    expected, found = shards_of(tmp_path / "plain", "plain.json"), shards_of(tmp_path / "data")
+    if make is both_in_one_folder:  # split by a seed
+        expected, found = (
+            {"": sorted(some["train"] + some["val"], key=lambda s: s.image)} for some in (expected, found)
+        )
+    assert found == expected
+
+
+def test_a_folder_with_several_kinds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    root = coco_panoptic(tmp_path / "data")
+    for split, made in (("train", TRAIN), ("val", VAL)):
+        write(root / "annotations" / f"instances_{split}2017.json", instances_json(made, 1))
+        write(root / "annotations" / f"captions_{split}2017.json", "no JSON, and not read")
+    output = new(capsys, "--from", str(root), "--unseen", UNSEEN)
+    assert "COCO panoptic (" in output and "also found: instances annotations, taken with --kind instances" in output
+    output = new(capsys, "--from", str(root), "--unseen", UNSEEN, "--kind", "instances", name="instances")
+    assert "COCO instances (annotations/instances_train2017.json, annotations/instances_val2017.json)" in output
+    one = str(root / "annotations" / "instances_val2017.json")
+    output = new(capsys, "--from", one, "--unseen", UNSEEN, "--val-share", "0.5", name="one")
+    assert "val is 50% of the images, drawn by name with seed 0" in output
+    assert sum(map(len, shards_of(root, "one.json").values())) == len(VAL)
+
+
+def test_a_benchmark_to_evaluate_on_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    root = plain_maps(tmp_path / "data")
+    output = new(capsys, "--from", str(root), "--unseen", "none")
+    benchmark = load_benchmark("mine.json")
+    assert benchmark.unseen_ids == () and benchmark.protocol == "none"
+    assert command(output) == ["evaluate", "--checkpoint", "KEY", "--benchmark", "mine.json", "--data", str(root)]
+
+
 def drawn(scene: Scene) -> list[np.ndarray]:
     """The map of a scene's instances, the smaller on top of the larger, without and with its ground."""
     ways = []
@@ -219,6 +261,13 @@ def degenerate(data: dict[str, Any]) -> None:
             one["segmentation"].append([1, 1, 9, 9])
 
 
+def flat(data: dict[str, Any]) -> None:
+    """Polygons that are in no list of their own."""
+    for one in data["annotations"]:
+        if isinstance(one["segmentation"], list):
+            (one["segmentation"],) = one["segmentation"]
+
+
 def compressed(data: dict[str, Any]) -> None:
     from pycocotools import mask as coco_mask
 
@@ -231,7 +280,7 @@ def compressed(data: dict[str, Any]) -> None:
             one["segmentation"] = {"size": found["size"], "counts": counts.decode()}
 
 
-@pytest.mark.parametrize("quirk", [floats, without_iscrowd, repeated_ids, degenerate, compressed])
+@pytest.mark.parametrize("quirk", [floats, without_iscrowd, repeated_ids, degenerate, flat, compressed])
 def test_how_an_exporter_writes_makes_no_difference(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, quirk: Callable[[dict[str, Any]], None]
 ) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.data.benchmarks import Benchmark, CocoFiles, CocoSplit, whole
 from pipeline.data.folder import DataFolder, sized
+from pipeline.data.instances import has_mask
 from storage.errors import UserError
 from storage.id_colours import MAX_SEGMENT_ID
 
@@ -145,7 +146,8 @@ class Entry:
     """One image's entry in the JSON: its `name` there, the paths of `image` and `png` below the data folder, size in
     pixels, `segments` as in `segments_info`, or of instances the annotations (see `pipeline.data.instances`).
 
-    `others`: those of categories that the benchmark does not list, where it ignores them. `bgr`: the order of the PNG's
+    `others`: those of categories that the benchmark does not list, where it ignores them. `boxes`: the number of
+    annotations of instances without a mask, which are not among the segments. `bgr`: the order of the PNG's
     colours. `blank`: nothing in the image is labelled, and it is not used. `problem`: the reason, found in the JSON, why
     the image cannot be used; "" if there is none. `cure`: what mends an image that cannot be used.
     """
@@ -159,6 +161,7 @@ class Entry:
     segments: tuple[dict[str, Any], ...]
     cure: str
     others: tuple[dict[str, Any], ...] = ()
+    boxes: int = 0
     bgr: bool = False
     blank: bool = False
     problem: str = ""
@@ -362,7 +365,8 @@ def _instance_entry(
     file: _File, image_id: int, image: dict[str, Any] | None, annotations: list[dict[str, Any]], benchmark: Benchmark
 ) -> Entry:
     name, height, width, problems = _image(file, f"image {image_id}", image)
-    known, others = _apart(annotations, benchmark)
+    everything, others = _apart(annotations, benchmark)
+    known = [one for one in everything if has_mask(one)]
     strange = [] if benchmark.others == "ignore" else others
     problems += [f"has category {_category(one, 'annotation')}, {_unknown_to(benchmark)}" for one in strange]
     return Entry(
@@ -374,6 +378,7 @@ def _instance_entry(
         width=width,
         segments=tuple(known),
         others=tuple(others),
+        boxes=len(everything) - len(known),
         blank=not known and not problems,
         cure=OTHERS_CURE if strange else file.cure,
         problem=problems[0] if problems else "",

@@ -43,14 +43,17 @@ def draw(annotations: Sequence[dict[str, Any]], height: int, width: int) -> np.n
 
 
 def has_mask(annotation: dict[str, Any]) -> bool:
-    """Whether there is anything to draw: exporters leave `segmentation` empty where only a box was drawn."""
+    """Whether there is anything to draw, right or wrong: exporters leave `segmentation` empty where only a box was
+    drawn."""
     found = annotation.get("segmentation")
-    return bool(found) and (isinstance(found, dict) or any(_is_outline(part) for part in found))
+    return bool(_outlines(found)) if isinstance(found, list | None) else True
 
 
-def _is_outline(part: Any) -> bool:
-    """Whether it is a polygon of at least three points, which alone has an area."""
-    return isinstance(part, list) and len(part) >= 6
+def _outlines(found: list[Any] | None) -> list[list[Any]]:
+    """The polygons of at least three points, which alone have an area; also of one that is not in a list of its own."""
+    if found and all(isinstance(number, int | float) for number in found):
+        found = [found]
+    return [part for part in found or [] if isinstance(part, list) and len(part) >= 6]
 
 
 def _mask(annotation: dict[str, Any], height: int, width: int) -> Any:
@@ -62,15 +65,14 @@ def _mask(annotation: dict[str, Any], height: int, width: int) -> Any:
         return None
     if isinstance(found, dict):
         return _runs(found, height, width, where)
-    return _polygons(found or [], height, width, where)
+    return _polygons(_outlines(found), height, width, where)
 
 
-def _polygons(parts: list[Any], height: int, width: int, where: str) -> Any:
-    """The union of polygons [x, y, x, y, ...], as COCO's own tools draw them; fewer than three points have no area."""
+def _polygons(outlines: list[list[Any]], height: int, width: int, where: str) -> Any:
+    """The union of polygons [x, y, x, y, ...], as COCO's own tools draw them."""
     import numpy as np
     from pycocotools import mask as coco_mask
 
-    outlines = [part for part in parts if _is_outline(part)]
     try:
         points = [np.array(part, np.float64) for part in outlines]
     except (TypeError, ValueError) as error:

@@ -18,7 +18,6 @@ from pipeline.data.benchmarks import Benchmark, Protocol
 from pipeline.data.coco import Entry, read_split
 from pipeline.data.folder import DataFolder
 from pipeline.data.images import check_size
-from pipeline.data.instances import has_mask
 from pipeline.data.label_maps import LabelledImage, find_split, pixel_values
 from pipeline.data.samples import annotated_sample
 from pipeline.runtime import Runtime
@@ -87,13 +86,14 @@ def survey(root: Path, benchmark: Benchmark, splits: Sequence[str], runtime: Run
         Counter(repr(one["given"]) for entry in some for one in (*entry.segments, *entry.others) if one["given"] is not None)
         for some in entries.values()
     ] if instances else []  # fmt: skip
+    boxes = sum(entry.boxes for some in entries.values() for entry in some)
     return Survey(
         looks=looks,
-        annotations=len(everything),
-        boxes=sum(not has_mask(one) for one in everything) if instances else 0,
+        annotations=len(everything) + boxes,
+        boxes=boxes,
         repeated=sum(count > 1 for counts in given for count in counts.values()),
         blank={
-            split: sum(not (entry.segments or entry.others or entry.problem) for entry in some)
+            split: sum(not (entry.segments or entry.others or entry.boxes or entry.problem) for entry in some)
             for split, some in entries.items()
         } if instances else {},
     )  # fmt: skip

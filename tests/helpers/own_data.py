@@ -163,6 +163,35 @@ def plain_maps(root: Path) -> Path:
     return root
 
 
+NUMBERS, PLAIN_NAMES = {0: 0, 1: 1, 2: 2, 3: 3, 4: 4}, ["background", *CLASSES.values()]
+
+
+def split_folders(root: Path) -> Path:
+    _label_maps(root, "{split}/imgs", "{split}/labels", NUMBERS)
+    write(root / "names.json", PLAIN_NAMES)
+    return root
+
+
+def split_folders_of_both(root: Path) -> Path:
+    _label_maps(root, "{split}", "{split}", NUMBERS, names={"train": "Training", "val": "valid"})
+    write(root / "names.txt", "".join(f"{value}: {name}\n" for value, name in enumerate(PLAIN_NAMES)))
+    return root
+
+
+def lists_of_names(root: Path) -> Path:
+    _label_maps(root, "images", "gt", NUMBERS, ending="_gt")
+    for split, made in SPLITS.items():
+        write(root / f"{split}.txt", "".join(f"{scene.name}\n" for scene in made))
+    write(root / "classes.json", {name: value for value, name in enumerate(PLAIN_NAMES)})
+    return root
+
+
+def both_in_one_folder(root: Path) -> Path:
+    _label_maps(root, ".", ".", NUMBERS, ending="_mask")
+    write(root / "labels.txt", "\n".join(PLAIN_NAMES))
+    return root
+
+
 def plain_folder(root: Path) -> Path:
     """One folder of images, one of paletted maps, neither with splits."""
     _label_maps(root, "photos", "labels", {0: 255, 1: 10, 2: 20, 3: 30, 4: 40}, palette=True)
