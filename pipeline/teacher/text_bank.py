@@ -119,9 +119,8 @@ def encoded_alike(rows: Tensor, names: Sequence[str]) -> list[tuple[str, str, fl
     rows = rows if rows.ndim == 3 else rows[:, None]
     cosines = (rows.flatten(0, 1) @ rows.flatten(0, 1).T).unflatten(0, rows.shape[:2]).unflatten(2, rows.shape[:2])
     nearest = cosines.amax((1, 3)).triu(1)
-    pairs: list[tuple[str, str, float]] = []
-    for i, j in (nearest >= ALIKE).nonzero().tolist():
-        pairs.append((names[i], names[j], nearest[i, j].item()))
+    places: list[list[int]] = (nearest >= ALIKE).nonzero().tolist()
+    pairs = [(names[i], names[j], float(nearest[i, j])) for i, j in places]
     return sorted(pairs, key=lambda pair: -pair[2])
 
 
