@@ -8,6 +8,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -448,6 +449,7 @@ def test_the_split_by_a_seed_moves_no_other_image(capsys: pytest.CaptureFixture[
     val = {name for name in names if holdout.holds(name, "val")}
     assert 0.36 < len(val) / 2000 < 0.44
     assert all(holdout.holds(name, "train") != (name in val) for name in names)
+    assert {name for name in names if replace(holdout, seed=1).holds(name, "val")} != val
     before = shards_of(root)
     save(root / "photos" / "another.jpg", TRAIN[0].image)
     shutil.copy(root / "labels" / f"{TRAIN[0].name}.png", root / "labels" / "another.png")
