@@ -80,7 +80,7 @@ def test_the_image_gets_the_source_and_nothing_else() -> None:
     assert _lines(".dockerignore")[0] == "*"
     assert all((ROOT / name).exists() for name in kept)
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert {*packages["packages"], "requirements.lock", "prefect.yaml"} <= set(kept)
+    assert {*packages["only-include"], "requirements.lock", "prefect.yaml"} <= set(kept)
     assert "requirements-dev.lock" not in kept
     assert not [name for name in kept if fnmatch.fnmatch(name, ".*") or name in ("artifacts", "runs", "tests")]
 

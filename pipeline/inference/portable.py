@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -26,13 +27,13 @@ if TYPE_CHECKING:
     from pipeline.inference.vocabulary import Vocabulary
 
 OPSET = 18
-MOST = 256  # times 32 pixels: the longest side of an exported network's image
+MOST = 256  # times 32 pixels: the longest side of an exported network's image; the shortest is 2 times
 
 
 class Portable(nn.Module):
     """The network from pixels to logits.
 
-    image (1, 3, H, W) float32 RGB in 0..255, H and W multiples of 32, and text rows (K, D)
+    image (1, 3, H, W) float32 RGB in 0..255, H and W multiples of 32 from 64 to 8192, and text rows (K, D)
     -> mask logits (1, Q, H/4, W/4) and class logits (1, Q, K).
     """
 
@@ -88,8 +89,10 @@ def write_onnx(path: Path, model: Model) -> None:
     Raises UserError where a package is missing.
     """
     require_onnx()
+    # it reports every operation that it leaves as it is
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
     rows, classes = _rows(model)
-    height, width = (STRIDE * torch.export.Dim(name, min=1, max=MOST) for name in ("height", "width"))
+    height, width = (STRIDE * torch.export.Dim(name, min=2, max=MOST) for name in ("height", "width"))
     shapes: Any = {"image": {2: height, 3: width}, "text": {0: torch.export.Dim("classes", min=1)}}
     example = torch.zeros(1, 3, 4 * STRIDE, 6 * STRIDE), torch.cat([rows, rows])
     with portable(), torch.no_grad(), warnings.catch_warnings():

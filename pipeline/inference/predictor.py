@@ -167,6 +167,7 @@ class Predictor:
             exponents=(alpha, beta) if with_teacher else None,
         )
 
+    @torch.no_grad()
     def name(self, seen: Seen, chooser: Chooser) -> Prediction:
         """The map of an image that was looked at; the network is not run again."""
         logits = self.model.logits(seen.output.features, chooser.classes.text)
