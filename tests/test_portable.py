@@ -41,8 +41,8 @@ def trained(shared_store: Store) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # masks whose logits are some tens, as those of a trained network
-    return lively(trained, tmp_path_factory.mktemp("lively"), sharpness=4.0)
+    # masks whose logits are some tens, as those of a trained network; each layer takes seconds to export
+    return lively(trained, tmp_path_factory.mktemp("lively"), sharpness=4.0, decoder_layers=1)
 
 
 def test_samples_by_grid_are_those_of_the_operator() -> None:
