@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor
 
 from models.folding import for_inference
@@ -217,8 +218,6 @@ def foreign(model: Model, image: NDArray[np.uint8]) -> str:
 
 def _described(ids: NDArray[np.int32], segments: Sequence[PredictedSegment], chooser: Chooser) -> Prediction:
     """The map without segments below the smallest score, ids renumbered 1, 2, ..."""
-    from scipy import ndimage
-
     kept = [segment for segment in segments if segment.score >= chooser.min_score]
     if len(kept) < len(segments):
         number = np.zeros(1 + len(segments), np.int32)
