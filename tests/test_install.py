@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,14 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+# what the developers' extra takes in
+TAKEN_IN = [
+    wanted
+    for requirement in map(Requirement, EXTRAS["dev"])
+    if requirement.name == PROJECT["name"]
+    for extra in requirement.extras
+    for wanted in EXTRAS[extra]
+]
 PACKAGES = ("flows", "models", "pipeline", "storage")
 PIN = re.compile(r"([a-z0-9-]+)==(\S+)( ; .+)? \\")
 MAKE, SH = shutil.which("make"), shutil.which("sh")
@@ -52,7 +59,7 @@ def test_a_lock_pins_every_package_by_hash_and_names_no_address(name: str) -> No
 
 @pytest.mark.parametrize(
     ("locked", "wanted"),
-    [(USERS, PROJECT["dependencies"]), (DEVELOPERS, [*PROJECT["dependencies"], *chain(*EXTRAS.values())])],
+    [(USERS, PROJECT["dependencies"]), (DEVELOPERS, [*PROJECT["dependencies"], *EXTRAS["dev"], *TAKEN_IN])],
     ids=["users", "developers"],
 )
 def test_a_lock_has_every_direct_dependency_in_a_version_that_pyproject_allows(
@@ -73,14 +80,14 @@ def test_the_developers_lock_is_the_users_and_more() -> None:
 
 
 def test_what_the_sources_import_is_in_the_users_lock() -> None:
-    """But for the references of the benchmarks and for video files, which extras bring."""
+    """But for the references of the benchmarks, for video files and for remotes, which extras bring."""
     owners = packages_distributions()
     missing = set()
     for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         for module in imported(path) - set(PACKAGES) - sys.stdlib_module_names:
             if not USERS.keys() & {canonicalize_name(name) for name in owners[module]}:
                 missing.add((path.parent.relative_to(ROOT).as_posix(), module))
-    assert missing == {("pipeline/bench", "transformers"), ("pipeline/data", "av")}
+    assert missing == {("pipeline/bench", "transformers"), ("pipeline/data", "av"), ("storage", "paramiko")}
 
 
 def imported(path: Path) -> set[str]:
