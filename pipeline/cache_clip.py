@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -136,6 +136,7 @@ def _require_regions(tars: Sequence[Path], config: TokensConfig, benchmark: Benc
     from pipeline.teacher.regions import find_regions
     from storage.shards import decode_ids, read_shard
 
+    config = replace(config, regions="components")  # their number is 0 where that of their parts is
     for tar in tars:
         for sample in read_shard(tar):
             labelled = [s.id for s in shown_in_training(sample, benchmark).segments]

@@ -166,9 +166,9 @@ class TokensConfig:
     dtype: Precision = "float32"
     """Precision in which the image tower computes; tokens are stored in float16 whatever it is."""
 
-    regions: Literal["none", "components"] = option("none")
-    """Also encode class-less regions of the area without a label in training images, candidates for things nobody
-    labelled: none, or its connected components."""
+    regions: Literal["none", "components", "colours"] = option("none")
+    """Also encode class-less regions of the area without a label in training images: none, its connected components, or
+    these split by clusters of blurred colours, so that things that touch are apart."""
 
     region_min_area: int = option(40)
     """Area in pixels below which a part of the area without a label is no region, at least 1."""

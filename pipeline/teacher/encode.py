@@ -171,15 +171,15 @@ class _ByPixels:
         self.rows: list[list[Tensor]] = [[] for _ in range(config.views)]
 
     def decode(self, sample: Sample, *, regions: bool) -> _Decoded:
-        ids = decode_ids(sample)
+        ids, image = decode_ids(sample), decode_image(sample)
         wanted = np.array([s.id for s in sample.segments if s.area >= self.config.min_area], np.int32)
-        found = find_regions(ids, [s.id for s in sample.segments], self.config) if regions else None
+        found = find_regions(ids, [s.id for s in sample.segments], self.config, image) if regions else None
         if found:
             ids = np.where(found.map > 0, found.map + np.int32(BEHIND_SEGMENTS), ids)
             wanted = np.append(wanted, np.arange(1, found.count + 1, dtype=np.int32) + BEHIND_SEGMENTS)
         crops = self.config.crop == "box"
         return _Decoded(
-            image=channels_first(decode_image(sample)),
+            image=channels_first(image),
             ids=torch.from_numpy(ids),
             wanted=torch.from_numpy(wanted),
             boxes=[instance_box(ids == i, self.config.margin) for i in wanted] if crops else [],
