@@ -110,6 +110,46 @@ def test_an_image_without_anything_unlabelled_has_none() -> None:
     assert whole.count == 1 and whole.map.all()
 
 
+COLOURS = TokensConfig(regions="colours", region_min_area=20)
+
+
+def test_things_of_two_colours_that_touch_are_two_regions() -> None:
+    """A red disc half over a blue one, on a labelled ground whose colour does not reach them; noise cuts nothing."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:64, :64]
+    red, blue = np.hypot(y - 30, x - 24) < 12, np.hypot(y - 32, x - 40) < 12
+    image = np.full((64, 64, 3), 255.0)
+    image[blue], image[red] = (40, 60, 200), (200, 50, 40)
+    image = np.clip(image + rng.normal(0, 20, image.shape), 0, 255).astype(np.uint8)
+    ids = np.where(red | blue, 5, 1).astype(np.int32)
+    assert find_regions(ids, [1], replace(COLOURS, regions="components")).count == 1
+    found = find_regions(ids, [1], COLOURS, image)
+    assert found.count == 2
+    for truth in (red, blue & ~red):
+        overlap = max((truth & (found.map == r)).sum() / (truth | (found.map == r)).sum() for r in (1, 2))
+        assert overlap > 0.85
+    alone = find_regions(np.where(red, 5, 1).astype(np.int32), [1], COLOURS, image)
+    assert alone.count == 1 and np.array_equal(alone.map > 0, red)
+
+
+@examples(15)
+@given(seed=st.integers(0, 9999), least=st.integers(1, 40))
+def test_a_split_divides_each_component_and_loses_no_pixel(seed: int, least: int) -> None:
+    """Every part is connected but for fragments that went to their nearest part, large enough, and of one component;
+    the same image gives the same regions."""
+    rng = np.random.default_rng(seed)
+    ids = np.kron(rng.integers(0, 3, (6, 7)), np.ones((6, 6), int)).astype(np.int32)
+    image = np.kron(rng.integers(0, 256, (6, 7, 3)), np.ones((6, 6, 1), int)).astype(np.uint8)
+    config = TokensConfig(regions="colours", region_min_area=least)
+    whole, found = find_regions(ids, [1], replace(config, regions="components")), find_regions(ids, [1], config, image)
+    assert np.array_equal(found.map > 0, whole.map > 0) and found.fragments == whole.fragments
+    for number in range(1, found.count + 1):
+        part = found.map == number
+        assert part.sum() >= least and len(np.unique(whole.map[part])) == 1
+    again = find_regions(np.where(ids == 1, 1, rng.integers(3, 99, ids.shape)).astype(np.int32), [1], config, image)
+    assert np.array_equal(again.map, found.map)
+
+
 # ------------------------------------------------------------------------------------------------ their tokens
 
 
@@ -420,6 +460,7 @@ def labelled_run(root: Path, store: Store) -> dict[str, Stage]:
     short = replace(
         CONFIG,
         data=CocoConfig(root=str(root), benchmark=str(file), protocol="pixel-ignore"),
+        tokens=replace(CONFIG.tokens, regions="colours"),
         v2c=replace(CONFIG.v2c, steps=4, calibration_images=4),
         queries=replace(CONFIG.queries, views=1),
         g2s=replace(CONFIG.g2s, steps=3),
