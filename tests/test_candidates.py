@@ -58,9 +58,9 @@ def slow_candidates(step: V2CCriterion, seed: int) -> dict[str, float]:
     for region in (False, True):
         predicted = torch.stack([masks[layer, image, query] for image, layer, query, _ in pairs[region]])
         truth = torch.stack([data.masks[image][shown] for image, _, _, shown in pairs[region]])
-        assert len(truth) == len(logits) * 5
+        assert len(truth) == len(logits) * (4 if region else 5)
         found[region] = losses.mask_losses(
-            predicted, truth, points=config.points, normaliser=5, draws=[(draws, len(truth))]
+            predicted, truth, points=config.points, normaliser=len(truth) / len(logits), draws=[(draws, len(truth))]
         )
     every = torch.cat([*data.region_tokens, *data.instance_tokens])
     token = []
@@ -69,14 +69,14 @@ def slow_candidates(step: V2CCriterion, seed: int) -> dict[str, float]:
             own = data.region_tokens[image][shown - len(labels[image])]
             against = [cosine(v[-1, image, query], t) / config.tau for t in every if not torch.equal(t, own)]
             token.append(info_nce(cosine(v[-1, image, query], own) / config.tau, against))
-    assert len(token) == 5
+    assert len(token) == 4
     bce, dice = (float(value) for value in found[True])
     return {
         "class": config.class_weight * naive_focal(logits[counted], targets[counted]) / 5,
         "bce": config.bce_weight * float(found[False][0]),
         "dice": config.dice_weight * float(found[False][1]),
         "candidate mask": config.candidate_mask_weight * (config.bce_weight * bce + config.dice_weight * dice),
-        "candidate token": config.candidate_token_weight * sum(token) / 5,
+        "candidate token": config.candidate_token_weight * sum(token) / 4,
     }
 
 

@@ -76,10 +76,10 @@ def batch() -> Batch:
 
 @cache
 def batch_with_regions() -> Batch:
-    """`batch` with 2, 3 and 0 candidate regions, which overlap nothing in their image."""
-    data, masks = batch(), torch.zeros(5, 32, 32, dtype=torch.bool)
-    masks[0, 12:20, 22:], masks[1, 20:22], masks[2, :9], masks[3, 9:20, 4:], masks[4, 25:] = (True,) * 5
-    tokens = unit(5, TEXT_DIM, seed=44)
+    """`batch` with 2, 2 and 0 candidate regions, which overlap nothing in their image."""
+    data, masks = batch(), torch.zeros(4, 32, 32, dtype=torch.bool)
+    masks[0, 12:20, 22:], masks[1, 20:22], masks[2, :9], masks[3, 9:20, 4:] = (True,) * 4
+    tokens = unit(4, TEXT_DIM, seed=44)
     both = [torch.cat(pair) for pair in zip(data.masks, (masks[:2], masks[2:], masks[:0]), strict=True)]
     return replace(data, masks=both, region_tokens=[tokens[:2], tokens[2:], tokens[:0]])
 
