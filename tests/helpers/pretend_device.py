@@ -167,7 +167,14 @@ torch._C._set_only_lift_cpu_tensors(True)  # pyright: ignore[reportAttributeAcce
 # Operations that make a tensor on the device from none; the libraries unregister when they are forgotten
 _FALLBACK, _KERNELS = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
 _FALLBACK.fallback(_run, "PrivateUse1")
-for _name in ("arange.start_step", "eye.m", "randperm.generator", "linspace"):  # else they resize an empty one
+for _name in (
+    "arange",
+    "arange.start",
+    "arange.start_step",
+    "eye.m",
+    "randperm.generator",
+    "linspace",
+):  # else they resize an empty one
     _packet, _, _overload = _name.partition(".")
     _operator = getattr(getattr(torch.ops.aten, _packet), _overload or "default")
     _KERNELS.impl(_name, partial(_run, _operator), "PrivateUse1")

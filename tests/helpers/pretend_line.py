@@ -46,8 +46,9 @@ def config(variant: str) -> Config:
 
 
 def walk(store: str, variant: str, image: str, out: str) -> None:
-    """Run all stages that the store has not, and predict `image`; of "regions" those up to stage 1. Stage 1 is interrupted when it has saved its state,
-    and goes on. The file `out` gets, by stage, what `TRAFFIC` counted: in every training step, and besides."""
+    """Run all stages that the store has not, and predict `image`; of "regions" those up to stage 1. Stage 1 is
+    interrupted when it has saved its state, and goes on. The file `out` gets, by stage, what `TRAFFIC` counted: in every
+    training step, and besides."""
     from pretend_device import TRAFFIC
 
     from pipeline import predict
