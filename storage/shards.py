@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -101,23 +101,26 @@ def read_shard(path: Path, rows: Collection[int] | None = None) -> Iterator[Samp
     between two samples shows only after the last of them.
     """
     try:
-        for files in group_by_keys(_members(path, rows)):
-            if not {"json", "png"} <= files.keys() or len(files.keys() & set(_IMAGES)) != 1:
-                raise UserError(f"sample {files['__key__']} lacks its image, json or png")
-            yield _sample(files)
+        stream = opened(path)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; {anew()}") from error
+    try:
+        with stream:
+            for files in group_by_keys(_members(stream, path, rows)):
+                if not {"json", "png"} <= files.keys() or len(files.keys() & set(_IMAGES)) != 1:
+                    raise UserError(f"sample {files['__key__']} lacks its image, json or png")
+                yield _sample(files)
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}; {anew()}") from error
 
 
-def _members(path: Path, rows: Collection[int] | None) -> Iterator[dict[str, Any]]:
+def _members(stream: IO[bytes], path: Path, rows: Collection[int] | None) -> Iterator[dict[str, Any]]:
     """The tar's files, or those of the samples at `rows`, for webdataset's `group_by_keys`.
 
     Raises UserError for a foreign name or a missing end.
     """
     end, row, key = 0, -1, ""
-    with opened(path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+    with tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
             if not _MEMBER.fullmatch(member.name):
                 raise UserError(f"member {member.name!r} is no {{image id}}.jpg, .image.png, .json or .png")

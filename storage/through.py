@@ -12,9 +12,10 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -60,16 +61,19 @@ def leave(store: Store, remote: Remote, manifest: Manifest, *, size: int) -> Non
     store.receive(manifest, fetch)
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
+def opened(path: Path) -> IO[bytes]:
     """A file of an artefact for reading, from the cache if it stayed in a remote.
 
     Raises FileNotFoundError for a file that is neither here nor noted, UserError as `Remote` and where the bytes there
     are not the manifest's.
     """
     elsewhere = None if path.exists() else _elsewhere(path)
-    with path.open("rb") if elsewhere is None else elsewhere.open(path.name) as file:
-        yield file
+    return path.open("rb") if elsewhere is None else elsewhere.open(path.name)
+
+
+def there(path: Path) -> bool:
+    """Whether a file of an artefact can be read, here or through the cache."""
+    return path.exists() or _elsewhere(path) is not None
 
 
 def ahead(paths: Iterable[Path]) -> None:
@@ -117,7 +121,8 @@ class _Elsewhere:
                 self.begin(name).result()
                 continue
             if hashlib.file_digest(file, "sha256").hexdigest() == self.files[name]["sha256"]:
-                os.utime(file.fileno())  # what was used least of late goes first
+                # What was used least of late goes first; the system's own clock for this ticks too slowly.
+                os.utime(file.fileno(), ns=(now := time.time_ns(), now))
                 file.seek(0)
                 return file
             file.close()

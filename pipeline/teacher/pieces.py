@@ -11,12 +11,13 @@ from pathlib import Path
 from storage.atomic import delete
 from storage.errors import UserError
 from storage.inputs import vouch
+from storage.through import there
 
 
 def require_here(*paths: Path) -> None:
     """Raises UserError, with the cure, for a path that a worker does not find."""
     for path in paths:
-        if not path.exists():
+        if not there(path):
             raise UserError(
                 f"a worker on {socket.gethostname()} does not find {path}; pass --store FOLDER with a folder that all "
                 "machines share under the same path"
