@@ -19,7 +19,7 @@ from store_processes import TOKENS, build_two_files
 
 from storage import lease
 from storage.errors import UserError
-from storage.lock import LEASES, Lock, one_machine
+from storage.lock import LEASES, Lock, _File, one_machine
 from storage.store import Build, Store
 
 
@@ -148,6 +148,36 @@ def test_a_dead_owners_lease_is_taken_over_by_one_of_those_who_watch(
         thread.join(20)
     assert time.monotonic() - began > lease.DEAD and most == 1
     assert "process 1 on gone since then: no sign of life" in caplog.text
+
+
+def test_of_two_who_take_over_in_the_same_moment_one_has_it(leases: Path) -> None:
+    leases.write_text(json.dumps({"host": "gone", "pid": 1, "since": "then", "time": time.time(), "token": "x"}))
+    both, inside, most = threading.Barrier(2, timeout=20), list[int](), list[int]()
+
+    class First(_File):
+        """Its first write waits for that of the other."""
+
+        waited = False
+
+        def write(self, data: bytes) -> None:
+            if not self.waited:
+                self.waited = True
+                both.wait()
+            super().write(data)
+
+    def take() -> None:
+        with lease.Lease(First(leases), what="x"):
+            inside.append(1)
+            time.sleep(0.2)
+            most.append(len(inside))
+            inside.pop()
+
+    threads = [threading.Thread(target=take) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert most == [1, 1]
 
 
 def test_an_owner_that_stood_still_completes_nothing(leases: Path) -> None:
