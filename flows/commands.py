@@ -7,7 +7,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from flows import runs, track
@@ -173,6 +173,8 @@ def _walk(options: argparse.Namespace, first: str, last: str, force: Sequence[st
     again = runs.forced(selected, force)
     runs.require_shares(config, selected, runtime.devices)
     elsewhere = Elsewhere.look(store, stages, remote=options.remote, push=options.push, cache=int(options.cache * 1e9))
+    if elsewhere.remote and not runtime.local:
+        runtime = replace(runtime, remote=elsewhere.remote.url)
     runs.require_inputs(request, store, stages, selected, again, elsewhere.have)
     runs.show_device(request, store, selected, runtime, again, elsewhere.have)
     runs.show_work(config, store, stages, selected, again, elsewhere.have)

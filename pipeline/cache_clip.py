@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -16,8 +17,10 @@ from pipeline.runtime import Runtime
 from pipeline.teacher.cluster import Progress, run_tasks
 from pipeline.teacher.config import TeacherConfig, TokensConfig
 from pipeline.teacher.pieces import require_here, write_once
+from storage import pieces
 from storage.errors import UserError
 from storage.keys import Recipe, Ref
+from storage.remote import Remote
 from storage.store import Build
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ class Job:
     config: TokensConfig
     teacher: TeacherConfig
     benchmark: Benchmark
+    tokens: Ref
 
     def __str__(self) -> str:
         return str(self.tar)
@@ -79,11 +83,15 @@ def build(
             config=config,
             teacher=teacher,
             benchmark=benchmark,
+            tokens=build.recipe.ref,
         )
         for split in SPLITS
         for tar, count in zip(opened.tars(split), opened.counts(split), strict=True)
     ]
     missing = [job for job in jobs if not build.holds(job.group, check_tokens)]
+    remote = None if runtime.local or not runtime.remote else Remote(runtime.remote)
+    if remote:  # what an earlier run's workers have left
+        missing = [job for job in missing if not _bring(job, remote)]
     images, left = (sum(job.images for job in some) for some in (jobs, missing))
     instances, started = 0, time.monotonic()
     with runtime.bar(images, "teacher tokens", "image", initial=images - left) as bar:
@@ -95,6 +103,11 @@ def build(
             bar.update(more_images)
 
         devices, workers = run_tasks(_encode, missing, runtime, progress=progress)
+    if remote:
+        for job in missing:
+            if not job.group.exists():
+                _bring(job, remote)
+        pieces.forget(remote, build.recipe.ref)
     _load.cache_clear()
     clean(build.path)  # unfinished files of lost workers
     build.add(*(file for job in jobs for file in token_files(job.group)))
@@ -176,8 +189,31 @@ def _counts(split: str, jobs: list[Job], benchmark: Benchmark) -> dict[str, int]
     return counts
 
 
+def _bring(job: Job, remote: Remote) -> bool:
+    """Whether a worker had left the job's group in the remote; it is here now."""
+    if not pieces.is_there(remote, job.tokens, job.group.name):
+        return False
+    write_once(job.group, lambda own: pieces.bring(remote, job.tokens, job.group.name, own))
+    return True
+
+
+def _encode_elsewhere(job: Job, runtime: Runtime, progress: Progress) -> str:
+    """The same on a machine without the store: the tar comes from the remote, and the group is left there."""
+    remote, device = Remote(runtime.remote), str(runtime.torch_device())
+    if pieces.is_there(remote, job.tokens, job.group.name):
+        progress(job.images, 0)
+        return device
+    with tempfile.TemporaryDirectory(prefix="zs-seg-") as name:
+        tar = pieces.fetch(remote, job.tar, Path(name))
+        _encode(replace(job, tar=tar, group=Path(name) / job.group.name), runtime, progress)
+        pieces.leave(remote, job.tokens, Path(name) / job.group.name)
+    return device
+
+
 def _encode(job: Job, runtime: Runtime, progress: Progress) -> str:
     """Write the job's group unless it exists, and return the device's name."""
+    if runtime.remote and not job.group.parent.exists():
+        return _encode_elsewhere(job, runtime, progress)
     require_here(job.tar, job.group.parent)
     from pipeline.teacher.encode import encode_tar
 

@@ -73,6 +73,10 @@ class Runtime:
     scheduler wrote.
     """
 
+    remote: str = ""
+    """Address of a remote for a cluster's workers that do not see the store: they read tars of cache-clip from there, and
+    leave their tokens there."""
+
     def __post_init__(self) -> None:
         if self.devices < 1 or self.checkpoint_every < 1:
             raise UserError(

@@ -15,7 +15,8 @@ from storage.errors import UserError
 from storage.keys import KEY_LENGTH, Ref
 from storage.lineage import Lineage
 from storage.runs import RunRecord, Runs
-from storage.store import ASIDE, MANIFEST, PULLING, PUSHING, REMOVED, Store
+from storage.store import ASIDE, MANIFEST, PIECES, PULLING, PUSHING, REMOVED, UNPARSABLE, Manifest, Store
+from storage.transfer import NOTE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,8 @@ def survey(store: Store, *, keep: int = 1, forget: Collection[str] = (), partial
         )
     last = [line for name, those in lines.items() if name not in forget for line in those[-keep:]]
     roots = [ref for line in (*last, *under_way) for ref in line.refs.values()]
-    reached = lineage.reach([*roots, *locked, *(source for sources in locked.values() for source in sources)])
+    read = [*(source for sources in locked.values() for source in sources), *_pushed(store, partial_age)]
+    reached = lineage.reach([*roots, *locked, *read])
     complete, waste = store.refs(), []
     reasons = _earlier(lineage, [line for those in lines.values() for line in those])
     for ref in complete:
@@ -139,10 +141,21 @@ def _broken(store: Store, known: Collection[Ref]) -> list[Waste]:
     ]
 
 
+def _pushed(store: Store, age: float) -> list[Ref]:
+    """What the artefacts were made from that others send here now, or began to send of late."""
+    found = []
+    for note in store.root.glob(f"*/.{'[0-9a-f]' * KEY_LENGTH}{PUSHING}/{NOTE}"):
+        with suppress(OSError, *UNPARSABLE):
+            ref = Ref(kind=note.parts[-3], key=note.parts[-2][1 : KEY_LENGTH + 1])
+            if _idle(note.parent) <= age:
+                found += [Ref.parse(source) for source in Manifest.parse(note.read_bytes(), ref).inputs.values()]
+    return found
+
+
 def _partials(store: Store, reached: Collection[Ref], age: float) -> list[Waste]:
     """What killed builds, pulls and pushes left long ago. Their age is that of the last write."""
     found = []
-    names = (f"*/.{'[0-9a-f]' * KEY_LENGTH}{end}" for end in (".partial", PULLING, PUSHING))
+    names = (f"*/.{'[0-9a-f]' * KEY_LENGTH}{end}" for end in (".partial", PULLING, PUSHING, PIECES))
     for path in sorted(path for name in names for path in store.root.glob(name)):
         ref = Ref(kind=path.parent.name, key=path.name[1 : KEY_LENGTH + 1])
         if ref not in reached and (idle := _idle(path)) > age:

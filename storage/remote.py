@@ -40,7 +40,12 @@ WAITS = (0.5, 1, 2, 4, 8)  # seconds before the next try of what failed, more or
 # protocol -> (module that fsspec needs for it, package that brings it, settings)
 _S3 = {
     "use_listings_cache": False,
-    "config_kwargs": {"connect_timeout": 10, "read_timeout": 60, "max_pool_connections": 64},
+    "config_kwargs": {
+        "connect_timeout": 10,
+        "read_timeout": 30,
+        "max_pool_connections": 64,
+        "retries": {"total_max_attempts": 1, "mode": "standard"},  # `WAITS` has them
+    },
 }
 PROTOCOLS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "file": ("fsspec", "fsspec", {}),
@@ -182,7 +187,10 @@ class Remote:
         given: dict[str, Any] = dict(settings)
         if self.protocol == "ssh":
             given["host_key_policy"] = _known_hosts()
-        return self._tried(lambda: fsspec.core.url_to_fs(self.url, skip_instance_cache=True, **given))
+        opened = self._tried(lambda: fsspec.core.url_to_fs(self.url, skip_instance_cache=True, **given))
+        if self.protocol == "s3":
+            opened[0].retries = 1  # s3fs's own
+        return opened
 
     @property
     def _fs(self) -> Any:
@@ -318,6 +326,29 @@ class Remote:
                 self._fs.rm_file(temporary)
             raise
         return ""
+
+    def get(self, path: str, target: Path, *, advance: Callable[[int], object]) -> bool:
+        """Bring a file here, as one stream; False for none. What came of a stream that was cut off stays."""
+
+        def arrived(number: int) -> None:
+            if self.stop.is_set():
+                raise Stopped()
+            advance(number)
+            came.append(number)
+
+        def get() -> None:
+            advance(-sum(came))
+            came.clear()
+            self._fs.get_file(self._path(path), str(target), callback=_callback(arrived))
+
+        came: list[int] = []
+        try:
+            self._tried(get)
+        except (FileNotFoundError, NotADirectoryError):
+            advance(-sum(came))
+            return False
+        advance(target.stat().st_size - sum(came))  # not every file system counts
+        return True
 
     def sizes(self, folder: str) -> dict[str, int]:
         """The files below a folder, by their paths from there -> bytes. A listing, page by page."""

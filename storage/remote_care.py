@@ -14,7 +14,7 @@ from storage.errors import UserError
 from storage.keys import Ref
 from storage.remote import Remote
 from storage.runs import RunRecord
-from storage.store import ASIDE, MANIFEST, PUSHING, Manifest, Store
+from storage.store import ASIDE, MANIFEST, PIECES, PUSHING, Manifest, Store
 from storage.transfer import BLOCK, NOTE, REMOVING, each
 
 
@@ -61,9 +61,9 @@ def survey(remote: Remote, *, keep: int = 1, forget: Collection[str] = (), parti
     broken = [ref for ref in refs if ref not in manifests and ref not in pushes]
     waste += [_folder(remote, str(ref), ref, "has no manifest that can be used") for ref in broken]
     waste += _cut_off(remote, {ref: age for ref, (age, _) in pushes.items() if age > partial_age}, manifests)
-    aged = [(path, remote.age(path)) for path in asides]
+    aged = [(path, min((remote.age(f"{path}/{name}") for name in remote.sizes(path)), default=0.0)) for path in asides]
     waste += [
-        _folder(remote, path, None, f"set aside {age / 86400:.0f} days ago") for path, age in aged if age > partial_age
+        _folder(remote, path, None, f"untouched for {age / 86400:.0f} days") for path, age in aged if age > partial_age
     ]
     kept = [ref for ref in refs if ref in reached and ref in manifests]
     size = sum(manifests[ref].bytes for ref in kept)
@@ -125,7 +125,8 @@ def _manifest(remote: Remote, ref: Ref) -> Manifest | None:
 
 
 def _hidden(remote: Remote) -> tuple[dict[Ref, tuple[float, Manifest | None]], list[str]]:
-    """Pushes under way or cut off, by what they send, each with its age in seconds; and what was set aside."""
+    """Pushes under way or cut off, by what they send, each with its age in seconds; and what was set aside, or
+    left by workers."""
     pushes: dict[Ref, tuple[float, Manifest | None]] = {}
     asides = []
     for kind in remote.kinds():
@@ -139,7 +140,7 @@ def _hidden(remote: Remote) -> tuple[dict[Ref, tuple[float, Manifest | None]], l
                 except UserError:
                     manifest = None
                 pushes[ref] = (remote.age(note), manifest)
-            elif name.startswith(".") and name.endswith(ASIDE):
+            elif name.startswith(".") and name.endswith((ASIDE, PIECES)):
                 asides.append(f"{kind}/{name}")
     return pushes, asides
 

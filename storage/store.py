@@ -38,6 +38,7 @@ REMOVED = ".removed"  # the end of a folder's name that is on its way out
 ASIDE = ".aside"  # the same of one that no build uses, until `zs-seg gc` or a person deletes it
 PULLING = ".pulling"  # the same of one whose files arrive from a remote
 PUSHING = ".pushing"  # the same on a remote, while they are sent there
+PIECES = ".pieces"  # the same of parts that machines without the store's disk have made (`storage/pieces.py`)
 ELSEWHERE = "elsewhere.json"  # in the folder of an artefact whose tars stay in a remote (`storage/through.py`)
 LARGE = 10**9  # bytes that take seconds to hash
 UNPARSABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)  # what a damaged manifest raises

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 NOTE = "push.json"  # in the folder of a push under way: the manifest that it will have
 REMOVING = b"being removed\n"  # the note while `gc` removes the artefact
 BLOCK = 8 << 20  # bytes of one request
+STREAM = 6 * BLOCK  # bytes up to which a file comes as one stream; a larger one, or the rest of one, by blocks
 AHEAD = 2  # requests under way of one file, beside the one whose bytes are hashed
 ARTEFACTS = 4  # at a time
 Item = TypeVar("Item")
@@ -149,6 +150,12 @@ def pull(store: Store, remote: Remote, manifests: Collection[Manifest], *, advan
     return [manifest.ref for manifest, new in zip(manifests, received, strict=True) if new]
 
 
+def fetch_file(remote: Remote, manifest: Manifest, folder: Path, name: str) -> None:
+    """Bring one file of an artefact into a folder. Raises UserError as `pull`."""
+    with _pool(remote, remote.threads) as blocks:
+        _fetch(remote, manifest, folder, name, blocks, abs)
+
+
 def _fetch(
     remote: Remote, manifest: Manifest, folder: Path, name: str, blocks: ThreadPoolExecutor, advance: Advance
 ) -> None:
@@ -171,6 +178,8 @@ def _fetch_once(
 ) -> str:
     """What is wrong with the file in words, "" = it is the manifest's."""
     digest, size = hashlib.sha256(), entry["bytes"]
+    if size <= STREAM and not path.exists() and not remote.get(source, path, advance=advance):
+        return "is missing"
     with open(path, "ab+") as file:
         if file.tell() > size:
             file.truncate(0)

@@ -14,13 +14,17 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from children import PATH, Child, zs_seg
 from cluster_jobs import die, fail_first
+from distributed import Client
+from s3_server import s3_server
 from tiny import QUIET, build, copy_artefacts, tiny_regions
 
 from pipeline import cache_clip
@@ -30,7 +34,10 @@ from pipeline.scenes import benchmark
 from pipeline.teacher import cluster
 from pipeline.teacher.cluster import device_of_worker, run_tasks, split_cores
 from pipeline.world.config import ScenesConfig
+from storage import pieces, transfer
+from storage.errors import UserError
 from storage.keys import Ref
+from storage.remote import Remote
 from storage.shards import Shards
 from storage.store import Artefact, Manifest, Store
 
@@ -52,7 +59,7 @@ def linked(shards: tuple[Store, Ref], root: Path) -> Store:
     return store
 
 
-def encode(shards: tuple[Store, Ref], root: Path, dask: str, **runtime: bool) -> Artefact:
+def encode(shards: tuple[Store, Ref], root: Path, dask: str, **runtime: Any) -> Artefact:
     store = linked(shards, root) if not root.exists() else Store(root)
     (stage,) = (stage for stage in line(CONFIG) if stage.name == "cache-clip")
     return store.open(stage.run(store, replace(QUIET, dask=dask, threads=1, **runtime)))
@@ -135,6 +142,62 @@ def test_a_worker_that_does_not_see_the_store(
     with pytest.raises(ValueError, match="does not find /proc/self/cwd/store/.*all machines share") as caught:
         encode(shards, Path("/proc/self/cwd/store"), str(existing))
     one_line(caught)
+
+
+@pytest.mark.slow
+def test_two_workers_on_other_disks_hand_their_tokens_over_in_a_remote(
+    shards: tuple[Store, Ref], calm: Artefact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/proc/self/cwd/store is a store for us, and nothing for the workers. Of two runs the second finds what is left."""
+    monkeypatch.chdir(tmp_path)
+    with s3_server() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        remote = Remote("s3://bucket/shared")
+        with (
+            pytest.raises(UserError, match="is not in s3://bucket/shared, from which a worker"),
+            workers(tmp_path) as file,
+        ):
+            encode(shards, Path("/proc/self/cwd/store"), str(file), remote=remote.url)
+        transfer.push(shards[0], remote, [shards[0].open(shards[1]).manifest], advance=abs)
+        # What a worker of an earlier run has left is used: here a damaged group, which is found, forgotten and made again.
+        names = [path.name for path in groups_in(shards[0].root)]
+        pieces.leave(remote, calm.ref, calm.path / names[0])
+        (left,) = (name for name in remote.sizes(pieces.folder_of(calm.ref)) if name.endswith("/global/c/0/0"))
+        remote.write(f"{pieces.folder_of(calm.ref)}/{left}", b"x")
+        with workers(tmp_path) as file:
+            with pytest.raises(UserError, match=f"part {names[0]} of {calm.ref} is damaged"):
+                encode(shards, Path("/proc/self/cwd/store"), str(file), remote=remote.url)
+            made = encode(shards, Path("/proc/self/cwd/store"), str(file), remote=remote.url)
+        assert made.manifest.files == calm.manifest.files and made.manifest.counts == calm.manifest.counts
+        assert made.manifest.provenance["workers"] == 2
+        assert remote.sizes(pieces.folder_of(calm.ref)) == {}
+
+
+@contextmanager
+def workers(folder: Path) -> Iterator[Path]:
+    """A scheduler and two workers, each in an empty folder of its own, with the environment of now."""
+    file, environment = folder / "scheduler.json", {**os.environ, "PYTHONPATH": PATH}
+    words = [["scheduler", "--port", "0"], *(["worker", "--nthreads", "1", "--name", str(n)] for n in range(2))]
+    started = []
+    for number, word in enumerate(words):
+        (folder / f"machine {number}").mkdir(exist_ok=True)
+        started.append(subprocess.Popen(
+            [sys.executable, "-m", "dask", *word, "--no-dashboard", "--scheduler-file", str(file)],
+            cwd=folder / f"machine {number}", env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        ))  # fmt: skip
+    try:
+        while not file.exists():
+            assert not any(process.poll() for process in started)
+            time.sleep(0.05)
+        with Client(scheduler_file=str(file), set_as_default=False) as client:
+            client.wait_for_workers(2, timeout=120)
+        yield file
+    finally:
+        for process in reversed(started):
+            process.send_signal(signal.SIGINT)
+            process.wait(20)
+        file.unlink(missing_ok=True)
 
 
 def damage(shards: tuple[Store, Ref], root: Path, tar: str) -> tuple[Store, Ref]:
@@ -315,7 +378,7 @@ def test_one_tar_encoded_twice_at_the_same_time(shards: tuple[Store, Ref], calm:
     tar = Shards(shards[0].path(shards[1])).tars("val")[0]
     job = cache_clip.Job(
         tar=tar, group=tmp_path / "val-000000.zarr", images=8, hide=False, config=CONFIG.tokens, teacher=CONFIG.teacher,
-        benchmark=benchmark(CONFIG.data),
+        benchmark=benchmark(CONFIG.data), tokens=calm.ref,
     )  # fmt: skip
     both = threading.Barrier(2, timeout=60)
 

@@ -424,7 +424,6 @@ def test_a_server_that_is_gone_or_denies_and_a_bucket_that_is_not_there(
     assert "bucket no-such-bucket is not there" in says(
         capsys, store, "run", "--preset", "demo", "--remote", "s3://no-such-bucket/x", status=2)[-1]  # fmt: skip
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setitem(remote_module._S3["config_kwargs"], "retries", {"max_attempts": 0})  # type: ignore[index]
     line = says(capsys, store, "pull", "demo", "--from", "s3://bucket/x", status=2)[-1]
     assert line.startswith("zs-seg: remote s3://bucket/x (s3://bucket/x) fails (") and "run the same again" in line
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -524,9 +523,11 @@ def test_gc_of_a_remote_keeps_what_its_runs_reach(
 
 
 def test_gc_of_a_remote_leaves_a_push_under_way_alone(store: Store, url: str) -> None:
-    """For so long as its note is young; later, what a cut-off push sent goes."""
+    """And what it was made from, for so long as its note is young; later, what a cut-off push sent goes."""
     two_lines(store, url)
-    ref, remote = make(store, 1), Remote(url)
+    source, remote = make(store, 1), Remote(url)
+    sent(store, url, source)
+    ref = make(store, 2, inputs={"source": source})
     hidden = f"tokens/.{ref.key}.pushing"
     folder = hidden if remote.renames else str(ref)
     for path in {hidden, folder}:
@@ -534,10 +535,11 @@ def test_gc_of_a_remote_leaves_a_push_under_way_alone(store: Store, url: str) ->
     remote.create(f"{hidden}/{transfer.NOTE}", store.open(ref).manifest.dumps().encode())
     remote.write(f"{folder}/index.json", b"x")
     remote_care.collect(remote)
-    assert remote.read(f"{folder}/index.json") == b"x"
+    assert remote.read(f"{folder}/index.json") == b"x" and remote.manifest(source)
     time.sleep(1.1)
     assert len(remote_care.collect(remote, partial_age=1).waste) >= 1
     assert remote.read(f"{folder}/index.json") is None and remote.read(f"{hidden}/{transfer.NOTE}") is None
+    assert remote.manifest(source) is None
     assert sent(store, url, ref) == [ref]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from storage import transfer
@@ -16,11 +17,11 @@ FILES = {"index.json": 300, "train-000000.tar": 3_000_000, "train-000001.tar": 4
 FILES |= {f"a.zarr/c/{number}": 1000 + number for number in range(8)}
 
 
-def recipe(number: int) -> Recipe:
-    return Recipe(kind="tokens", stage="cache-clip", version=1, config=number, inputs={})
+def recipe(number: int, inputs: Mapping[str, Ref] | None = None) -> Recipe:
+    return Recipe(kind="tokens", stage="cache-clip", version=1, config=number, inputs=inputs or {})
 
 
-def make(store: Store, number: int, other: bool = False) -> Ref:
+def make(store: Store, number: int, other: bool = False, inputs: Mapping[str, Ref] | None = None) -> Ref:
     """Build an artefact of several files; with `other` one of the same key with other bytes."""
 
     def work(build: Build) -> None:
@@ -32,7 +33,7 @@ def make(store: Store, number: int, other: bool = False) -> Ref:
             )
             build.add(path)
 
-    return store.build(recipe(number), work)
+    return store.build(recipe(number, inputs), work)
 
 
 def push(store: str, url: str, *refs: str) -> None:

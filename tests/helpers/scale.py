@@ -65,6 +65,7 @@ def measure(folder: Path, tars: int, url: str) -> None:
     store, steps = Store(folder / "store"), demo_line()
     for step in steps:
         store.build(step.recipe, partial(work, step.name, tars))
+    store.remove(steps[0].recipe.ref)  # `plan` would count its images, which are none
     note(store, "demo", steps)
     here, other = ("--store", store.root), ("--store", folder / "other")
     files = sum(len(store.open(ref).manifest.files) for ref in store.refs())
