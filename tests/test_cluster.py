@@ -154,19 +154,16 @@ def test_two_workers_on_other_disks_hand_their_tokens_over_in_a_remote(
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         remote = Remote("s3://bucket/shared")
-        with (
-            pytest.raises(UserError, match="is not in s3://bucket/shared, from which a worker"),
-            workers(tmp_path) as file,
-        ):
-            encode(shards, Path("/proc/self/cwd/store"), str(file), remote=remote.url)
-        transfer.push(shards[0], remote, [shards[0].open(shards[1]).manifest], advance=abs)
-        # What a worker of an earlier run has left is used: here a damaged group, which is found, forgotten and made again.
-        names = [path.name for path in groups_in(shards[0].root)]
-        pieces.leave(remote, calm.ref, calm.path / names[0])
-        (left,) = (name for name in remote.sizes(pieces.folder_of(calm.ref)) if name.endswith("/global/c/0/0"))
-        remote.write(f"{pieces.folder_of(calm.ref)}/{left}", b"x")
         with workers(tmp_path) as file:
-            with pytest.raises(UserError, match=f"part {names[0]} of {calm.ref} is damaged"):
+            with pytest.raises(UserError, match="is not in s3://bucket/shared, from which a worker"):
+                encode(shards, Path("/proc/self/cwd/store"), str(file), remote=remote.url)
+            transfer.push(shards[0], remote, [shards[0].open(shards[1]).manifest], advance=abs)
+            # What a worker of an earlier run has left is used: here a damaged group, which is found and made again.
+            (name, *_) = (path.name for path in groups_in(shards[0].root))
+            pieces.leave(remote, calm.ref, calm.path / name)
+            (left,) = (one for one in remote.sizes(pieces.folder_of(calm.ref)) if one.endswith("/global/c/0/0"))
+            remote.write(f"{pieces.folder_of(calm.ref)}/{left}", b"x")
+            with pytest.raises(UserError, match=f"part {name} of {calm.ref} is damaged"):
                 encode(shards, Path("/proc/self/cwd/store"), str(file), remote=remote.url)
             made = encode(shards, Path("/proc/self/cwd/store"), str(file), remote=remote.url)
         assert made.manifest.files == calm.manifest.files and made.manifest.counts == calm.manifest.counts
