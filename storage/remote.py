@@ -9,6 +9,7 @@ whole. On the others (`s3`, `gs`, `hf`) a file appears whole or not at all, and 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -31,7 +32,7 @@ from storage.atomic import write_text
 from storage.errors import UserError, did_you_mean
 from storage.keys import KEY_LENGTH, Ref
 from storage.runs import RunRecord, Runs
-from storage.store import MANIFEST, UNPARSABLE, Manifest, Store
+from storage.store import ASIDE, MANIFEST, UNPARSABLE, Manifest, Store
 
 log = logging.getLogger(__name__)
 
@@ -243,8 +244,17 @@ class Remote:
 
     def read(self, path: str, start: int | None = None, end: int | None = None) -> bytes | None:
         """A file's bytes, or those from `start` to before `end` as far as there are so many; None for no file."""
+
+        def read() -> bytes:
+            try:
+                return self._fs.cat_file(self._path(path), start=start, end=end)
+            except OSError as error:
+                if error.errno == errno.EINVAL and "range" in str(error):  # S3's word for a file that ends before it
+                    return b""
+                raise
+
         try:
-            return self._tried(lambda: self._fs.cat_file(self._path(path), start=start, end=end))
+            return self._tried(read)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -415,8 +425,9 @@ class Remote:
             self._tried(lambda: self._fs.rm(self._path(path), recursive=True))
 
     def _temporary(self, path: str) -> str:
-        folder, _, name = self._path(path).rpartition("/")
-        return f"{folder}/.{name}.{secrets.token_hex(4)}.writing"
+        """A free name beside the artefacts of the kind: what a killed process leaves there goes with what is set aside,
+        and not into the artefact."""
+        return self._path(f"{path.partition('/')[0]}/.{secrets.token_hex(8)}{ASIDE}")
 
     def _missing_is_an_error(self, call: Callable[[], Result]) -> Result:
         try:

@@ -178,7 +178,8 @@ def _fetch_once(
 ) -> str:
     """What is wrong with the file in words, "" = it is the manifest's."""
     digest, size = hashlib.sha256(), entry["bytes"]
-    if size <= STREAM and not path.exists() and not remote.get(source, path, advance=advance):
+    streamed = size <= STREAM and not path.exists()
+    if streamed and not remote.get(source, path, advance=advance):
         return "is missing"
     with open(path, "ab+") as file:
         if file.tell() > size:
@@ -186,7 +187,9 @@ def _fetch_once(
         file.seek(0)
         while block := file.read(1 << 20):
             digest.update(block)
-        began = file.tell()
+        if (began := file.tell()) < size and streamed:
+            advance(-began)
+            return f"has {began} bytes instead of {size}"
         for block in _blocks(remote, source, began, size, blocks):
             if block is None:
                 advance(began - file.tell())

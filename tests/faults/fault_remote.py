@@ -72,6 +72,10 @@ def kill_at_random(store: Store, url: str, folder: Path, *, times: int, seed: in
             assert transfer.push(store, remote, [store.open(ref).manifest], advance=none) == [ref]
             transfer.pull(other, remote, [store.open(ref).manifest], advance=none)
             assert other.verify(ref) == []
+            files = store.open(ref).manifest.files
+            assert {name: size for name, size in remote.sizes(str(ref)).items() if name != MANIFEST} == {
+                name: entry["bytes"] for name, entry in files.items()
+            }
             assert (other.path(ref) / MANIFEST).read_bytes() == (store.path(ref) / MANIFEST).read_bytes()
             shutil.rmtree(other.root)
     return died
