@@ -33,18 +33,20 @@ RETRY_DELAY = 5  # seconds, for a GPU to become free again
 
 
 def _build(
-    stage: Stage, inputs: Mapping[str, Ref | State[Ref]], request: Request, flags: list[str]
-) -> Ref | State[Ref]:
+    stage: Stage, inputs: Mapping[str, str | State[str]], request: Request, flags: list[str]
+) -> str | State[str]:
     """Build one stage from its cached inputs, in a process of its own; a complete artefact is left as it is, and the
-    task ends as "Cached"."""
-    assert inputs == dict(stage.recipe.inputs)
+    task ends as "Cached". Returns its "kind/key"."""
+    assert inputs == {name: str(ref) for name, ref in stage.recipe.inputs.items()}
     ref, store, logger = stage.recipe.ref, request.open_store(), get_run_logger()
     if store.state(ref) == "fresh":
         logger.info("%s", runs.build(stage, store, Runtime()))
-        return Completed(name="Cached", message=f"{ref} is complete in {store.root}; nothing was computed", data=ref)
+        return Completed(
+            name="Cached", message=f"{ref} is complete in {store.root}; nothing was computed", data=str(ref)
+        )
     words = [*request.arguments("stage", stage.name), *flags]
     child.run(f"{stage.name} ({ref})", words, lambda text: logger.info("%s  %s", ref.key, text))
-    return ref
+    return str(ref)
 
 
 def _may_help(_task: Any, _run: Any, state: Any) -> bool:
@@ -109,11 +111,12 @@ def zs_seg(
     selected = runs.select(stages, first=from_stage or "", last=until_stage)
     runs.require_shares(config, selected, devices)
     runs.require_inputs(request, artefacts, stages, selected)
-    # what earlier tasks returned: Prefect draws its graph from these very objects
-    built: dict[Ref, Ref | State[Ref]] = {}
+    # What earlier tasks returned: Prefect draws its graph from these very objects. A Ref would not do, as two of one kind
+    # share the string of their kind.
+    built: dict[Ref, str | State[str]] = {}
     with runs.noted(request, stages, artefacts):
         for stage in selected:
-            inputs = {name: built.get(ref, ref) for name, ref in stage.recipe.inputs.items()}
+            inputs = {name: built.get(ref, str(ref)) for name, ref in stage.recipe.inputs.items()}
             built[stage.recipe.ref] = TASKS[stage.name].with_options(retries=retries)(stage, inputs, request, flags)
     done = {stage.name: "cached" if isinstance(built[stage.recipe.ref], State) else "built" for stage in selected}
     get_run_logger().info("%s", artifacts.summary(done))

@@ -105,7 +105,8 @@ def test_users_reach_and_ancestry_of_any_graph(data: st.DataObject) -> None:
         (("--v2c.lr", "2e-4"), {"v2c": "v2c.lr 0.001 -> 0.0002", "queries": "via checkpoint: v2c.lr 0.001 -> 0.0002",
                                 "cpa": "via checkpoint: v2c.lr 0.001 -> 0.0002", "evaluate": "via inductive: v2c.lr 0.001 -> 0.0002"}),
         (("--tokens.crop", "box"), {"cache-clip": "cache-clip.crop full -> box", "v2c": "via tokens: cache-clip.crop full -> box",
-                                    "g2s": "via queries: cache-clip.crop full -> box", "evaluate": "via tokens: cache-clip.crop full -> box"}),
+                                    "g2s": "via queries: cache-clip.crop full -> box", # mask-tokens encodes with the same options
+                                    "evaluate": "via tokens: cache-clip.crop full -> box and 1 more"}),
         (("--data.seed", "5"), {"scenes": "scenes.seed 0 -> 5", "shard": "via scenes: scenes.seed 0 -> 5",
                                 "evaluate": "via shards: scenes.seed 0 -> 5"}),
         (("--cpa.lr", "2e-3", "--cpa.steps", "7"), {"cpa": "cpa.lr 0.003 -> 0.002 and 1 more",
