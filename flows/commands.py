@@ -218,8 +218,8 @@ def predict_images(options: argparse.Namespace) -> int:
     if not options.out and not options.json:
         raise UserError("predictions go nowhere; pass --out DIR, or --json FILE (- is standard output)")
     to_file = options.json not in ("", "-")
-    if to_file and not Path(options.json).parent.is_dir():
-        raise UserError(f"--json {options.json}: folder {Path(options.json).parent} not found; make it first")
+    if to_file:
+        _require_folder("--json", options.json)
     words = read_words(options.names.split(",")) + read_words(options.stuff.split(","), isthing=False)
     given = (
         "only", "object_threshold", "overlap_threshold", "seen_offset", "min_score", "with_teacher", "alpha", "beta",
@@ -286,6 +286,14 @@ def _print_predictions(entries: Sequence[dict[str, Any]]) -> None:
         print(f"and {len(cells) - LONGEST_TABLE} more")
 
 
+def _require_folder(flag: str, file: str) -> None:
+    """Raises UserError when the folder that `file`, if it is given, is to be written into does not exist."""
+    from pathlib import Path
+
+    if file and not (folder := Path(file).parent).is_dir():
+        raise UserError(f"{flag} {file}: folder {folder} not found; make it first")
+
+
 def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -294,8 +302,7 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     from pipeline.scoring import evaluate_checkpoint
     from storage.atomic import write_text
 
-    if options.json and not Path(options.json).parent.is_dir():
-        raise UserError(f"--json {options.json}: folder {Path(options.json).parent} not found; make it first")
+    _require_folder("--json", options.json)
     result = evaluate_checkpoint.run(
         checkpoint=options.checkpoint,
         benchmark=options.benchmark,
@@ -320,7 +327,6 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
 
 
 def sweep(options: argparse.Namespace) -> int:
-    from dataclasses import asdict
     from pathlib import Path
 
     from rich.console import Console
@@ -328,8 +334,7 @@ def sweep(options: argparse.Namespace) -> int:
     from pipeline.scoring import exponents
     from storage.atomic import write_text
 
-    if options.json and not Path(options.json).parent.is_dir():
-        raise UserError(f"--json {options.json}: folder {Path(options.json).parent} not found; make it first")
+    _require_folder("--json", options.json)
     found = exponents.run(
         report=options.run_name,
         alphas=options.alpha,
@@ -353,8 +358,7 @@ def panoptic_quality(options: argparse.Namespace) -> int:
     from storage.atomic import write_text
 
     for flag, file in (("--json", options.json), ("--csv", options.csv)):
-        if file and not Path(file).parent.is_dir():
-            raise UserError(f"{flag} {file}: folder {Path(file).parent} not found; make it first")
+        _require_folder(flag, file)
     if (unseen := _numbers(options.unseen)) is None:
         raise UserError(f"--unseen {options.unseen!r} is no list of category ids; write it as 5,24,93")
     files = (options.gt_json, options.gt_folder, options.pred_json, options.pred_folder)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from flows.request import Request, configure, open_store
 from flows.tables import print_table
 from pipeline.scoring.records import HEADLINE
-from storage.differences import ABSENT, Difference
+from storage.differences import ABSENT, Difference, leaves
 from storage.errors import UserError, counted, did_you_mean
 from storage.keys import canonical
 from storage.lineage import Lineage, Node
@@ -132,17 +132,7 @@ def changed(record: RunRecord) -> list[Difference] | None:
 
 def flat_fields(config: Config) -> dict[str, Any]:
     """The configuration's fields by their dotted names."""
-    found: dict[str, Any] = {}
-
-    def walk(value: Any, path: tuple[str, ...]) -> None:
-        if isinstance(value, dict) and value:
-            for name, item in value.items():
-                walk(item, (*path, name))
-        else:
-            found[".".join(path)] = value
-
-    walk(json.loads(canonical(config)), ())
-    return found
+    return {".".join(path): value for path, value in leaves(json.loads(canonical(config)))}
 
 
 def _headline(found: Sequence[Run]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,17 +79,19 @@ def _own(before: Node, after: Node) -> list[Difference]:
 def _fields(node: Node) -> dict[str, Any]:
     """The config's fields by their dotted names. A stage that keeps more than its own settings has these under its own
     name, or its artefact's, which is left out: cache-clip's tokens.crop is "crop"."""
-    found: dict[str, Any] = {}
+    return {
+        ".".join(path[1:] if len(path) > 1 and path[0] in (node.stage, node.ref.kind) else path): value
+        for path, value in leaves(node.config)
+    }
 
-    def walk(value: Any, path: tuple[str, ...]) -> None:
-        if isinstance(value, dict) and value:
-            for name, item in value.items():
-                walk(item, (*path, name))
-        else:
-            found[".".join(path[1:] if len(path) > 1 and path[0] in (node.stage, node.ref.kind) else path)] = value
 
-    walk(node.config, ())
-    return found
+def leaves(config: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The fields of nested objects, as they are in a manifest: the names on the way to each, and its value."""
+    if isinstance(config, dict) and config:
+        for name, item in config.items():
+            yield from leaves(item, *path, name)
+    else:
+        yield path, config
 
 
 class Explainer:
