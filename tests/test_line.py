@@ -40,7 +40,7 @@ GOLDEN: dict[str, dict[str, str]] = {
         "g2s": "0eca00f774e984c9",
         "cpa": "e1125a38d708b169",
         "mask-tokens": "3c98e0f279d9f2ff",
-        "evaluate": "3049e930d40b0959",
+        "evaluate": "fd7dbef7d9e50215",
     },
     "coco-sample": {
         "shard": "6d36204fc5438c94",

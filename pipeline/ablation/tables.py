@@ -29,9 +29,10 @@ class Variant:
 
 # What a table shows: of a setting a score in percent, or its difference from the same seed's in the row `against`.
 Columns = tuple[tuple[str, str], ...]
+CONTROL = "control", "hPQ"
 PAPERS: Columns = (
     *(("inductive", score) for score in ("sPQ", "uPQ", "hPQ")),
-    ("control", "hPQ"),
+    CONTROL,
     *(("transductive", score) for score in ("sPQ", "uPQ", "hPQ")),
 )
 
@@ -168,7 +169,6 @@ TABLES = {
             against="pixel-ignore",
             columns=(
                 *(("inductive", score) for score in ("sPQ", "uPQ", "hPQ")),
-                ("control", "hPQ"),
                 ("transductive", "hPQ"),
                 ("inductive_teacher", "uPQ"),
                 ("inductive_teacher", "hPQ"),
@@ -298,16 +298,18 @@ def _deviation(values: Sequence[float]) -> float:
 
 def cells(table: Table, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The table as text, heads first: mean ± standard deviation in percent, differences of the same seeds with half
-    their 95 % interval in brackets (neither of a single run), and the paper's hPQ where the paper has such a row."""
+    their 95 % interval in brackets (neither of a single run), stage 3's gain over the control in a table that shows the
+    control, and the paper's hPQ where the paper has such a row."""
     published = any(row["paper"] for row in rows)
-    heads = [table.title, *_heads(table.columns), "gain over control"]
+    gain = CONTROL in table.columns
+    heads = [table.title, *_heads(table.columns), *["gain over control"] * gain]
     heads += [f"{_setting(s)} {k} minus {table.against}" for s, k in table.differences]
     lines = [heads + ["paper: inductive hPQ", "paper: transductive hPQ"] * published]
     for row in rows:
         several = len(row["runs"]) > 1
         line = [row["name"]]
         line += [f"{row['mean'][s][k]:.1f}" + f" ± {row['sd'][s][k]:.1f}" * several for s, k in table.columns]
-        differences = [row["gain"], *(row["against"].get(s, {}).get(k) for s, k in table.differences)]
+        differences = [*[row["gain"]] * gain, *(row["against"].get(s, {}).get(k) for s, k in table.differences)]
         line += [f"{d['mean']:+.1f}" + f" (± {d['half']:.1f})" * several if d else "" for d in differences]
         if published:
             paper = [row["paper"].get(setting) for setting in ("inductive", "transductive")]
