@@ -58,7 +58,7 @@ def described(scene: Scene, segment: int, *, mirrored: bool) -> str:
     mask, side, name = scene.ids == segment, len(scene.ids), scene.names[segment]
     share = float(np.sqrt(mask.sum())) / side
     size = "small" if share < 0.28 else "large" if share >= 0.38 else "medium"
-    row, column = (int(3 * at.mean() / side) for at in np.nonzero(mask[:, ::-1] if mirrored else mask))
+    row, column = (int(3 * (at.mean() + 0.5) / side) for at in np.nonzero(mask[:, ::-1] if mirrored else mask))
     place = " ".join(filter(None, (("top", "", "bottom")[row], ("left", "", "right")[column]))) or "centre"
     colour, shade = APPEARANCES.get(name.split(" ")[0]), ""
     if colour is not None:
