@@ -16,7 +16,7 @@ from flows.request import configure, open_request, open_runtime, open_store
 from flows.tables import print_table, size
 from pipeline import v2c
 from pipeline.line import Config, Stage, benchmark_of, line
-from pipeline.runtime import duration, torchrun_rank, under_torchrun
+from pipeline.runtime import Runtime, duration, torchrun_rank, under_torchrun
 from storage.differences import Explainer
 from storage.errors import UserError, counted
 from storage.keys import Ref
@@ -165,27 +165,35 @@ def _walk(options: argparse.Namespace, first: str, last: str, force: Sequence[st
         raise UserError(
             f"under torchrun only `{request.command('stage', v2c.STAGE)}` runs; start the others without it"
         )
-    if under_torchrun() and (options.remote or options.push):
-        raise UserError("the processes of torchrun read no remote; `zs-seg pull` the inputs first, and push afterwards")
     config, store = configure(request), request.open_store()
     stages = line(config)
     selected = runs.select(stages, first=first, last=last)
     again = runs.forced(selected, force)
     runs.require_shares(config, selected, runtime.devices)
-    elsewhere = Elsewhere.look(store, stages, remote=options.remote, push=options.push, cache=int(options.cache * 1e9))
-    if elsewhere.remote and not runtime.local:
+    first_process = not torchrun_rank()
+    if not first_process:
+        if not _agree(False, runtime):
+            return 0
+        again = selected
+    elsewhere = Elsewhere.look(
+        store, stages, remote=options.remote, push=options.push and first_process, cache=int(options.cache * 1e9)
+    )
+    if elsewhere.remote and (options.remote if under_torchrun() else not runtime.local):
         runtime = replace(runtime, remote=elsewhere.remote.url)
     runs.require_inputs(request, store, stages, selected, again, elsewhere.have)
     runs.show_device(request, store, selected, runtime, again, elsewhere.have)
     runs.show_work(config, store, stages, selected, again, elsewhere.have)
+    if under_torchrun() and first_process:
+        _agree(bool(runs.due(store, selected, again, elsewhere.have)), runtime)
     with runs.noted(request, stages, store):
         elsewhere.note(request.run_name)
-        runs.remove(store, again)
+        if first_process:
+            runs.remove(store, again)
         elsewhere.fetch(elsewhere.needed(selected, again))
         for number, stage in enumerate(stages, 1):
             if stage in selected:
                 outcome = elsewhere.outcome(stage, again) or runs.build(stage, store, runtime)
-                if not torchrun_rank():
+                if first_process:
                     print(f"[{number}/{len(stages)}] {outcome}", flush=True)
                 elsewhere.leave(outcome.ref)
         if selected[-1] is stages[-1]:
@@ -196,6 +204,13 @@ def _walk(options: argparse.Namespace, first: str, last: str, force: Sequence[st
                 track.track(request.run_name, config, refs, store, folder)
         elsewhere.finish()
     return 0
+
+
+def _agree(builds: bool, runtime: Runtime) -> bool:
+    """Whether the first of torchrun's processes builds, as it finds and the others wait to learn."""
+    from pipeline.training.distributed import agree
+
+    return agree(builds, runtime)
 
 
 def _print_report(name: str, folder: Any) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from flows.remote_commands import fetch, send
 from flows.runs import Outcome
 from pipeline.line import Stage
+from pipeline.runtime import torchrun_rank
 from storage import through, transfer
 from storage.errors import UserError, counted
 from storage.keys import Ref
@@ -64,7 +65,8 @@ class Elsewhere:
             left = [manifest for manifest in manifests if self.cache and manifest.kind == "shards"]
             for manifest in left:
                 through.leave(self.store, self.remote, manifest, size=self.cache)
-            fetch(self.store, self.remote, [manifest for manifest in manifests if manifest not in left])
+            due = [manifest for manifest in manifests if manifest not in left]
+            fetch(self.store, self.remote, due, progress=not torchrun_rank())
 
     def outcome(self, stage: Stage, again: Sequence[Stage]) -> Outcome | None:
         """Of a stage that is not to be built, as the remote has it; None for any other."""

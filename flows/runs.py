@@ -87,7 +87,7 @@ def require_inputs(
     stage_of = {stage.recipe.ref: stage.name for stage in stages}
     made = {stage.recipe.ref for stage in selected}
     for stage in selected:
-        if stage not in _due(store, [stage], again, elsewhere):
+        if stage not in due(store, [stage], again, elsewhere):
             continue
         for ref in stage.recipe.inputs.values():
             if ref not in made and ref not in elsewhere and (state := store.state(ref)) != "fresh":
@@ -118,11 +118,11 @@ def show_work(
     """Log how many of several selected stages are to be built, and about how long that takes, by `zs-seg plan`."""
     if len(selected) == 1:
         return
-    due = _due(store, selected, again, elsewhere)
-    log.info("%s, %s", counted(len(selected), "stage"), _work(config, store, stages, due) if due else "none to build")
+    todo = due(store, selected, again, elsewhere)
+    log.info("%s, %s", counted(len(selected), "stage"), _work(config, store, stages, todo) if todo else "none to build")
 
 
-def _due(store: Store, selected: Sequence[Stage], again: Sequence[Stage], elsewhere: Container[Ref]) -> list[Stage]:
+def due(store: Store, selected: Sequence[Stage], again: Sequence[Stage], elsewhere: Container[Ref]) -> list[Stage]:
     """The stages that are to be built: those of `again`, and what is complete neither in the store nor elsewhere."""
 
     def complete(ref: Ref) -> bool:
@@ -131,18 +131,18 @@ def _due(store: Store, selected: Sequence[Stage], again: Sequence[Stage], elsewh
     return [stage for stage in selected if stage in again or not complete(stage.recipe.ref)]
 
 
-def _work(config: Config, store: Store, stages: Sequence[Stage], due: Sequence[Stage]) -> str:
+def _work(config: Config, store: Store, stages: Sequence[Stage], todo: Sequence[Stage]) -> str:
     from pipeline.planning.counts import count
     from pipeline.planning.estimates import Estimator
 
-    text = f"{len(due)} to build"
+    text = f"{len(todo)} to build"
     try:
         counts = count(config, list(stages), store)
     except UserError:
         # the stage that reads these images stops at the same fault in a moment, with the artefact's name and the cure
         return f"{text}; no time, as the images cannot be counted"
     estimator = Estimator(config, list(stages), Lineage(store), counts)
-    guesses = {stage.name: estimator.estimate(stage) for stage in due}
+    guesses = {stage.name: estimator.estimate(stage) for stage in todo}
     known = [guess.seconds for guess in guesses.values() if guess.seconds is not None]
     unknown = [name for name, guess in guesses.items() if guess.seconds is None]
     if known:
@@ -150,7 +150,7 @@ def _work(config: Config, store: Store, stages: Sequence[Stage], due: Sequence[S
     if unknown:
         text += f" without {', '.join(unknown)}, of which nothing is known"
     if assumed := [name for name, guess in guesses.items() if guess.assumed]:
-        text += f" (assumed of {', '.join(assumed) if len(assumed) < len(due) else 'all'}, see `zs-seg plan`)"
+        text += f" (assumed of {', '.join(assumed) if len(assumed) < len(todo) else 'all'}, see `zs-seg plan`)"
     return text
 
 
@@ -166,10 +166,10 @@ def show_device(
 
     Raises UserError where the preset is made for a GPU, there is none, and the CPU was not asked for by name.
     """
-    due = {stage.name for stage in _due(store, selected, again, elsewhere)}
+    names = {stage.name for stage in due(store, selected, again, elsewhere)}
     if not runtime.local:
-        due -= {"cache-clip"}
-    if due.isdisjoint(ON_DEVICE):
+        names -= {"cache-clip"}
+    if names.isdisjoint(ON_DEVICE):
         return
     if request.preset in GPU_PRESETS:
         runtime.require_gpu(f"preset {request.preset}")
@@ -210,7 +210,8 @@ def build(stage: Stage, store: Store, runtime: Runtime) -> Outcome:
     Raises UserError for whatever its user can mend.
     """
     ref, started = stage.recipe.ref, time.monotonic()
-    built = store.state(ref) != "fresh"
+    # Of torchrun's processes the first one decides, and the others compute along, whatever their own stores have.
+    built = torchrun_rank() > 0 or store.state(ref) != "fresh"
     if built:
         stage.run(store=store, runtime=runtime)
     if torchrun_rank():  # the first process finishes it

@@ -117,13 +117,17 @@ class Stage:
     def run(self, store: Store, runtime: Runtime) -> Ref:
         """Build the artefact, unless it is complete, with the stage's own number of threads unless `runtime` names one.
 
+        Of the processes that torchrun started the first one builds, and the others compute along; with `runtime.remote`
+        each machine has a store of its own.
+
         Raises UserError as `Store.build`, and for what the stage refuses.
         """
         ref, runtime = self.recipe.ref, replace(runtime, threads=runtime.threads or self.threads)
         if not torchrun_rank():
             return store.build(self.recipe, partial(self._build, runtime=runtime))
-        # Of the processes that torchrun started the first one builds; the others compute along.
-        if store.state(ref) != "fresh":
+        if runtime.remote:
+            store.compute_along(self.recipe, partial(self.work, runtime=runtime))
+        else:
             self.work(store.under_way(self.recipe), runtime=runtime)
         return ref
 

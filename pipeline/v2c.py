@@ -55,7 +55,7 @@ def _weights_identity(config: SegmenterConfig) -> str | None:
 def build(build: Build, config: V2CConfig, runtime: Runtime) -> None:
     """Train stage 1 on `runtime.devices` devices and choose the object threshold; the checkpoint is self-contained.
 
-    Under torchrun (several machines that share the store) every process calls this, and only rank 0 writes.
+    Under torchrun (several machines) every process calls this, and only rank 0 writes.
     """
     from pipeline.inference.model import load_model, save_model
     from pipeline.teacher.text_bank import open_text
@@ -107,9 +107,11 @@ def train_model(
     from pipeline.training.criteria import V2CCriterion
     from pipeline.training.distributed import share_batch_statistics
     from pipeline.training.loader import TrainingData
-    from pipeline.training.loop import parameter_groups, train
+    from pipeline.training.loop import begin_as_the_first, parameter_groups, train
 
     config.share(ranks.world)
+    if ranks.world > 1 and runtime.remote:
+        begin_as_the_first(folder, ranks)
     device = runtime.torch_device()
     bank = open_text(text, text_key)
     data = TrainingData(

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from storage.atomic import clean, delete, fsync, write_text
@@ -194,8 +195,24 @@ class Store:
         return ref
 
     def under_way(self, recipe: Recipe) -> Build:
-        """The build as another process has it that computes along and leaves writing to the first."""
+        """The build as another process of this machine has it that computes along and leaves writing to the first."""
         return Build(store=self, recipe=recipe, path=self.partial(recipe.ref))
+
+    def compute_along(self, recipe: Recipe, work: Callable[[Build], None]) -> None:
+        """Take part in a build that another machine's store completes, with inputs of this store, which are hashed first.
+        Nothing stays here.
+
+        Raises UserError for an input that is missing or damaged, and as `build`.
+        """
+        ref, inputs = recipe.ref, Inputs()
+        for source in recipe.inputs.values():
+            inputs.look(self.root, source, self.open(source).manifest.files)
+            self.require_intact(source)
+        with self.mistakes_as_user_errors(ref):
+            self.path(ref).parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=self.path(ref).parent, prefix=f".{ref.key}.", suffix=ASIDE) as folder:
+                inputs.write(Path(folder))
+                work(Build(store=self, recipe=recipe, path=Path(folder)))
 
     def _build(self, recipe: Recipe, work: Callable[[Build], None], lock: Lock) -> None:
         ref, partial, started = recipe.ref, self.partial(recipe.ref), time.monotonic()

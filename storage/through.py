@@ -25,7 +25,7 @@ from storage.errors import UserError
 from storage.keys import Ref
 from storage.remote import Remote
 from storage.store import ELSEWHERE, MANIFEST, Manifest, Store
-from storage.transfer import BLOCK
+from storage.transfer import BLOCK, receive
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ AT_ONCE = 8
 def leave(store: Store, remote: Remote, manifest: Manifest, *, size: int) -> None:
     """Make an artefact complete in the store whose tars are read through a cache of at most `size` bytes.
 
-    Raises UserError where `AT_ONCE` tars do not fit into the cache, and as `Remote`; BlockingIOError as `Store.receive`.
+    Raises UserError where `AT_ONCE` tars do not fit into the cache, and as `Remote`.
     """
     tars = [entry["bytes"] for name, entry in manifest.files.items() if name.endswith(TARS)]
     if size < (need := sum(sorted(tars)[-AT_ONCE:])):
@@ -58,7 +58,7 @@ def leave(store: Store, remote: Remote, manifest: Manifest, *, size: int) -> Non
             (folder / name).write_bytes(data)
         write_text(folder / ELSEWHERE, json.dumps({"url": remote.url, "bytes": size}))
 
-    store.receive(manifest, fetch)
+    receive(store, remote, manifest, fetch)
 
 
 def opened(path: Path) -> IO[bytes]:

@@ -128,26 +128,31 @@ def pull(store: Store, remote: Remote, manifests: Collection[Manifest], *, advan
     count = _counter(advance)
     with _pool(remote, remote.threads) as files, _pool(remote, remote.threads) as blocks:
 
-        def receive(manifest: Manifest) -> bool:
+        def pull_one(manifest: Manifest) -> bool:
             def fetch(folder: Path) -> None:
                 parts = [files.submit(_fetch, remote, manifest, folder, name, blocks, count) for name in manifest.files]
                 _results(remote, parts)
                 for parent in {(folder / name).parent for name in manifest.files}:
                     fsync(parent)
 
-            logged = False
-            while True:
-                try:
-                    return store.receive(manifest, fetch)
-                except BlockingIOError:
-                    if not logged:
-                        log.info("waiting for %s, held by %s", manifest.ref, store.holder(manifest.ref))
-                    logged = True
-                    if remote.stop.wait(0.2):
-                        raise Stopped() from None
+            return receive(store, remote, manifest, fetch)
 
-        received = each(remote, receive, manifests, ARTEFACTS)
+        received = each(remote, pull_one, manifests, ARTEFACTS)
     return [manifest.ref for manifest, new in zip(manifests, received, strict=True) if new]
+
+
+def receive(store: Store, remote: Remote, manifest: Manifest, fetch: Callable[[Path], None]) -> bool:
+    """`Store.receive`, which waits while another process builds or receives the artefact. Raises UserError as that."""
+    logged = False
+    while True:
+        try:
+            return store.receive(manifest, fetch)
+        except BlockingIOError:
+            if not logged:
+                log.info("waiting for %s, held by %s", manifest.ref, store.holder(manifest.ref))
+            logged = True
+            if remote.stop.wait(0.2):
+                raise Stopped() from None
 
 
 def fetch_file(remote: Remote, manifest: Manifest, folder: Path, name: str) -> None:

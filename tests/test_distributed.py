@@ -29,9 +29,11 @@ from pipeline.training.criteria import V2CCriterion
 from pipeline.training.curves import MEASURED, read_curves
 from pipeline.training.distributed import ALONE, GlobalBatchNorm2d, Ranks, launch, share_batch_statistics
 from pipeline.training.loader import CPU, Batch, TrainingData
-from pipeline.training.loop import parameter_groups, train
-from storage.checkpoints import load_checkpoint
+from pipeline.training.loop import begin_as_the_first, parameter_groups, train
+from storage.checkpoints import STATE, load_checkpoint
 from storage.errors import UserError
+from storage.inputs import Inputs
+from storage.remote import Remote
 from storage.store import Store
 
 TWO = Runtime(progress=False, devices=2, threads=2)
@@ -47,6 +49,7 @@ def _small(ranks: Ranks, runtime: Runtime, folder: Path, images: Tensor) -> None
     """Save what the processes exchanged and the batch statistics they shared; then one of them fails."""
     torch.save(_exchange(ranks, runtime), folder / f"exchange {ranks.rank}.pt")
     torch.save(_normalise(ranks, images), folder / f"statistics {ranks.rank}.pt")
+    torch.save(_apart(ranks, folder / f"machine {ranks.rank}"), folder / f"apart {ranks.rank}.pt")
     if ranks.rank == 1:
         raise UserError("v2c: loss dice is nan at step 3 (images [7]); look at it")
     ranks.sum(torch.zeros(1))
@@ -63,6 +66,25 @@ def _exchange(ranks: Ranks, runtime: Runtime) -> dict[str, Tensor]:
         "sum": ranks.sum(torch.tensor([1.0, 10.0 * ranks.rank])), "others": torch.cat(ranks.others(rows)), "grad": weight.grad,
         "idle": idle.grad, "threads": torch.tensor(runtime.threads),
     }  # fmt: skip
+
+
+def _apart(ranks: Ranks, store: Path) -> dict[str, object]:
+    """Each process has a store of its own; rank 0 has a training state in it, the other one no longer. Then their inputs
+    differ."""
+    folder, found = store / "checkpoint/0", dict[str, object]()
+    folder.mkdir(parents=True)
+    (folder / STATE).write_bytes(b"state" if ranks.rank == 0 else b"of an earlier attempt")
+    for case, sha256 in (("same", "a"), ("other", "ab"[ranks.rank])):
+        Inputs(hashes={"tokens/1/x": "c", "tokens/1/y": sha256}).write(folder)
+        try:
+            begin_as_the_first(folder, ranks)
+        except UserError as error:
+            found[case] = str(error)
+        found[f"{case} state"] = (folder / STATE).read_bytes()
+    (folder / STATE).unlink()
+    Inputs().write(folder)
+    begin_as_the_first(folder, ranks)  # where there is none
+    return {**found, "none": (folder / STATE).exists()}
 
 
 def _normalise(ranks: Ranks, images: Tensor) -> dict[str, Tensor | None]:
@@ -114,6 +136,17 @@ def test_what_processes_tell_each_other(small: tuple[Path, object]) -> None:
     assert one["others"].tolist() == [[0.0, 1.0, 2.0]]
     value = torch.ones(2)
     assert ALONE.sum(value) is value and ALONE.others(value) == []
+
+
+@pytest.mark.slow
+def test_processes_with_disks_of_their_own_begin_with_the_first_ones_inputs_and_state(
+    small: tuple[Path, object],
+) -> None:
+    zero, one = saved(small, "apart")
+    assert zero.keys() == {"same state", "other state", "none"}
+    for found in (zero, one):
+        assert (found["same state"], found["other state"], found["none"]) == (b"state", b"state", False)
+    assert f"{small[0]}/machine 1/tokens/1/y has other bytes than on the machine of rank 0" in str(one["other"])
 
 
 @pytest.mark.slow
@@ -251,24 +284,67 @@ def test_stages_2_and_3_take_one_process_whatever_devices_says(
             assert (one / "weights.safetensors").read_bytes() == (two / "weights.safetensors").read_bytes()
 
 
+TORCHRUN = """
+import os, shutil, sys
+from flows.cli import main
+from pipeline.training import loop
+
+def save_and_copy(folder, state, save=loop.save_training_state):
+    save(folder, state)
+    if state["step"] == 1:
+        shutil.copytree(folder, os.environ["COPY"] + "/" + folder.name)
+
+if __name__ == "__main__":
+    os.environ["ZS_SEG_STORE"] += os.environ["RANK"] if "APART" in os.environ else ""
+    if "COPY" in os.environ:
+        loop.save_training_state = save_and_copy
+    sys.exit(main())
+"""
+
+
 @pytest.mark.slow
 def test_stage_1_from_the_command_line_under_torchrun(tmp_path: Path) -> None:
-    """The artefact is whole; one process tells the user about it."""
+    """The artefact is whole; one process tells the user about it. Two processes with stores of their own, of which the
+    first goes on from a state after one step, come to the same bytes: what they read comes from a remote."""
     flags = ["--preset", "demo", "--data.train-images", "24", "--data.val-images", "6", "--v2c.steps", "2", "--v2c.batch", "4",
-             "--v2c.calibration-images", "4"]  # fmt: skip
-    environment = {"ZS_SEG_STORE": str(tmp_path), "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"}
-    prepared = zs_seg("run", *flags, "--until", "cache-clip", "--dask", "none", env=environment)
+             "--v2c.calibration-images", "4", "--shard.samples-per-tar", "2", "--checkpoint-every", "1"]  # fmt: skip
+    environment = {"ZS_SEG_STORE": str(tmp_path / "store"), "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"}
+    script = tmp_path / "script.py"
+    script.write_text(TORCHRUN)
+    there = ["--remote", f"file://{tmp_path}/remote", "--push"]
+    prepared = zs_seg("run", *flags, "--until", "cache-clip", "--dask", "none", *there, env=environment)
     assert prepared.wait() == 0, prepared.err
-    script = tmp_path / "zs_seg.py"
-    script.write_text("import sys\nfrom flows.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        [*torchrun, "stage", "v2c", *flags], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )  # fmt: skip
+
+    def torchrun(*more: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, "stage", "v2c", *flags]
+        both = {**os.environ, **environment, **variables}
+        return subprocess.run([sys.executable, *words, *more], env=both, capture_output=True, text=True, check=False)
+
+    zero, one = Store(tmp_path / "store0"), Store(tmp_path / "store1")
+    done = torchrun(COPY=str(zero.root / "checkpoint"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("built in") == 1
-    (artefact,) = (ref for ref in Store(tmp_path).refs() if ref.kind == "checkpoint")
-    assert Store(tmp_path).verify(artefact) == []
+    (artefact,) = (ref for ref in Store(tmp_path / "store").refs() if ref.kind == "checkpoint")
+    assert Store(tmp_path / "store").verify(artefact) == []
+
+    assert zero.state(artefact) == "partial"
+    done = torchrun(*there, "--cache", "1", APART="")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("built in") == 1
+    ours, theirs = zero.open(artefact).manifest, Store(tmp_path / "store").open(artefact).manifest
+    assert ours.provenance["resumed"]
+    assert ours.counts == theirs.counts
+    weights = [name for name in ours.files if name.endswith((".safetensors", "meta.json"))]
+    assert len(weights) == 2 and all(ours.files[name] == theirs.files[name] for name in weights)
+    found = Remote(f"file://{tmp_path}/remote").manifest(artefact)
+    assert found and found.files == ours.files
+    # The second process has left nothing but its inputs. The tars are in the caches.
+    assert [ref.kind for ref in one.refs()] == ["shards", "text", "tokens"] and one.state(artefact) == "missing"
+    assert [path.name for path in (one.root / "checkpoint").iterdir()] == []
+    for store in (zero, one):
+        assert not list(store.root.glob("shards/*/*.tar")) and list((store.root / ".cache").iterdir())
+    # Of an artefact that is complete the second process is not asked for anything.
+    assert "fresh, nothing to do" in torchrun(*there, APART="").stdout
 
 
 def test_under_torchrun_only_stage_1_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,20 @@ class Ranks:
         pairs = zip(gathered, sizes, strict=True)
         return [part[:size] for rank, (part, size) in enumerate(pairs) if rank != self.rank]
 
+    def of_first(self, data: bytes) -> bytes:
+        """Rank 0's `data`, in every process."""
+        if self.world == 1:
+            return data
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        size = torch.tensor([len(data)], device=device)
+        dist.broadcast(size, 0)
+        if not size.item():
+            return b""
+        first = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.rank == 0 else None
+        value = torch.empty(int(size), dtype=torch.uint8, device=device) if first is None else first.to(device)
+        dist.broadcast(value, 0)
+        return value.cpu().numpy().tobytes()
+
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace the gradients by their sum over all processes; a missing gradient counts as 0."""
         if self.world == 1:
@@ -96,6 +110,7 @@ def launch(function: Callable[..., None], *arguments: Any, runtime: Runtime) -> 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    runtime = replace(runtime, remote="")  # these processes share this machine's disk
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -139,23 +154,41 @@ def _reporting_member(folder: Path, function: Callable[..., None], runtime: Runt
         raise
 
 
-def _member(function: Callable[..., None], runtime: Runtime, *arguments: Any) -> None:
-    """Join the process group and call `function` on this process's device with its share of the threads."""
-    rank, world, local, local_world = (
-        int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    )
-    cuda = runtime.torch_device().type == "cuda"
+def agree(value: bool, runtime: Runtime) -> bool:
+    """Rank 0's value in each of the processes that torchrun started. They join their process group here; where the value
+    is False they leave it again, else `launch` does at its end."""
+    _join(runtime)
+    found = bool(_ranks().of_first(b"1" if value else b""))
+    if not found:
+        dist.destroy_process_group()
+    return found
+
+
+def _ranks() -> Ranks:
+    return Ranks(rank=int(os.environ["RANK"]), world=int(os.environ["WORLD_SIZE"]))
+
+
+def _join(runtime: Runtime) -> str:
+    """Join the process group, unless this process is in it; returns this process's device."""
+    cuda, local = runtime.torch_device().type == "cuda", int(os.environ["LOCAL_RANK"])
     if cuda:
         torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    return f"cuda:{local}" if cuda else "cpu"
+
+
+def _member(function: Callable[..., None], runtime: Runtime, *arguments: Any) -> None:
+    """Call `function` as one of the process group, on this process's device with its share of the threads."""
+    ranks = _ranks()
     runtime = replace(
         runtime,
-        device=f"cuda:{local}" if cuda else "cpu",
-        threads=max(runtime.workers // local_world, 1),
-        progress=runtime.progress and rank == 0,
+        device=_join(runtime),
+        threads=max(runtime.workers // int(os.environ["LOCAL_WORLD_SIZE"]), 1),
+        progress=runtime.progress and ranks.rank == 0,
         devices=1,
     )
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
-    function(Ranks(rank=rank, world=world), runtime, *arguments)
+    function(ranks, runtime, *arguments)
     dist.destroy_process_group()
 
 

@@ -7,6 +7,7 @@ ends with the weights of an uninterrupted one, byte for byte on a CPU.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -26,9 +27,9 @@ from pipeline.runtime import Runtime
 from pipeline.training.config import Schedule
 from pipeline.training.curves import Record
 from pipeline.training.distributed import ALONE, Ranks
-from storage.checkpoints import load_training_state, save_training_state
+from storage.checkpoints import STATE, load_training_state, save_training_state
 from storage.errors import UserError
-from storage.inputs import vouch
+from storage.inputs import Inputs, vouch
 
 UNDECAYED = (nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -122,8 +123,8 @@ def train(
     record = Record(name, folder, schedule, start=start, state=state["record"], runtime=runtime, writes=ranks.rank == 0)
 
     def save(done: int) -> None:
+        _vouch(folder, ranks, runtime, device, last=done == schedule.steps)
         if ranks.rank == 0:
-            vouch(folder)
             weights = {key: module.state_dict() for key, module in modules.items()}
             save_training_state(
                 folder,
@@ -174,6 +175,32 @@ def train(
     with torch.no_grad():
         for parameter, value in zip(parameters, average, strict=False):
             parameter.copy_(value)
+
+
+def _vouch(folder: Path, ranks: Ranks, runtime: Runtime, device: torch.device, *, last: bool) -> None:
+    """Vouch for a state: rank 0, and where they have disks of their own every process, before any comes back."""
+    if ranks.rank == 0 or runtime.remote:
+        # At the end rank 0's store hashes again what rank 0 has read, so the others do, too.
+        vouch(folder, again=ranks.rank > 0 and last)
+    ranks.sum(torch.zeros(1, device=device))
+
+
+def begin_as_the_first(folder: Path, ranks: Ranks) -> None:
+    """On machines with disks of their own, bring rank 0's training state into each process's `folder`, for `train`.
+
+    Raises UserError where this machine's inputs have other bytes than rank 0's, as two builds with one key may have.
+    """
+    path, own = folder / STATE, Inputs.read(folder)
+    assert own is not None, folder
+    first = json.loads(ranks.of_first(json.dumps(own.hashes).encode()))
+    state = ranks.of_first(path.read_bytes() if ranks.rank == 0 and path.exists() else b"")
+    if other := sorted(name for name in own.hashes.keys() | first.keys() if own.hashes.get(name) != first.get(name)):
+        raise UserError(
+            f"{folder.parents[1] / other[0]} has other bytes than on the machine of rank 0; push that artefact from there, "
+            "delete it here, and run again, which fetches it"
+        )
+    if ranks.rank and state:
+        path.write_bytes(state)
 
 
 def _require_finite(
