@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +12,11 @@ from typing import TYPE_CHECKING
 
 from pipeline.data.benchmarks import Benchmark
 from pipeline.runtime import Runtime
-from pipeline.teacher.cluster import Progress, run_tasks
+from pipeline.teacher.cluster import Progress
 from pipeline.teacher.config import TeacherConfig, TokensConfig
-from pipeline.teacher.pieces import require_here, write_once
-from storage import pieces
+from pipeline.teacher.pieces import TarJob, make_group, make_groups
 from storage.errors import UserError
 from storage.keys import Recipe, Ref
-from storage.remote import Remote
 from storage.store import Build
 
 if TYPE_CHECKING:
@@ -42,20 +38,13 @@ def recipe(config: TokensConfig, *, teacher: TeacherConfig, benchmark: Benchmark
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One tar of `images` samples, and the group for its tokens; `hide`: apply the benchmark's training protocol."""
+class Job(TarJob):
+    """All samples of a tar; `hide`: apply the benchmark's training protocol."""
 
-    tar: Path
-    group: Path
-    images: int
     hide: bool
     config: TokensConfig
     teacher: TeacherConfig
     benchmark: Benchmark
-    tokens: Ref
-
-    def __str__(self) -> str:
-        return str(self.tar)
 
 
 def build(
@@ -63,10 +52,9 @@ def build(
 ) -> None:
     """Encode every tar into one token group of the same name, one Dask task per tar; existing groups are kept.
 
-    Raises UserError as `run_tasks` does, if a tar is damaged or a worker lacks the store, and, before anything is
-    encoded, as `_require_targets` and, where regions are wanted, `_require_regions`.
+    Raises UserError as `make_groups` does, if a tar is damaged, and, before anything is encoded, as `_require_targets`
+    and, where regions are wanted, `_require_regions`.
     """
-    from storage.atomic import clean
     from storage.shards import Shards
     from storage.tokens import check_tokens, token_files
 
@@ -83,37 +71,24 @@ def build(
             config=config,
             teacher=teacher,
             benchmark=benchmark,
-            tokens=build.recipe.ref,
+            artefact=build.recipe.ref,
         )
         for split in SPLITS
         for tar, count in zip(opened.tars(split), opened.counts(split), strict=True)
     ]
-    missing = [job for job in jobs if not build.holds(job.group, check_tokens)]
-    remote = None if runtime.local or not runtime.remote else Remote(runtime.remote)
-    if remote:  # what an earlier run's workers have left
-        missing = [job for job in missing if not _bring(job, remote)]
-    images, left = (sum(job.images for job in some) for some in (jobs, missing))
-    instances, started = 0, time.monotonic()
-    with runtime.bar(images, "teacher tokens", "image", initial=images - left) as bar:
-
-        def progress(more_images: int, more_instances: int) -> None:
-            nonlocal instances
-            instances += more_instances
-            bar.set_postfix_str(f"{instances / (time.monotonic() - started):.0f} instance/s", refresh=False)
-            bar.update(more_images)
-
-        devices, workers = run_tasks(_encode, missing, runtime, progress=progress)
-    if remote:
-        for job in missing:
-            if not job.group.exists():
-                _bring(job, remote)
-        pieces.forget(remote, build.recipe.ref)
+    make_groups(
+        build,
+        jobs,
+        _encode,
+        runtime,
+        check=check_tokens,
+        files=token_files,
+        title="teacher tokens",
+        unit="instance",
+    )
     _load.cache_clear()
-    clean(build.path)  # unfinished files of lost workers
-    build.add(*(file for job in jobs for file in token_files(job.group)))
     for split in SPLITS:
         build.counts[split] = _counts(split, [job for job in jobs if job.hide == (split == "train")], benchmark)
-    build.provenance |= {"device": ", ".join(sorted(set(devices))), "workers": workers}
 
 
 def _require_targets(tars: Sequence[Path], benchmark: Benchmark) -> None:
@@ -189,45 +164,16 @@ def _counts(split: str, jobs: list[Job], benchmark: Benchmark) -> dict[str, int]
     return counts
 
 
-def _bring(job: Job, remote: Remote) -> bool:
-    """Whether a worker had left the job's group in the remote; it is here now."""
-    if not pieces.is_there(remote, job.tokens, job.group.name):
-        return False
-    write_once(job.group, lambda own: pieces.bring(remote, job.tokens, job.group.name, own))
-    return True
-
-
-def _encode_elsewhere(job: Job, runtime: Runtime, progress: Progress) -> str:
-    """The same on a machine without the store: the tar comes from the remote, and the group is left there."""
-    remote, device = Remote(runtime.remote), str(runtime.torch_device())
-    if pieces.is_there(remote, job.tokens, job.group.name):
-        progress(job.images, 0)
-        return device
-    with tempfile.TemporaryDirectory(prefix="zs-seg-") as name:
-        tar = pieces.fetch(remote, job.tar, Path(name))
-        _encode(replace(job, tar=tar, group=Path(name) / job.group.name), runtime, progress)
-        pieces.leave(remote, job.tokens, Path(name) / job.group.name)
-    return device
-
-
 def _encode(job: Job, runtime: Runtime, progress: Progress) -> str:
     """Write the job's group unless it exists, and return the device's name."""
-    if runtime.remote and not job.group.parent.exists():
-        return _encode_elsewhere(job, runtime, progress)
-    require_here(job.tar, job.group.parent)
     from pipeline.teacher.encode import encode_tar
 
-    device = str(runtime.torch_device())
-    if job.group.exists():
-        progress(job.images, 0)
-        return device
-    with _LOADING:
-        teacher = _load(job.teacher, runtime)
-    write_once(
-        job.group,
-        lambda own: encode_tar(teacher, job.tar, own, job.config, job.benchmark, hide=job.hide, progress=progress),
-    )
-    return device
+    def write(job: Job, path: Path) -> None:
+        with _LOADING:
+            teacher = _load(job.teacher, runtime)
+        encode_tar(teacher, job.tar, path, job.config, job.benchmark, hide=job.hide, progress=progress)
+
+    return make_group(job, write, runtime, progress)
 
 
 _LOADING = threading.Lock()  # a cluster's workers may have several threads

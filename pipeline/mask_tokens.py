@@ -5,20 +5,21 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
+import tempfile
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.benchmarks import Benchmark
 from pipeline.runtime import Runtime
-from pipeline.teacher.cluster import Progress, run_tasks
+from pipeline.teacher.cluster import Progress
 from pipeline.teacher.config import TeacherConfig, TokensConfig
-from pipeline.teacher.pieces import require_here, write_once
+from pipeline.teacher.pieces import TarJob, make_group, make_groups
+from storage import pieces
 from storage.keys import Recipe, Ref
+from storage.remote import Remote
 from storage.store import Build
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ STAGE, VERSION = "mask-tokens", 1
 # The options of TokensConfig that decide a mask's token; the others are of training views and of segments.
 OPTIONS = ("batch", "method", "crop", "margin", "resize", "min_area", "dtype")
 IMAGES_A_PASS = 8  # of the segmenter
-log = logging.getLogger(__name__)
 
 
 def recipe(
@@ -62,21 +62,15 @@ def recipe(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One tar, of which the first `images` samples get tokens, under `hide` of those that the training protocol
-    leaves; the group for them; and the checkpoint's folder."""
+class Job(TarJob):
+    """The first `images` samples of a tar, under `hide` of those that the training protocol leaves; the checkpoint's
+    folder."""
 
-    tar: Path
-    group: Path
-    images: int
     hide: bool
     checkpoint: Path
     config: TokensConfig
     teacher: TeacherConfig
     benchmark: Benchmark
-
-    def __str__(self) -> str:
-        return str(self.tar)
 
 
 def build(
@@ -92,9 +86,8 @@ def build(
     `calibration_images` training images that the protocol leaves, on which the object threshold is chosen (D8).
     Existing groups are kept.
 
-    Raises UserError as `run_tasks` does, and if a tar is damaged or a worker lacks the store.
+    Raises UserError as `make_groups` does, and if a tar is damaged.
     """
-    from storage.atomic import clean
     from storage.mask_tokens import check_mask_tokens, mask_token_files
     from storage.shards import Shards
 
@@ -102,37 +95,37 @@ def build(
     wanted = build.recipe.config["calibration_images"]
     train = list(_left_for_training(opened.tars("train"), benchmark, most=wanted))
     val = list(zip(opened.tars("val"), opened.counts("val"), strict=True))
-    shared: dict[str, Any] = {"config": config, "teacher": teacher, "benchmark": benchmark}
+    shared: dict[str, Any] = {
+        "artefact": build.recipe.ref,
+        "checkpoint": build.open("checkpoint").path,
+        "config": config,
+        "teacher": teacher,
+        "benchmark": benchmark,
+    }
     jobs = [
         Job(
             tar=tar,
             group=build.path / f"{tar.stem}.zarr",
             images=count,
             hide=hide,
-            checkpoint=build.open("checkpoint").path,
             **shared,
         )
         for hide, tars in ((True, train), (False, val))
         for tar, count in tars
     ]
-    missing = [job for job in jobs if not build.holds(job.group, check_mask_tokens)]
-    images, left = (sum(job.images for job in some) for some in (jobs, missing))
-    masks, started = 0, time.monotonic()
-    with runtime.bar(images, "teacher tokens of masks", "image", initial=images - left) as bar:
-
-        def progress(more_images: int, more_masks: int) -> None:
-            nonlocal masks
-            masks += more_masks
-            bar.set_postfix_str(f"{masks / (time.monotonic() - started):.0f} mask/s", refresh=False)
-            bar.update(more_images)
-
-        devices, workers = run_tasks(_encode, missing, runtime, progress=progress)
+    make_groups(
+        build,
+        jobs,
+        _encode,
+        runtime,
+        check=check_mask_tokens,
+        files=mask_token_files,
+        title="teacher tokens of masks",
+        unit="mask",
+    )
     _load.cache_clear()
-    clean(build.path)  # unfinished files of lost workers
-    build.add(*(file for job in jobs for file in mask_token_files(job.group)))
     for split in ("train", "val"):
         build.counts[split] = _counts([job for job in jobs if job.hide == (split == "train")])
-    build.provenance |= {"device": ", ".join(sorted(set(devices))), "workers": workers}
 
 
 def _left_for_training(tars: Sequence[Path], benchmark: Benchmark, *, most: int) -> Iterator[tuple[Path, int]]:
@@ -160,15 +153,13 @@ def _counts(jobs: list[Job]) -> dict[str, int]:
 
 def _encode(job: Job, runtime: Runtime, progress: Progress) -> str:
     """Write the job's group unless it exists, and return the device's name."""
-    require_here(job.tar, job.checkpoint, job.group.parent)
-    device = str(runtime.torch_device())
-    if job.group.exists():
-        progress(job.images, 0)
-        return device
-    with _LOADING:
-        teacher, model = _load(job.teacher, job.checkpoint, runtime)
-    write_once(job.group, lambda own: _write(own, job, teacher, model, runtime, progress))
-    return device
+
+    def write(job: Job, path: Path) -> None:
+        with _LOADING:
+            teacher, model = _load(job.teacher, job.checkpoint, runtime)
+        _write(path, job, teacher, model, runtime, progress)
+
+    return make_group(job, write, runtime, progress, reads=(job.checkpoint,))
 
 
 def _write(own: Path, job: Job, teacher: Teacher, model: Model, runtime: Runtime, progress: Progress) -> None:
@@ -211,11 +202,16 @@ _LOADING = threading.Lock()  # a cluster's workers may have several threads
 
 @functools.lru_cache(maxsize=1)
 def _load(teacher: TeacherConfig, checkpoint: Path, runtime: Runtime) -> tuple[Teacher, Model]:
-    """The teacher, and the checkpoint with its segmenter folded for inference, loaded once per worker."""
-    from dataclasses import replace
-
+    """The teacher, and the checkpoint with its segmenter folded for inference, loaded once per worker; on a machine
+    without the store from the remote."""
     from models.folding import for_inference
     from pipeline.inference.model import load_model
+    from storage.checkpoints import FILES
 
-    model = load_model(checkpoint, runtime.torch_device())
+    with tempfile.TemporaryDirectory(prefix="zs-seg-") as name:
+        here = checkpoint
+        if runtime.remote and not checkpoint.exists():
+            here = Path(name)
+            pieces.fetch(Remote(runtime.remote), checkpoint, here, *FILES)
+        model = load_model(here, runtime.torch_device())
     return teacher.load(runtime), replace(model, segmenter=for_inference(model.segmenter))

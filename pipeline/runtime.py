@@ -75,7 +75,7 @@ class Runtime:
 
     remote: str = ""
     """Address of a remote for machines that do not share the store's disk. A cluster's workers that do not see the store
-    read tars of cache-clip from there, and leave their tokens there. Each process that torchrun started then has inputs of
+    read tars of cache-clip and mask-tokens from there, and leave their tokens there. Each process that torchrun started then has inputs of
     its own, and compares them with those of the first."""
 
     def __post_init__(self) -> None:

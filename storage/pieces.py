@@ -24,18 +24,16 @@ def folder_of(ref: Ref) -> str:
     return f"{ref.kind}/.{ref.key}{PIECES}"
 
 
-def fetch(remote: Remote, path: Path, folder: Path) -> Path:
-    """A file of a complete artefact, `path` in the builder's store, fetched into a folder of this machine.
+def fetch(remote: Remote, source: Path, folder: Path, *names: str) -> None:
+    """Bring files of a complete artefact, whose folder in the builder's store is `source`, into a folder of this machine.
 
-    Raises UserError where the artefact is not in the remote, or the file is damaged there, and as `Remote`.
+    Raises UserError where the artefact is not in the remote, or a file is damaged there, and as `Remote`.
     """
-    ref = Ref(kind=path.parent.parent.name, key=path.parent.name)
+    ref = Ref(kind=source.parent.name, key=source.name)
     if (manifest := remote.manifest(ref)) is None:
-        raise UserError(
-            f"{ref} is not in {remote}, from which a worker without {path.parent} reads; `zs-seg push {ref}`"
-        )
-    fetch_file(remote, manifest, folder, path.name)
-    return folder / path.name
+        raise UserError(f"{ref} is not in {remote}, from which a worker without {source} reads; `zs-seg push {ref}`")
+    for name in names:
+        fetch_file(remote, manifest, folder, name)
 
 
 def leave(remote: Remote, ref: Ref, part: Path) -> None:

@@ -149,11 +149,15 @@ def test_two_workers_on_other_disks_hand_their_tokens_over_in_a_remote(
     shards: tuple[Store, Ref], calm: Artefact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """/proc/self/cwd/store is a store for us, and nothing for the workers. Of two runs the second finds what is left."""
+    build(shards[0], CONFIG, until="v2c")
+    (masks,) = (stage for stage in line(CONFIG) if stage.name == "mask-tokens")
+    masks.run(shards[0], QUIET)
     monkeypatch.chdir(tmp_path)
     with s3_server() as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         remote = Remote("s3://bucket/shared")
+        trained = masks.recipe.inputs["checkpoint"]
         with workers(tmp_path) as file:
             with pytest.raises(UserError, match="is not in s3://bucket/shared, from which a worker"):
                 encode(shards, Path("/proc/self/cwd/store"), str(file), remote=remote.url)
@@ -166,6 +170,16 @@ def test_two_workers_on_other_disks_hand_their_tokens_over_in_a_remote(
             with pytest.raises(UserError, match=f"part {name} of {calm.ref} is damaged"):
                 encode(shards, Path("/proc/self/cwd/store"), str(file), remote=remote.url)
             made = encode(shards, Path("/proc/self/cwd/store"), str(file), remote=remote.url)
+            # The same of mask-tokens, whose workers fetch the checkpoint, too.
+            copy_artefacts(shards[0], Store(tmp_path / "store"), [trained])
+            elsewhere = replace(QUIET, dask=str(file), threads=1, remote=remote.url)
+            with pytest.raises(UserError, match=f"{trained} is not in s3://bucket/shared, from which a worker"):
+                masks.run(Store(Path("/proc/self/cwd/store")), elsewhere)
+            transfer.push(shards[0], remote, [shards[0].open(trained).manifest], advance=abs)
+            masks.run(Store(Path("/proc/self/cwd/store")), elsewhere)
+        found = Store(tmp_path / "store").open(masks.recipe.ref).manifest
+        assert found.files == shards[0].open(masks.recipe.ref).manifest.files and found.provenance["workers"] == 2
+        assert remote.sizes(pieces.folder_of(masks.recipe.ref)) == {}
         assert made.manifest.files == calm.manifest.files and made.manifest.counts == calm.manifest.counts
         assert made.manifest.provenance["workers"] == 2
         assert remote.sizes(pieces.folder_of(calm.ref)) == {}
@@ -375,7 +389,7 @@ def test_one_tar_encoded_twice_at_the_same_time(shards: tuple[Store, Ref], calm:
     tar = Shards(shards[0].path(shards[1])).tars("val")[0]
     job = cache_clip.Job(
         tar=tar, group=tmp_path / "val-000000.zarr", images=8, hide=False, config=CONFIG.tokens, teacher=CONFIG.teacher,
-        benchmark=benchmark(CONFIG.data), tokens=calm.ref,
+        benchmark=benchmark(CONFIG.data), artefact=calm.ref,
     )  # fmt: skip
     both = threading.Barrier(2, timeout=60)
 

@@ -145,7 +145,7 @@ def test_two_workers_change_no_byte(
 
 def test_a_worker_that_does_not_see_the_store(steps: dict[str, Stage], tmp_path: Path) -> None:
     job = mask_tokens.Job(
-        tar=tmp_path / "val-000000.tar", group=tmp_path / "a.zarr", images=1, hide=False, checkpoint=tmp_path,
+        tar=tmp_path / "val-000000.tar", group=tmp_path / "a.zarr", images=1, hide=False, checkpoint=tmp_path, artefact=stage(steps).recipe.ref,
         config=CONFIG.tokens, teacher=CONFIG.teacher, benchmark=WORLD,
     )  # fmt: skip
     with pytest.raises(UserError, match=r"a worker on .* does not find .*val-000000\.tar; pass --store"):

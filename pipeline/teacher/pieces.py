@@ -1,17 +1,128 @@
-"""What a worker does around the group of one tar: the same job may run twice, even at the same time, on any machine."""
+"""One group of rows for each tar, made by Dask's workers: what the process that builds the artefact does, and what a worker
+does around a group. The same job may run twice, even at the same time, on any machine."""
 
 from __future__ import annotations
 
 import ctypes
 import socket
+import tempfile
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
-from storage.atomic import delete
+from pipeline.runtime import Runtime
+from pipeline.teacher.cluster import Progress, run_tasks
+from storage import pieces
+from storage.atomic import clean, delete
 from storage.errors import UserError
 from storage.inputs import vouch
+from storage.keys import Ref
+from storage.remote import Remote
+from storage.store import Build
 from storage.through import there
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarJob:
+    """One tar, of which `images` samples get rows, and the group for them, a part of the artefact."""
+
+    tar: Path
+    group: Path
+    images: int
+    artefact: Ref
+
+    def __str__(self) -> str:
+        return str(self.tar)
+
+
+Job = TypeVar("Job", bound=TarJob)
+
+
+def make_groups(
+    build: Build,
+    jobs: Sequence[Job],
+    encode: Callable[[Job, Runtime, Progress], str],
+    runtime: Runtime,
+    *,
+    check: Callable[[Path], object],
+    files: Callable[[Path], Iterable[Path]],
+    title: str,
+    unit: str,
+) -> None:
+    """Make the group of every job by `encode`, one Dask task each; groups that an earlier build left and that `check`
+    takes are kept, and those that workers without the store's disk make are brought home. Names the `files` of all
+    groups, and notes devices and number of workers. `title` and `unit` are the progress bar's.
+
+    Raises UserError as `run_tasks` and `Remote`, and if a worker lacks the store and has no remote.
+    """
+    missing = [job for job in jobs if not build.holds(job.group, check)]
+    remote = None if runtime.local or not runtime.remote else Remote(runtime.remote)
+    if remote:  # what an earlier run's workers have left
+        missing = [job for job in missing if not _bring(job, remote)]
+    images, left = (sum(job.images for job in some) for some in (jobs, missing))
+    rows, started = 0, time.monotonic()
+    with runtime.bar(images, title, "image", initial=images - left) as bar:
+
+        def progress(more_images: int, more_rows: int) -> None:
+            nonlocal rows
+            rows += more_rows
+            bar.set_postfix_str(f"{rows / (time.monotonic() - started):.0f} {unit}/s", refresh=False)
+            bar.update(more_images)
+
+        devices, workers = run_tasks(encode, missing, runtime, progress=progress)
+    if remote:
+        for job in missing:
+            if not job.group.exists():
+                _bring(job, remote)
+        pieces.forget(remote, build.recipe.ref)
+    clean(build.path)  # unfinished files of lost workers
+    build.add(*(file for job in jobs for file in files(job.group)))
+    build.provenance |= {"device": ", ".join(sorted(set(devices))), "workers": workers}
+
+
+def _bring(job: TarJob, remote: Remote) -> bool:
+    """Whether a worker had left the job's group in the remote; it is here now."""
+    if not pieces.is_there(remote, job.artefact, job.group.name):
+        return False
+    write_once(job.group, lambda own: pieces.bring(remote, job.artefact, job.group.name, own))
+    return True
+
+
+def make_group(
+    job: Job,
+    write: Callable[[Job, Path], object],
+    runtime: Runtime,
+    progress: Progress,
+    *,
+    reads: Sequence[Path] = (),
+) -> str:
+    """Write the job's group by `write(job, path)` unless it exists, and return the device's name. `reads`: what it reads
+    beside the tar.
+
+    On a machine without the store the tar comes from the remote of `runtime`, and the group is left there. Raises
+    UserError where there is none, and as `pieces.fetch`.
+    """
+    device = str(runtime.torch_device())
+    if runtime.remote and not job.group.parent.exists():
+        remote = Remote(runtime.remote)
+        if pieces.is_there(remote, job.artefact, job.group.name):
+            progress(job.images, 0)
+            return device
+        with tempfile.TemporaryDirectory(prefix="zs-seg-") as name:
+            own = replace(job, tar=Path(name) / job.tar.name, group=Path(name) / job.group.name)
+            pieces.fetch(remote, job.tar.parent, Path(name), job.tar.name)
+            write_once(own.group, lambda path: write(own, path))
+            pieces.leave(remote, job.artefact, own.group)
+        return device
+    require_here(job.tar, *reads, job.group.parent)
+    if job.group.exists():
+        progress(job.images, 0)
+    else:
+        write_once(job.group, lambda path: write(job, path))
+    return device
 
 
 def require_here(*paths: Path) -> None:
