@@ -17,6 +17,7 @@ from prefect.states import Completed
 from pydantic import Field
 
 from flows import artifacts, child, runs
+from flows.elsewhere import Elsewhere
 from flows.presets import PRESETS
 from flows.request import Request, configure
 from pipeline.line import STAGES, Stage, line
@@ -33,12 +34,15 @@ RETRY_DELAY = 5  # seconds, for a GPU to become free again
 
 
 def _build(
-    stage: Stage, inputs: Mapping[str, str | State[str]], request: Request, flags: list[str]
+    stage: Stage, inputs: Mapping[str, str | State[str]], request: Request, flags: list[str], there: str
 ) -> str | State[str]:
     """Build one stage from its cached inputs, in a process of its own; a complete artefact is left as it is, and the
-    task ends as "Cached". Returns its "kind/key"."""
+    task ends as "Cached". `there`: of one that a remote has, what became of it, else "". Returns its "kind/key"."""
     assert inputs == {name: str(ref) for name, ref in stage.recipe.inputs.items()}
     ref, store, logger = stage.recipe.ref, request.open_store(), get_run_logger()
+    if there:
+        logger.info("%s", there)
+        return Completed(name="Cached", message=there, data=str(ref))
     if store.state(ref) == "fresh":
         logger.info("%s", runs.build(stage, store, Runtime()))
         return Completed(
@@ -79,6 +83,9 @@ def zs_seg(
     device: str = "auto",
     devices: Annotated[int, Field(ge=1)] = 1,
     dask: str = "",
+    remote: str = "",
+    push: bool = False,
+    cache: Annotated[float, Field(ge=0)] = 0,
     checkpoint_every: Annotated[int, Field(ge=1)] = 200,
     retries: Annotated[int, Field(ge=0)] = 2,
 ) -> str:
@@ -95,6 +102,10 @@ def zs_seg(
         devices: How many GPUs (on a CPU, processes) train stage v2c together and share the tars of stage queries.
         dask: Workers of cache-clip, one of local, local:N, none, tcp://HOST:PORT or a scheduler's file; empty =
             ZS_SEG_DASK of the worker, else local.
+        remote: Where to look for an artefact before it is built, a remote of the store by name, or an address such as
+            s3://bucket/folder; empty = nowhere.
+        push: Send what is complete to the remote, stage by stage, and note the run there.
+        cache: Read the tars of stage shard from the remote, through a cache of so many GB in the store; 0 = fetch them.
         checkpoint_every: Training steps between two saved states.
         retries: How often a stage whose process died (a fault in CUDA, a lack of memory) goes on from its last state.
 
@@ -104,33 +115,40 @@ def zs_seg(
     request = Request(preset=preset, coco=coco, store=store, overrides=tuple(overrides or ()))
     flags = [
         "--device", device, "--devices", str(devices), "--dask", dask or os.environ.get("ZS_SEG_DASK") or "local",
-        "--checkpoint-every", str(checkpoint_every),
+        "--checkpoint-every", str(checkpoint_every), *(("--remote", remote) if remote else ()),
     ]  # fmt: skip
     config, artefacts = configure(request), request.open_store()
     stages = line(config)
     selected = runs.select(stages, first=from_stage or "", last=until_stage)
     runs.require_shares(config, selected, devices)
-    runs.require_inputs(request, artefacts, stages, selected)
+    elsewhere = Elsewhere.look(artefacts, stages, remote=remote, push=push, cache=int(cache * 1e9))
+    runs.require_inputs(request, artefacts, stages, selected, elsewhere=elsewhere.have)
     # What earlier tasks returned: Prefect draws its graph from these very objects. A Ref would not do, as two of one kind
     # share the string of their kind.
     built: dict[Ref, str | State[str]] = {}
     with runs.noted(request, stages, artefacts):
+        elsewhere.note(request.run_name)
+        elsewhere.fetch(elsewhere.needed(selected))
         for stage in selected:
             inputs = {name: built.get(ref, str(ref)) for name, ref in stage.recipe.inputs.items()}
-            built[stage.recipe.ref] = TASKS[stage.name].with_options(retries=retries)(stage, inputs, request, flags)
+            outcome = elsewhere.outcome(stage, ())
+            there = f"{outcome.ref}: {outcome.note}" if outcome else ""
+            build = TASKS[stage.name].with_options(retries=retries)
+            built[stage.recipe.ref] = build(stage, inputs, request, flags, there)
+            elsewhere.leave(stage.recipe.ref)
     done = {stage.name: "cached" if isinstance(built[stage.recipe.ref], State) else "built" for stage in selected}
     get_run_logger().info("%s", artifacts.summary(done))
-    _show_stages(preset, stages, artefacts, done)
+    _show_stages(preset, runs.lineage(stages, artefacts, elsewhere.have), artefacts, done)
     if selected[-1] is stages[-1]:
-        _show_report(preset, runs.publish(preset, stages, artefacts))
+        _show_report(preset, runs.publish(preset, stages, artefacts, elsewhere=elsewhere.have))
+    elsewhere.finish()
     return str(selected[-1].recipe.ref)
 
 
-def _show_stages(preset: str, stages: list[Stage], store: Store, done: dict[str, str]) -> None:
-    there = runs.lineage(stages, store)
+def _show_stages(preset: str, lineage: Mapping[str, Mapping[str, Any]], store: Store, done: dict[str, str]) -> None:
     rows = [
         {"stage": stage, "this run": done.get(stage, "-"), "artefact": made["ref"], "seconds": made["seconds"]}
-        for stage, made in there.items()
+        for stage, made in lineage.items()
     ]
     create_table_artifact(rows, key=f"{preset}-stages", description=f"What {preset} has in {store.root}")
 

@@ -19,12 +19,13 @@ from typing import Any
 
 import psutil
 import pytest
-from tiny import QUIET
+from tiny import QUIET, copy_artefacts
 
 from flows.presets import PRESETS
 from flows.request import Request, configure
 from pipeline.line import STAGES, Stage, line
 from storage.checkpoints import load_training_state
+from storage.runs import Runs
 from storage.store import Store
 
 pytestmark = pytest.mark.slow
@@ -199,6 +200,7 @@ def test_the_form_of_every_deployment_has_types_choices_and_descriptions(served:
         texts = [row["description"], *(field["description"] for field in form.values())]
         assert not [text for text in texts if "<" in text]  # the pages would take it for HTML
         assert form["preset"]["enum"] == list(PRESETS) and form["until_stage"]["enum"] == list(STAGES)
+        assert (form["remote"]["type"], form["push"]["type"], form["cache"]["minimum"]) == ("string", "boolean", 0)
         assert form["devices"] | {"type": "integer", "minimum": 1} == form["devices"]
         assert row["description"] and row["parameters"]["until_stage"] == DEPLOYMENTS[name]
         assert row["enforce_parameter_schema"]
@@ -285,6 +287,24 @@ def test_every_deployment_completes_one_after_the_other(served: Served) -> None:
     assert (
         "](data:image/jpeg;base64," in shown["demo-pictures"]["data"] and len(shown["demo-pictures"]["data"]) < 300_000
     )
+
+
+def test_a_run_in_an_empty_store_takes_and_leaves_what_a_remote_has(served: Served, tmp_path: Path) -> None:
+    """Other shards of the same scenes: these are fetched, those are built and sent."""
+    remote, store = Store(tmp_path / "remote"), Store(tmp_path / "store")
+    overrides = (*OVERRIDES, "--shard.samples-per-tar", "7")
+    steps = steps_of(overrides)
+    scenes, shards = steps["scenes"].recipe.ref, steps["shard"].recipe.ref
+    copy_artefacts(served.store, remote, [scenes, steps["text"].recipe.ref])
+    where = {"store": str(store.root), "remote": f"file://{remote.root}", "push": True, "overrides": list(overrides)}
+    run = served.start("cache-clip", until_stage="text", **where)
+    assert served.ended(run)["state_type"] == "COMPLETED", served.log()
+    assert remote.verify(shards) == [] and remote.open(shards).manifest == store.open(shards).manifest
+    assert Runs(remote).lines("demo")[-1].refs["shard"] == shards
+    tasks = served.ask("task_runs/filter", flow_runs={"id": {"any_": [run]}}, limit=20)
+    found = {row["name"]: (row["state_name"], row["state"]["message"]) for row in tasks}
+    assert found["shard"][0] == "Completed" and found["scenes"][0] == found["text"][0] == "Cached"
+    assert found["scenes"][1].startswith(f"{scenes}: from file://{remote.root}, built by ")
 
 
 def test_a_killed_and_a_cancelled_training_go_on_where_they_were(served: Served) -> None:
