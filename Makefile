@@ -104,7 +104,7 @@ serve: install  ## local Prefect server and worker in the foreground; PREFECT_PO
 stop: install  ## stop what `make serve` started
 	@$(SERVE) stop
 
-image: requirements.lock  ## the container image zs-seg, with Docker
+image: requirements-remote.lock  ## the container image zs-seg, with Docker
 	@docker build --file docker/Dockerfile --tag zs-seg:$(VERSION) .
 
 clean:  ## remove environment, tool and Prefect's records; artefacts and reports stay
@@ -119,8 +119,9 @@ install-dev: $(INSTALLED_DEV)  ## the same with what the tests, the linters and 
 python:  ## which Python .venv is made with; PYTHON3=path for another one
 	@$(if $(INTERPRETER),echo "$(INTERPRETER)",$(NO_PYTHON))
 
-lock: $(UV)  ## both lock files anew from pyproject.toml; versions stay, UPGRADE="--upgrade-package NAME" moves one
+lock: $(UV)  ## the lock files anew from pyproject.toml; versions stay, UPGRADE="--upgrade-package NAME" moves one
 	@$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 $(UPGRADE) -o requirements.lock pyproject.toml
+	@$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 $(UPGRADE) --extra remote -o requirements-remote.lock pyproject.toml
 	@$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 $(UPGRADE) --extra dev -o requirements-dev.lock pyproject.toml
 
 # Makes .venv where there is none, and it holds what the lock file names and zs-seg itself, nothing more.

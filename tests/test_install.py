@@ -1,4 +1,4 @@
-"""What an installation gets: the two lock files against pyproject.toml and the sources, and the Makefile's choice of a
+"""What an installation gets: the lock files against pyproject.toml and the sources, and the Makefile's choice of a
 Python.
 """
 
@@ -42,13 +42,14 @@ def pins(name: str) -> dict[str, dict[str, str]]:
     return found
 
 
-USERS, DEVELOPERS = pins("requirements.lock"), pins("requirements-dev.lock")
+LOCKS = ("requirements.lock", "requirements-remote.lock", "requirements-dev.lock")
+USERS, IMAGE, DEVELOPERS = map(pins, LOCKS)
 
 
 # Lock files
 
 
-@pytest.mark.parametrize("name", ["requirements.lock", "requirements-dev.lock"])
+@pytest.mark.parametrize("name", LOCKS)
 def test_a_lock_pins_every_package_by_hash_and_names_no_address(name: str) -> None:
     text = (ROOT / name).read_text()
     entries = re.split(r"\n(?=\S)", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE).strip())
@@ -59,8 +60,12 @@ def test_a_lock_pins_every_package_by_hash_and_names_no_address(name: str) -> No
 
 @pytest.mark.parametrize(
     ("locked", "wanted"),
-    [(USERS, PROJECT["dependencies"]), (DEVELOPERS, [*PROJECT["dependencies"], *EXTRAS["dev"], *TAKEN_IN])],
-    ids=["users", "developers"],
+    [
+        (USERS, PROJECT["dependencies"]),
+        (IMAGE, [*PROJECT["dependencies"], *EXTRAS["remote"]]),
+        (DEVELOPERS, [*PROJECT["dependencies"], *EXTRAS["dev"], *TAKEN_IN]),
+    ],
+    ids=["users", "image", "developers"],
 )
 def test_a_lock_has_every_direct_dependency_in_a_version_that_pyproject_allows(
     locked: dict[str, dict[str, str]], wanted: list[str]
@@ -73,8 +78,8 @@ def test_a_lock_has_every_direct_dependency_in_a_version_that_pyproject_allows(
         assert all(requirement.specifier.contains(version) for version in versions), requirement
 
 
-def test_the_developers_lock_is_the_users_and_more() -> None:
-    assert USERS.items() <= DEVELOPERS.items()
+def test_the_images_lock_is_the_users_and_more_and_the_developers_has_all() -> None:
+    assert USERS.items() < IMAGE.items() < DEVELOPERS.items()
     more = DEVELOPERS.keys() - USERS.keys()
     assert {"pytest", "pytest-xdist", "hypothesis", "ruff", "basedpyright", "transformers"} <= more
 
