@@ -167,6 +167,42 @@ def test_nothing_is_vouched_for_after_an_input_has_changed(store: Store) -> None
     assert refused(store, work) == GOES_ON.replace("has changed (sha256 differs)", "is missing")
 
 
+def test_who_computes_along_from_a_disk_of_its_own_has_the_builders_inputs_or_stops(store: Store) -> None:
+    """Nothing stays here, whatever happens; a byte that changes without a write is found at the end."""
+
+    def along(work: Callable[[Build], None]) -> str:
+        try:
+            store.compute_along(TOKENS, work)
+        except UserError as error:
+            return str(error)
+        finally:
+            assert list((store.root / "tokens").iterdir()) == [] and store.state(TOKENS.ref) == "missing"
+        return ""
+
+    def check(build: Build) -> None:
+        assert build.open("shards").path == store.path(SHARDS.ref)
+        vouch(build.path)
+        vouch(build.path, again=True)
+
+    def changes(build: Build) -> None:
+        vouch(build.path)
+        damage(store)
+        vouch(build.path)
+
+    def changes_unseen(build: Build) -> None:
+        damage(store)
+        (seen := Inputs()).look(store.root, SHARDS.ref, store.open(SHARDS.ref).manifest.files)
+        seen.write(build.path)
+        vouch(build.path)
+        vouch(build.path, again=True)
+
+    assert along(check) == ""
+    assert "a.txt has changed while it was read" in along(changes)
+    assert along(lambda build: pytest.fail("begun")) == DAMAGED
+    mend(store)
+    assert "a.txt has changed while it was read" in along(changes_unseen)
+
+
 def test_an_input_that_changes_meanwhile(store: Store) -> None:
     def work(build: Build) -> None:
         put(build, "made of it")
