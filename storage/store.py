@@ -21,7 +21,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from storage.atomic import clean, delete, fsync, write_text
@@ -209,10 +208,13 @@ class Store:
             inputs.look(self.root, source, self.open(source).manifest.files)
             self.require_intact(source)
         with self.mistakes_as_user_errors(ref):
-            self.path(ref).parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(dir=self.path(ref).parent, prefix=f".{ref.key}.", suffix=ASIDE) as folder:
-                inputs.write(Path(folder))
-                work(Build(store=self, recipe=recipe, path=Path(folder)))
+            folder = self.path(ref).with_name(f".{ref.key}.{secrets.token_hex(4)}{ASIDE}")
+            folder.mkdir(parents=True)
+            try:
+                inputs.write(folder)
+                work(Build(store=self, recipe=recipe, path=folder))
+            finally:
+                delete(folder)
 
     def _build(self, recipe: Recipe, work: Callable[[Build], None], lock: Lock) -> None:
         ref, partial, started = recipe.ref, self.partial(recipe.ref), time.monotonic()
