@@ -9,6 +9,7 @@ whole. On the others (`s3`, `gs`, `hf`) a file appears whole or not at all, and 
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import json
@@ -46,6 +47,7 @@ _S3 = {
         "read_timeout": 30,
         "max_pool_connections": 64,
         "retries": {"total_max_attempts": 1, "mode": "standard"},  # `WAITS` has them
+        "response_checksum_validation": "when_required",  # a CRC beside the manifest's sha256 finds nothing more
     },
 }
 PROTOCOLS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
@@ -56,6 +58,8 @@ PROTOCOLS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "ssh": ("paramiko", "paramiko", {}),
 }
 RENAMING = ("file", "ssh")
+PIECE = 1 << 20  # bytes of a stream at a time
+WHOLE = 64 << 20  # bytes up to which a file is sent from memory
 LIBRARIES = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "httpx", "huggingface_hub", "paramiko", "requests", "s3fs")  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _KEY = re.compile(rf"[0-9a-f]{{{KEY_LENGTH}}}")
@@ -215,7 +219,7 @@ class Remote:
                         f"remote {self} ({self.url}) denies access ({reason}); mend the credentials in the environment, "
                         "or the rights there"
                     ) from None
-                if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in LIBRARIES:
+                if not _of_the_remote(error):
                     raise
                 if (wait := next(waits, None)) is None:
                     raise UserError(
@@ -244,6 +248,9 @@ class Remote:
 
     def read(self, path: str, start: int | None = None, end: int | None = None) -> bytes | None:
         """A file's bytes, or those from `start` to before `end` as far as there are so many; None for no file."""
+
+        if self.protocol == "s3" and start is None:
+            start = 0  # without a range s3fs first asks for the size, in a request of its own
 
         def read() -> bytes:
             try:
@@ -298,10 +305,17 @@ class Remote:
         """Send a local file, whole or not at all; what is wrong with it in words, "" = it was sent with this hash."""
         if self.renames:
             return self._send_and_rename(source, path, sha256=sha256, advance=advance)
+        target = self._path(path)
+        if source.stat().st_size <= WHOLE:
+            if hashlib.sha256(data := source.read_bytes()).hexdigest() != sha256:
+                return "has changed (sha256 differs)"
+            self._missing_is_an_error(lambda: self._fs.pipe_file(target, data))
+            advance(len(data))
+            return ""
         with source.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 return "has changed (sha256 differs)"
-        self._missing_is_an_error(lambda: self._fs.put_file(str(source), self._path(path), callback=_callback(advance)))
+        self._missing_is_an_error(lambda: self._fs.put_file(str(source), target, callback=_callback(advance)))
         return ""
 
     def _send_and_rename(self, source: Path, path: str, *, sha256: str, advance: Callable[[int], object]) -> str:
@@ -337,28 +351,25 @@ class Remote:
             raise
         return ""
 
-    def get(self, path: str, target: Path, *, advance: Callable[[int], object]) -> bool:
-        """Bring a file here, as one stream; False for none. What came of a stream that was cut off stays."""
+    def stream(self, path: str) -> Iterator[bytes]:
+        """A file's bytes in pieces, in order, the next one under way.
 
-        def arrived(number: int) -> None:
-            if self.stop.is_set():
-                raise Stopped()
-            advance(number)
-            came.append(number)
-
-        def get() -> None:
-            advance(-sum(came))
-            came.clear()
-            self._fs.get_file(self._path(path), str(target), callback=_callback(arrived))
-
-        came: list[int] = []
+        It ends early where the connection fails, where there is no such file, and at once where there are no streams
+        (`gs`, `hf`): `read` then brings the rest, or finds out.
+        """
         try:
-            self._tried(get)
-        except (FileNotFoundError, NotADirectoryError):
-            advance(-sum(came))
-            return False
-        advance(target.stat().st_size - sum(came))  # not every file system counts
-        return True
+            if self.protocol == "s3":
+                yield from _stream(self._fs, self._path(path))
+            elif self.renames:
+                with self._fs.open(self._path(path), "rb") as file:
+                    if self.protocol == "ssh":
+                        file.prefetch()
+                    while piece := file.read(PIECE):
+                        yield piece
+        except Exception as error:
+            if not _of_the_remote(error):
+                raise
+            log.debug("remote %s: %s ended early (%s)", self, path, type(error).__name__)
 
     def sizes(self, folder: str) -> dict[str, int]:
         """The files below a folder, by their paths from there -> bytes. A listing, page by page."""
@@ -543,6 +554,33 @@ def _is_sound(name: str, entry: Any) -> bool:
     parts = name.split("/")
     below = all(part not in ("", ".", "..") for part in parts) and not re.search(r"[\\\x00]", name) and name != MANIFEST
     return below and type(entry["bytes"]) is int and entry["bytes"] >= 0 and bool(_SHA256.fullmatch(entry["sha256"]))
+
+
+def _of_the_remote(error: Exception) -> bool:
+    """Whether an error is a server's or the network's, and none of ours."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in LIBRARIES
+
+
+def _stream(fs: Any, path: str) -> Iterator[bytes]:
+    """The pieces of a file of an asynchronous file system, which reads the next one in the thread of its loop while we use
+    the last one."""
+
+    async def read() -> bytes:
+        parts: list[bytes] = []
+        while sum(map(len, parts)) < PIECE and (part := await file.read(PIECE)):
+            parts.append(part)
+        return b"".join(parts)
+
+    file = asyncio.run_coroutine_threadsafe(fs.open_async(path, "rb"), fs.loop).result()
+    coming = asyncio.run_coroutine_threadsafe(read(), fs.loop)
+    try:
+        while piece := coming.result():
+            coming = asyncio.run_coroutine_threadsafe(read(), fs.loop)
+            yield piece
+    finally:
+        coming.cancel()
+        if file.r is not None:  # the body of the answer; where it was read to its end that is nothing
+            fs.loop.call_soon_threadsafe(file.r.close)
 
 
 def _callback(advance: Callable[[int], object]) -> Any:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from storage.atomic import fsync
 from storage.errors import UserError, anew
 from storage.keys import Ref
-from storage.remote import Remote, Stopped
+from storage.remote import PIECE, Remote, Stopped
 from storage.runs import Runs
 from storage.store import ASIDE, ELSEWHERE, MANIFEST, PUSHING, Manifest, Store
 
@@ -130,8 +130,11 @@ def pull(store: Store, remote: Remote, manifests: Collection[Manifest], *, advan
 
         def pull_one(manifest: Manifest) -> bool:
             def fetch(folder: Path) -> None:
-                parts = [files.submit(_fetch, remote, manifest, folder, name, blocks, count) for name in manifest.files]
-                _results(remote, parts)
+                def bring(name: str) -> Future[None]:
+                    _fetch(remote, manifest, folder, name, blocks, count)
+                    return blocks.submit(fsync, folder / name)  # beside the next file's transfer
+
+                _results(remote, _results(remote, [files.submit(bring, name) for name in manifest.files]))
                 for parent in {(folder / name).parent for name in manifest.files}:
                     fsync(parent)
 
@@ -156,7 +159,7 @@ def receive(store: Store, remote: Remote, manifest: Manifest, fetch: Callable[[P
 
 
 def fetch_file(remote: Remote, manifest: Manifest, folder: Path, name: str) -> None:
-    """Bring one file of an artefact into a folder. Raises UserError as `pull`."""
+    """Bring one file of an artefact into a folder, not flushed to the disk. Raises UserError as `pull`."""
     with _pool(remote, remote.threads) as blocks:
         _fetch(remote, manifest, folder, name, blocks, abs)
 
@@ -182,26 +185,30 @@ def _fetch_once(
     remote: Remote, source: str, path: Path, entry: dict[str, Any], blocks: ThreadPoolExecutor, advance: Advance
 ) -> str:
     """What is wrong with the file in words, "" = it is the manifest's."""
-    digest, size = hashlib.sha256(), entry["bytes"]
-    streamed = size <= STREAM and not path.exists()
-    if streamed and not remote.get(source, path, advance=advance):
-        return "is missing"
+    digest, size, new = hashlib.sha256(), entry["bytes"], not path.exists()
     with open(path, "ab+") as file:
         if file.tell() > size:
             file.truncate(0)
         file.seek(0)
         while block := file.read(1 << 20):
             digest.update(block)
-        if (began := file.tell()) < size and streamed:
-            advance(-began)
-            return f"has {began} bytes instead of {size}"
-        for block in _blocks(remote, source, began, size, blocks):
-            if block is None:
-                advance(began - file.tell())
-                return "is missing"
+        began = file.tell()
+
+        def take(block: bytes) -> None:
+            if remote.stop.is_set():
+                raise Stopped()
             file.write(block)
             digest.update(block)
             advance(len(block))
+
+        if new and PIECE < size <= STREAM:
+            for block in remote.stream(source):
+                take(block)
+        for block in _blocks(remote, source, file.tell(), size, blocks):
+            if block is None:
+                advance(began - file.tell())
+                return "is missing"
+            take(block)
         file.flush()
         if file.tell() != size:
             advance(began - file.tell())
@@ -209,7 +216,6 @@ def _fetch_once(
         if digest.hexdigest() != entry["sha256"]:
             advance(-size)
             return "has changed (sha256 differs)"
-        os.fsync(file.fileno())
     return ""
 
 
@@ -229,8 +235,6 @@ def _blocks(remote: Remote, source: str, start: int, size: int, pool: ThreadPool
                 waiting.append(pool.submit(remote.read, source, at, min(at + BLOCK, size)))
             if not waiting:
                 return
-            if remote.stop.is_set():
-                raise Stopped()
             yield waiting.popleft().result()
     finally:
         for future in waiting:

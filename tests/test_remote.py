@@ -278,6 +278,32 @@ def test_a_cut_off_pull_goes_on_in_the_file(
     assert sum(number for number in moved if number > 0) < manifest.bytes - 2_800_000
 
 
+@pytest.mark.parametrize("fault", ["cut off", "longer"])
+def test_a_stream_that_ends_early_or_late(
+    store: Store, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """The rest comes by blocks, and a file is never longer than the manifest has it."""
+    ref, other, remote = make(store, 1), Store(tmp_path / "other"), Remote(url)
+    sent(store, url, ref)
+    manifest, stream, moved = store.open(ref).manifest, Remote.stream, list[int]()
+
+    def other_stream(self: Remote, path: str) -> Iterator[bytes]:
+        pieces = stream(self, path)
+        yield next(pieces)
+        if fault == "longer":
+            yield from pieces
+            yield b"x"
+
+    monkeypatch.setattr(Remote, "stream", other_stream)
+    if fault == "longer":
+        with pytest.raises(UserError, match="has 3000001 bytes instead of 3000000"):
+            transfer.pull(other, remote, [manifest], advance=moved.append)
+        assert other.state(ref) == "missing"
+    else:
+        transfer.pull(other, remote, [manifest], advance=moved.append)
+        assert other.verify(ref) == [] and sum(moved) == manifest.bytes
+
+
 @pytest.mark.slow
 def test_killed_pushes_and_pulls_are_never_taken_for_whole(store: Store, url: str, tmp_path: Path) -> None:
     """`python tests/faults/fault_remote.py` does it 30 times each."""

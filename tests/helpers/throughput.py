@@ -2,7 +2,8 @@
 
     PYTHONPATH=.:tests/helpers python tests/helpers/throughput.py FOLDER [MB [FILES [ROUNDS]]]
 
-An artefact of FILES files with MB in all goes to a real S3 server on loopback, and comes back; `push` and `pull` also hash every byte.
+An artefact of FILES files with MB in all goes to a real S3 server on loopback, and comes back; `push` and `pull` also hash
+every byte. Of each pair now the one goes first and now the other; both have connected before the clock runs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import fsspec
 from s3_server import s3_server
@@ -25,14 +25,15 @@ from storage.remote import Remote
 from storage.store import Build, Store
 
 
-def seconds(work: Callable[..., object], *arguments: Any, **named: Any) -> float:
+def seconds(work: Callable[[], object]) -> float:
     os.sync()
+    time.sleep(0.3)
     started = time.perf_counter()
-    work(*arguments, **named)
+    work()
     return time.perf_counter() - started
 
 
-def main(root: str, megabytes: int = 400, files: int = 20, rounds: int = 5) -> None:
+def main(root: str, megabytes: int = 400, files: int = 20, rounds: int = 7) -> None:
     folder = Path(root)
 
     def make(build: Build) -> None:
@@ -47,13 +48,24 @@ def main(root: str, megabytes: int = 400, files: int = 20, rounds: int = 5) -> N
     with s3_server() as environment:
         os.environ.update(environment)
         plain = fsspec.filesystem("s3")
+        plain.ls("bucket")
         for number in range(rounds):
-            url, other, copy = f"s3://bucket/{number}", Store(folder / f"other {number}"), folder / f"copy {number}"
-            found["push"].append(seconds(transfer.push, store, Remote(url), [manifest], advance=abs))
-            there = f"bucket/plain/{number}"
-            found["fsspec put"].append(seconds(plain.put, f"{store.path(ref)}/", f"{there}/", recursive=True))
-            found["pull"].append(seconds(transfer.pull, other, Remote(url), [manifest], advance=abs))
-            found["fsspec get"].append(seconds(plain.get, f"{there}/", f"{copy}/", recursive=True))
+            remote, there = Remote(f"s3://bucket/{number}"), f"bucket/plain/{number}/"
+            remote.require()
+            other, copy = Store(folder / f"other {number}"), folder / f"copy {number}"
+            pairs = (
+                {
+                    "push": lambda remote=remote: transfer.push(store, remote, [manifest], advance=abs),
+                    "fsspec put": lambda there=there: plain.put(f"{store.path(ref)}/", there, recursive=True),
+                },
+                {
+                    "pull": lambda remote=remote, other=other: transfer.pull(other, remote, [manifest], advance=abs),
+                    "fsspec get": lambda there=there, copy=copy: plain.get(there, f"{copy}/", recursive=True),
+                },
+            )
+            for pair in pairs:
+                for name in list(pair)[:: 1 if number % 2 else -1]:
+                    found[name].append(seconds(pair[name]))
             assert other.verify(ref) == []
             shutil.rmtree(other.root)
             shutil.rmtree(copy)
