@@ -19,7 +19,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +74,7 @@ class Manifest:
 
     def dumps(self) -> str:
         """The text of manifest.json; it ends with a checksum over the rest."""
-        data = asdict(self)
+        data = vars(self)
         return json.dumps({**data, "checksum": recipe_key("manifest", 1, data, {})}, indent=1) + "\n"
 
     @classmethod

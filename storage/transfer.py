@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,8 @@ BLOCK = 8 << 20  # bytes of one request
 STREAM = 6 * BLOCK  # bytes up to which a file comes as one stream; a larger one, or the rest of one, by blocks
 AHEAD = 2  # requests under way of one file, beside the one whose bytes are hashed
 ARTEFACTS = 4  # at a time
+FLUSHES = 64  # files at most that are here and not yet on the disk
+END = object()
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Advance = Callable[[int], object]
@@ -84,19 +87,41 @@ def _results(remote: Remote, futures: list[Future[Result]]) -> list[Result]:
     return [future.result() for future in futures]
 
 
+def _spread(
+    remote: Remote, pool: ThreadPoolExecutor, function: Callable[[Item], object], items: Collection[Item]
+) -> None:
+    """Call the function of every item in threads of the pool. The first exception ends all. Takes no memory an item."""
+    waiting, lock = iter(items), threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                item = next(waiting, END)
+            if item is END:
+                return
+            if remote.stop.is_set():
+                raise Stopped()
+            function(item)  # pyright: ignore[reportArgumentType]
+
+    _results(remote, [pool.submit(work) for _ in range(min(remote.threads, len(items)))])
+
+
 def compare(store: Store, remote: Remote, refs: Collection[Ref]) -> Comparison:
     """What is where, by one request an artefact. Raises UserError for a damaged manifest on either side."""
     found = Comparison()
-    for ref, far in zip(refs, each(remote, remote.manifest, refs), strict=True):
+
+    def look(ref: Ref) -> Callable[[], None]:
+        # Of two manifests of the same artefact none stays: those of large ones are long.
+        far = remote.manifest(ref)
         near = store.open(ref).manifest if store.state(ref) == "fresh" else None
         if near and far:
-            (found.same if near.files == far.files else found.other).append(ref)
-        elif near:
-            found.here.append(near)
-        elif far:
-            found.there.append(far)
-        else:
-            found.nowhere.append(ref)
+            return partial((found.same if near.files == far.files else found.other).append, ref)
+        if near:
+            return partial(found.here.append, near)
+        return partial(found.there.append, far) if far else partial(found.nowhere.append, ref)
+
+    for note in each(remote, look, refs):
+        note()
     return found
 
 
@@ -130,11 +155,16 @@ def pull(store: Store, remote: Remote, manifests: Collection[Manifest], *, advan
 
         def pull_one(manifest: Manifest) -> bool:
             def fetch(folder: Path) -> None:
-                def bring(name: str) -> Future[None]:
+                def bring(name: str) -> None:
                     _fetch(remote, manifest, folder, name, blocks, count)
-                    return blocks.submit(fsync, folder / name)  # beside the next file's transfer
+                    # Flushed beside the next files' transfers.
+                    flushes.append(blocks.submit(fsync, folder / name))
+                    if len(flushes) > FLUSHES:
+                        flushes.popleft().result()
 
-                _results(remote, _results(remote, [files.submit(bring, name) for name in manifest.files]))
+                flushes: deque[Future[None]] = deque()
+                _spread(remote, files, bring, manifest.files)
+                _results(remote, list(flushes))
                 for parent in {(folder / name).parent for name in manifest.files}:
                     fsync(parent)
 
@@ -313,15 +343,13 @@ def _push_once(store: Store, remote: Remote, manifest: Manifest, files: ThreadPo
         remote.make_folder(parent)
 
     def send(name: str) -> None:
-        if remote.stop.is_set():
-            raise Stopped()
         source, sha256 = store.path(ref) / name, manifest.files[name]["sha256"]
         if not source.is_file() and store.path(ref).is_dir():
             raise UserError(f"{ref} is damaged ({name} is missing); {anew(ref.key)}")
         if problem := remote.send(source, f"{folder}/{name}", sha256=sha256, advance=advance):
             raise UserError(f"{ref} is damaged ({name} {problem}); {anew(ref.key)}")
 
-    _results(remote, [files.submit(send, name) for name in due])
+    _spread(remote, files, send, due)
     remote.write(f"{folder}/{MANIFEST}", manifest.dumps().encode())
     if remote.renames:
         _rename(remote, hidden, ref)

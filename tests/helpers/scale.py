@@ -19,6 +19,10 @@ from pathlib import Path
 from many_artefacts import demo_line, note
 from s3_server import s3_server
 
+from storage import through, transfer
+from storage.keys import Recipe
+from storage.remote import Remote
+from storage.shards import Sample, read_shard, write_shard
 from storage.store import Build, Store
 
 IMAGES, INSTANCES = 118, 1300  # a tar
@@ -45,20 +49,58 @@ def work(stage: str, tars: int, build: Build) -> None:
             build.add(build.path / name)
 
 
-def command(*words: object) -> tuple[float, int, str]:
-    """Seconds, largest memory in bytes, and the last line of a command."""
+# What the system reports of a child that has ended counts what its parent had when it began.
+CHILD = """
+import sys
+from flows.cli import main
+status = main(sys.argv[1:])
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+sys.exit(status)
+"""
+
+
+def command(*words: object) -> tuple[float, int]:
+    """Seconds and largest memory in bytes of a command."""
     started = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", *map(str, words)],
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, *map(str, words)],
+        check=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    assert process.stdout
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, output
-    return time.monotonic() - started, usage.ru_maxrss * 1024, (output.splitlines() or [""])[-1]
+    return time.monotonic() - started, 1024 * int(done.stdout.splitlines()[-1])
+
+
+def shards(tars: int, build: Build) -> None:
+    for number in range(tars):
+        path = build.path / f"train-{number:06d}.tar"
+        write_shard(path, (
+            Sample(image_id=1 + number * IMAGES + row, image=b"x" * 1000, png=b"p", height=1, width=1, segments=()) for row in range(IMAGES)
+        ))  # fmt: skip
+        build.add(path)
+
+
+def read_through(folder: Path, tars: int, url: str) -> None:
+    """Every row twice, window by window as a training reads them, through a cache of a fifth of the tars (8 at least)."""
+    store, here = Store(folder / "shards"), Store(folder / "here")
+    ref = store.build(Recipe(kind="shards", stage="shard", version=1, config=None, inputs={}), partial(shards, tars))
+    manifest, remote = store.open(ref).manifest, Remote(f"{url}-shards")
+    remote.require(make=True)
+    transfer.push(store, remote, [manifest], advance=abs)
+    through.leave(here, remote, manifest, size=max(tars // 5, 8) * manifest.bytes // tars)
+    for name, where in (("from this disk", store), ("read-through", here)):
+        started, read = time.monotonic(), 0
+        paths = [where.path(ref) / name for name in manifest.files] * 2
+        windows = [paths[at : at + 4] for at in range(0, len(paths), 4)]
+        for window, following in zip(windows, [*windows[1:], []], strict=True):
+            through.ahead(window + following)
+            read += sum(1 for path in window for _ in read_shard(path))
+        seconds = time.monotonic() - started
+        assert read == 2 * IMAGES * tars
+        print(
+            f"| {IMAGES * tars:,} | rows {name} | {seconds:.2f} s | {1e6 * seconds / read:.0f} us a row |", flush=True
+        )
 
 
 def measure(folder: Path, tars: int, url: str) -> None:
@@ -69,7 +111,7 @@ def measure(folder: Path, tars: int, url: str) -> None:
     note(store, "demo", steps)
     here, other = ("--store", store.root), ("--store", folder / "other")
     files = sum(len(store.open(ref).manifest.files) for ref in store.refs())
-    tried = {
+    tried: dict[str, tuple[object, ...]] = {
         "plan": ("plan", "--preset", "demo", *here),
         "push": ("push", "--to", url, *here),
         "push of nothing": ("push", "--to", url, *here),
@@ -80,7 +122,7 @@ def measure(folder: Path, tars: int, url: str) -> None:
         "gc --remote": ("gc", "--remote", url, *here),
     }
     for name, words in tried.items():
-        seconds, memory, _ = command(*words)
+        seconds, memory = command(*words)
         print(f"| {IMAGES * tars:,} | {files:,} | {name} | {seconds:.2f} s | {1e6 * seconds / files:.0f} us | {memory / 1e6:.0f} MB |", flush=True)  # fmt: skip
 
 
@@ -93,8 +135,10 @@ def main(root: str, *tars: str) -> None:
             with s3_server() as environment:
                 os.environ.update(environment)
                 measure(folder, number, "s3://bucket/scale")
+                read_through(folder, number, "s3://bucket/scale")
         else:
             measure(folder, number, f"file://{folder}/remote")
+            read_through(folder, number, f"file://{folder}/remote")
 
 
 if __name__ == "__main__":
