@@ -46,7 +46,7 @@ def test_a_service_waits_for_what_is_there_and_says_when_it_is_ready(file: dict[
 def test_images_are_pinned_ports_are_local_and_no_secret_is_written_down(file: dict[str, Any], name: str) -> None:
     service = file["services"][name]
     tag = r"\d+\.\d+-\w+|RELEASE\.[\dTZ-]+"
-    assert service["image"] == f"zs-seg:{VERSION}" or re.fullmatch(rf"[\w/]+:({tag})", service["image"])
+    assert service["image"] == f"zs-seg:{VERSION}" or re.fullmatch(rf"[\w./]+:({tag})", service["image"])
     assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
     secrets = [
         value for key, value in service.get("environment", {}).items() if re.search("PASSWORD|KEY|ROOT_USER", key)
