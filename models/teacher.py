@@ -154,17 +154,23 @@ def load_teacher(
 ) -> Teacher:
     """Load a frozen CLIP through open_clip.
 
-    `name` is an open_clip model name, or "small" for the shipped one. `pretrained` is an open_clip tag (from the hub,
-    or its cache on this machine), a local weights file, a folder with the files of the model's repository on the hub,
-    "shipped" (the small one's own weights), or "random" for weights drawn from `seed`, which only makes sense in
-    trials.
+    `name` is an open_clip model name, or "small" for the architecture that ships with the package. `pretrained` is an
+    open_clip tag (from the hub, or its cache on this machine), a local weights file, a folder with the files of the
+    model's repository on the hub, "shipped" (the small one's own weights), or "random" for weights drawn from `seed`,
+    which only makes sense in trials. The small one takes "shipped", "random" or a file.
 
     Raises ModelError where the model, its weights or its tokenizer cannot be had, naming what to fetch and where to put
     it.
     """
     identifier = f"local-dir:{SMALL_CLIP}" if name == "small" else name
-    if (name == "small") != (pretrained == "shipped") and pretrained != "random":
-        raise ModelError(f"teacher {name!r} with weights {pretrained!r}: 'small' goes with 'shipped', and only with it")
+    if pretrained == "shipped" and name != "small":
+        raise ModelError(f"teacher {name!r} with weights 'shipped': these are of the teacher 'small'")
+    own = name == "small" and pretrained not in ("shipped", "random")
+    if own and not Path(pretrained).is_file():
+        raise ModelError(
+            f"teacher 'small' with weights {pretrained!r}: its weights are 'shipped', 'random', or a file that "
+            "`python -m pipeline.world.train_teacher` made"
+        )
     _require_transformers(name)
     folder = Path(pretrained) if is_teacher_folder(pretrained) else None
     preprocessing = None if name == "small" or pretrained == "random" else _preprocessing(name, pretrained, folder)
@@ -177,13 +183,16 @@ def load_teacher(
                 pretrained=None
                 if pretrained in ("shipped", "random")
                 else str(folder / WEIGHTS if folder else pretrained),
-                load_weights=pretrained != "random",
-                require_pretrained=pretrained != "random",
+                load_weights=pretrained != "random" and not own,
+                require_pretrained=pretrained != "random" and not own,
                 # else a text tower of the hub would load its own weights
                 pretrained_text=pretrained != "random",
                 force_preprocess_cfg=preprocessing,
                 device=torch.device(device),
             )
+            # beside a folder's config open_clip reads that folder's weights alone
+            if own:
+                open_clip.load_checkpoint(clip, pretrained)
         except Exception as error:  # a broken file raises whatever its reader raises
             raise ModelError(_advice(name, pretrained, error)) from error
     return Teacher(clip, load_tokenizer(name=name, pretrained=pretrained), fill=fill).to(device)
@@ -233,9 +242,9 @@ def _preprocessing(name: str, pretrained: str, folder: Path | None) -> dict[str,
 def _advice(name: str, pretrained: str, error: Exception) -> str:
     """One line that names the missing weights and how to get them."""
     reason = _reason(error)
-    if name == "small":
+    if name == "small" and pretrained == "shipped":
         return f"the shipped teacher in {SMALL_CLIP} cannot be read ({reason}); install the package again"
-    if name not in open_clip.list_models():
+    if name != "small" and name not in open_clip.list_models():
         listing = "python -c 'import open_clip; print(open_clip.list_models())'"
         return f"open_clip has no model {name!r}; `{listing}` lists them"
     cure = "download it again, or correct --teacher.name"

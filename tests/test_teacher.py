@@ -17,13 +17,16 @@ from clip_reference import embed, embed_text, masked, shrink, small_clip
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import QuickGELU
 from PIL import Image
+from safetensors.torch import save_file
 
 from models import teacher as teacher_module
 from models.teacher import SMALL_CLIP, Fill, Teacher, _fuse_quick_gelu, load_teacher
 from pipeline.runtime import Runtime
-from pipeline.teacher.config import TeacherConfig
+from pipeline.teacher.config import TeacherConfig, teacher_of
 from pipeline.world.draw import draw_scene
 from pipeline.world.names import stuff_names, thing_names
+from storage.errors import UserError
+from storage.keys import sha256_file
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +150,9 @@ def test_a_shrunken_mask_blends_by_its_share_of_a_pixel(teacher: Teacher) -> Non
         ("ViT-Z-9", "openai", "open_clip.list_models()"),
         ("RN50", "nosuchtag", "openai"),  # the tags there are
         ("RN50", "folder/missing.pt", "openai"),
-        ("small", "openai", "'small' goes with 'shipped'"),
-        ("RN50", "shipped", "'small' goes with 'shipped'"),
+        ("small", "openai", "its weights are 'shipped', 'random', or a file"),
+        ("small", "folder/missing.pt", "its weights are 'shipped', 'random', or a file"),
+        ("RN50", "shipped", "these are of the teacher 'small'"),
     ],
 )
 def test_a_teacher_that_cannot_be_had_says_so_in_one_line(name: str, pretrained: str, cure: str) -> None:
@@ -173,9 +177,10 @@ def test_weights_that_cannot_be_downloaded_say_what_to_fetch(tmp_path: Path, mon
 @pytest.mark.parametrize(("file", "content"), [("a.safetensors", b"junk"), ("a.pt", b"junk"), ("empty.pt", b"")])
 def test_a_broken_weights_file_says_so_in_one_line(tmp_path: Path, tiny_clip: str, file: str, content: bytes) -> None:
     (tmp_path / file).write_bytes(content)
-    with pytest.raises(ValueError) as caught:
-        load_teacher(name=tiny_clip, pretrained=str(tmp_path / file), fill="zero")
-    assert "\n" not in str(caught.value) and file in str(caught.value) and "cannot be read" in str(caught.value)
+    for name in (tiny_clip, "small"):
+        with pytest.raises(ValueError) as caught:
+            load_teacher(name=name, pretrained=str(tmp_path / file), fill="zero")
+        assert "\n" not in str(caught.value) and file in str(caught.value) and "cannot be read" in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [None, b"junk"])
@@ -194,6 +199,21 @@ def test_weights_from_a_local_file(tmp_path: Path, tiny_clip: str, teacher: Teac
     path = shutil.copy(SMALL_CLIP / "open_clip_model.safetensors", tmp_path / "mine.safetensors")
     other = load_teacher(name=tiny_clip, pretrained=str(path), fill="mean")
     assert torch.equal(other.encode_texts(["red circle"]), teacher.encode_texts(["red circle"]))
+
+
+def test_the_small_teacher_takes_other_weights_of_its_architecture(tmp_path: Path, teacher: Teacher) -> None:
+    drawn = load_teacher(name="small", pretrained="random", fill="mean", seed=3)
+    file = tmp_path / "mine.safetensors"
+    save_file({name: value.contiguous() for name, value in drawn.clip.state_dict().items()}, file)
+    mine = load_teacher(name="small", pretrained=str(file), fill="mean")
+    assert torch.equal(mine.encode_texts(["red circle"]), drawn.encode_texts(["red circle"]))
+    assert not torch.allclose(mine.encode_texts(["red circle"]), teacher.encode_texts(["red circle"]), atol=1e-2)
+    # its content is in the keys, and a checkpoint trained with it refuses the shipped weights
+    config = TeacherConfig(name="small", pretrained=str(file), fill="mean")
+    assert config.identity["pretrained"] == f"sha256:{sha256_file(file)}"
+    assert teacher_of(config.identity, str(file)) == config
+    with pytest.raises(UserError, match="are not those the checkpoint was trained with"):
+        teacher_of(config.identity, "")
 
 
 def test_random_weights_come_from_the_seed_and_leave_the_global_generator_alone() -> None:
