@@ -23,7 +23,8 @@ from typing import Any, TypeVar
 from storage.atomic import fsync
 from storage.errors import UserError, anew
 from storage.keys import Ref
-from storage.remote import PIECE, Remote, Stopped
+from storage.remote import Remote
+from storage.remote_files import PIECE, Stopped
 from storage.runs import Runs
 from storage.store import ASIDE, ELSEWHERE, MANIFEST, PUSHING, Manifest, Store
 

@@ -25,11 +25,11 @@ from tiny import QUIET, build, tiny_config
 from flows import runs
 from flows.cli import main
 from flows.elsewhere import Elsewhere
-from storage import remote as remote_module
-from storage import remote_care, transfer
+from storage import remote_care, remote_files, transfer
 from storage.errors import UserError
 from storage.keys import Ref
-from storage.remote import Remote, Remotes, require_address, without_secrets
+from storage.remote import LIST, Remote, Remotes
+from storage.remote_files import require_address, without_secrets
 from storage.runs import RunRecord, Runs
 from storage.store import MANIFEST, Store
 
@@ -393,7 +393,7 @@ def test_addresses_that_are_refused(capsys: pytest.CaptureFixture[str], store: S
     ):
         (line,) = says(capsys, store, *words, status=2)
         assert "secret" not in line and (words[0] == "push" or why in line)
-    assert not (store.root / remote_module.LIST).exists()
+    assert not (store.root / LIST).exists()
 
 
 def test_remotes_have_one_address_each(store: Store) -> None:
@@ -416,7 +416,7 @@ def test_remotes_have_one_address_each(store: Store) -> None:
 def test_a_server_that_fails_is_tried_again_and_then_named(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(remote_module, "WAITS", (0.01, 0.01))
+    monkeypatch.setattr(remote_files, "WAITS", (0.01, 0.01))
     remote, calls = Remote(f"file://{tmp_path}"), []
 
     def fails(times: int) -> object:
@@ -440,7 +440,7 @@ def test_a_server_that_fails_is_tried_again_and_then_named(
 def test_a_server_that_is_gone_or_denies_and_a_bucket_that_is_not_there(
     capsys: pytest.CaptureFixture[str], store: Store, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_module, "WAITS", (0.01,))
+    monkeypatch.setattr(remote_files, "WAITS", (0.01,))
     for name, value in s3.items():
         monkeypatch.setenv(name, value)
     fill(store, demo_line()[:1])

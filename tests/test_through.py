@@ -14,8 +14,7 @@ from s3_server import s3_server
 from tiny import QUIET, build, copy_artefacts, tiny_config
 
 from pipeline.line import line
-from storage import remote as remote_module
-from storage import through, transfer
+from storage import remote_files, through, transfer
 from storage.errors import UserError
 from storage.inputs import Inputs
 from storage.keys import Recipe
@@ -145,7 +144,7 @@ def test_a_cache_that_is_too_small_and_what_cannot_be_pushed(
 
 
 def test_a_remote_that_fails_for_a_while(here: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_module, "WAITS", (0.01, 0.01))
+    monkeypatch.setattr(remote_files, "WAITS", (0.01, 0.01))
     failures = iter([True, True, False, True, True, True])
     system, tars = through._open, Shards(here.path(RECIPE.ref)).tars("train")
     folder = tars[0].parent
