@@ -17,7 +17,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -190,9 +190,9 @@ class RemoteFiles:
     def write(self, path: str, data: bytes) -> None:
         """A whole small file, in place of the one that may be there."""
         if self.renames:
-            temporary = self._temporary(path)
-            self._tried(lambda: self._fs.pipe_file(temporary, data))
-            self._move(temporary, self._path(path))
+            with self._aside(path) as temporary:
+                self._tried(lambda: self._fs.pipe_file(temporary, data))
+                self._move(temporary, self._path(path))
         else:
             self._missing_is_an_error(lambda: self._fs.pipe_file(self._path(path), data))
 
@@ -201,11 +201,9 @@ class RemoteFiles:
         whole = self._path(path)
         try:
             if self.protocol == "file":
-                temporary = self._temporary(path)
-                self._fs.pipe_file(temporary, data)
-                try:
+                with self._aside(path) as temporary:
+                    self._fs.pipe_file(temporary, data)
                     os.link(temporary, whole)
-                finally:
                     os.unlink(temporary)
             elif self.protocol == "ssh":
                 if self._tried(lambda: self._fs.exists(whole)):
@@ -241,7 +239,7 @@ class RemoteFiles:
         return ""
 
     def _send_and_rename(self, source: Path, path: str, *, sha256: str, advance: Callable[[int], object]) -> str:
-        temporary, digest = self._temporary(path), hashlib.sha256()
+        digest = hashlib.sha256()
 
         def copy() -> None:
             nonlocal digest
@@ -262,15 +260,12 @@ class RemoteFiles:
                 advance(-done)
                 raise
 
-        try:
+        with self._aside(path) as temporary:
             self._tried(copy)
             if digest.hexdigest() != sha256:
+                self._fs.rm_file(temporary)
                 return "has changed (sha256 differs)"
             self._move(temporary, self._path(path))
-        except BaseException:
-            with suppress(Exception):
-                self._fs.rm_file(temporary)
-            raise
         return ""
 
     def stream(self, path: str) -> Iterator[bytes]:
@@ -357,10 +352,19 @@ class RemoteFiles:
         with suppress(FileNotFoundError, NotADirectoryError):
             self._tried(lambda: self._fs.rm(self._path(path), recursive=True))
 
-    def _temporary(self, path: str) -> str:
-        """A free name beside the artefacts of the kind: what a killed process leaves there goes with what is set aside,
-        and not into the artefact."""
-        return self._path(f"{path.partition('/')[0]}/.{secrets.token_hex(8)}{ASIDE}")
+    @contextmanager
+    def _aside(self, path: str) -> Iterator[str]:
+        """A free name beside the artefacts of the kind, for a file on its way to `path`; removed after an error.
+
+        What a killed process leaves there goes with what is set aside, and not into the artefact.
+        """
+        temporary = self._path(f"{path.partition('/')[0]}/.{secrets.token_hex(8)}{ASIDE}")
+        try:
+            yield temporary
+        except BaseException:
+            with suppress(Exception):
+                self._fs.rm_file(temporary)
+            raise
 
     def _missing_is_an_error(self, call: Callable[[], Result]) -> Result:
         try:

@@ -257,6 +257,22 @@ def test_a_damaged_local_file_is_not_sent(store: Store, url: str) -> None:
     assert Remote(url).manifest(ref) is None
 
 
+def test_what_cannot_arrive_leaves_nothing_behind(store: Store, tmp_path: Path) -> None:
+    """As when another push of the same artefact has renamed the folder into which a file is to go."""
+    ref, remote = make(store, 1), Remote(f"file://{tmp_path}/remote")
+    remote.make_folder("tokens/there")
+    source, entry = store.path(ref) / "index.json", store.open(ref).manifest.files["index.json"]
+    with pytest.raises(FileNotFoundError):
+        remote.write("tokens/gone/x", b"x")
+    with pytest.raises(FileNotFoundError):
+        remote.create("tokens/gone/x", b"x")
+    with pytest.raises(FileNotFoundError):
+        remote.send(source, "tokens/gone/x", sha256=entry["sha256"], advance=none)
+    assert "has changed" in remote.send(source, "tokens/there/x", sha256="0" * 64, advance=none)
+    assert remote.create("tokens/there/y", b"y") and not remote.create("tokens/there/y", b"z")
+    assert remote.sizes("") == {"tokens/there/y": 1}
+
+
 def test_a_cut_off_pull_goes_on_in_the_file(
     store: Store, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
