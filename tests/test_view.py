@@ -24,10 +24,11 @@ from tiny import QUIET, build, tiny_config
 from flows.cli import main
 from pipeline.inference.maps import panoptic_map
 from pipeline.report import view
-from pipeline.report.view import FATES, MAPS, PANELS, is_fresh, write_versus, write_view
+from pipeline.report.page import SETTINGS
+from pipeline.report.view import FATES, MAPS, PANELS, PREDICTIONS, is_fresh, write_versus, write_view
 from pipeline.report.write import VIEW_PLACE, link_view, publish
 from pipeline.scoring.metrics import PanopticQuality
-from pipeline.scoring.records import CHECKPOINTS, PanopticScores, read_report
+from pipeline.scoring.records import PanopticScores, read_report
 from pipeline.scoring.rows import GroundTruth
 from pipeline.scoring.waterfall import pair
 from storage.errors import UserError
@@ -79,7 +80,7 @@ def test_found_lost_and_spurious_segments_are_the_reports_counts(
 ) -> None:
     data, numbers = data_of(folder), read_report(shared_store.path(report) / "report.json")
     assert len(data["images"]) == numbers.settings.images == 10
-    for c, name in enumerate(CHECKPOINTS):
+    for c, name in enumerate(PREDICTIONS):
         row = numbers.rows[name]
         assert isinstance(row, PanopticScores)
         fates = [(k, of[c]) for image in data["images"] for k, *of in image[4]]
@@ -100,7 +101,7 @@ def test_maps_and_images_are_those_of_the_shards(shared_store: Store, report: Re
         places = places_of(content["truth"]["png"])
         known = [0, *(segment.id for segment in sample.segments)]
         np.testing.assert_array_equal(np.array(known)[places], ids)
-        for c, name in enumerate(CHECKPOINTS):
+        for c, name in enumerate(PREDICTIONS):
             found, over = places_of(content[name]["png"]), content["over"][name]
             assert found.max() <= len(content[name]["segments"])
             for i, (j, share) in enumerate(over):
@@ -297,7 +298,8 @@ def test_in_a_browser_an_image_is_enlarged_and_truth_and_predictions_are_toggled
     page.wait_for_selector("dialog[open] .segments")
     pixels = "() => { const one = document.querySelector('dialog canvas'); return one.toDataURL() }"
     shown = []
-    for number, name in enumerate(("image", "ground truth", *CHECKPOINTS), 1):
+    titles = [SETTINGS[name].name for name in PREDICTIONS]
+    for number, name in enumerate(("image", "ground truth", *titles), 1):
         page.keyboard.press(str(number))
         page.wait_for_selector(f"dialog button[aria-pressed=true]:text-is('{name}')")
         shown.append(page.evaluate(pixels))

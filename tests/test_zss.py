@@ -29,11 +29,11 @@ from pipeline.inference.maps import classes_of, semantic_map
 from pipeline.inference.model import load_model
 from pipeline.inference.vocabulary import vocabulary_of
 from pipeline.line import Config
-from pipeline.report.view import write_view
+from pipeline.report.view import PREDICTIONS, write_view
 from pipeline.report.write import console_table
 from pipeline.scoring import evaluate_checkpoint
 from pipeline.scoring.metrics import ConfusionMatrix, class_map, semantic_scores
-from pipeline.scoring.records import CHECKPOINTS, ROWS, read_report
+from pipeline.scoring.records import ROWS, read_report
 from pipeline.scoring.rows import GroundTruth, Row
 from pipeline.teacher.encode import shown_in_training
 from pipeline.teacher.text_bank import open_text
@@ -280,16 +280,16 @@ def test_the_pages_of_all_images_hold_the_maps_that_the_report_scores(run: Run, 
     text = (folder / "data.js").read_text()
     data = json.loads(text[text.index("...{") + 3 : text.rindex("});")])
     assert data["task"] == "semantic" and [name for name, _ in data["fates"]] == ["found", "missed"]
-    confusion = {name: ConfusionMatrix(len(run.benchmark.categories)) for name in CHECKPOINTS}
+    confusion = {name: ConfusionMatrix(len(run.benchmark.categories)) for name in PREDICTIONS}
     for image, *_, truth, spurious in data["images"]:
         text = (folder / "maps" / f"{image:012d}.js").read_text()
         content = json.loads(text[text.index('{"truth"') : text.rindex(");")])
         maps = {}
-        for name in ("truth", *CHECKPOINTS):
+        for name in ("truth", *PREDICTIONS):
             png = Image.open(io.BytesIO(base64.b64decode(content[name]["png"])))
             places = np.asarray(png).astype(int)[..., 0]
             maps[name] = np.array([-1, *(one["class"] for one in content[name]["segments"])])[places]
-        for c, name in enumerate(CHECKPOINTS):
+        for c, name in enumerate(PREDICTIONS):
             one = ConfusionMatrix(len(run.benchmark.categories))
             for matrix in (one, confusion[name]):
                 matrix.update(maps["truth"], maps[name], image=image)

@@ -3,7 +3,7 @@
 const views = window.VIEWS, first = views[0], two = views.length > 1;
 const checkpoints = first.panels.slice(2), measure = first.task === "panoptic" ? "PQ" : "IoU";
 const SPURIOUS = "spurious", LOST = "lost", STEP = 48, LARGE = 1000, KEPT = 40;
-const title = { image: "image", truth: "ground truth" };
+const title = { image: "image", truth: "ground truth", ...first.titles };
 
 function el(tag, set = {}, ...children) {
   const made = document.createElement(tag);
@@ -24,18 +24,17 @@ views.forEach((view, number) => {
 const all = [...images.values()];
 const of = checkpoint => checkpoints.indexOf(checkpoint);
 const quality = (image, run = 0) => image.runs[run].quality[of(state.checkpoint)];
-const last = checkpoints.length - 1;
 const ORDERS = {
   lowest: [`${measure}, lowest first`, quality],
   highest: [`${measure}, highest first`, image => -quality(image)],
   ...(two
     ? { behind: [`${views[1].run} farthest behind`, image => quality(image, 1) - quality(image)],
         ahead: [`${views[1].run} farthest ahead`, image => quality(image) - quality(image, 1)] }
-    : { worse: [`${checkpoints[last]} lost most`, ({ runs: [{ quality }] }) => quality[last] - quality[0]],
-        better: [`${checkpoints[last]} gained most`, ({ runs: [{ quality }] }) => quality[0] - quality[last]] }),
+    : { worse: [`lost most against ${checkpoints[0]}`, image => quality(image) - image.runs[0].quality[0]],
+        better: [`gained most over ${checkpoints[0]}`, image => image.runs[0].quality[0] - quality(image)] }),
   number: ["image number", image => image.id],
 };
-const state = { checkpoint: checkpoints[last], order: "lowest", class: "", group: "", cause: "" };
+const state = { checkpoint: checkpoints[1], order: "lowest", class: "", group: "", cause: "" };
 Object.assign(state, Object.fromEntries([...new URLSearchParams(location.hash.slice(1))].filter(([name]) => name in state)));
 
 const groupOf = k => (first.classes[k].seen ? "seen" : "unseen");
@@ -65,7 +64,7 @@ function choice(name, text, options) {
 function overview() {
   const heads = Object.keys(first.rows[checkpoints[0]]);
   const rows = views.flatMap(view => checkpoints.map(name => el("tr", {},
-    el("th", { textContent: two ? `${view.run}, ${name}` : name }),
+    el("th", { textContent: two ? `${view.run}, ${title[name]}` : title[name] }),
     ...heads.map(head => el("td", { textContent: view.rows[name][head].toFixed(1) })))));
   const names = group => first.classes.map((one, k) => [one.name, k]).filter(([, k]) => groupOf(k) === group)
     .map(([name]) => [name, name]).sort((a, b) => a[0].localeCompare(b[0]));
@@ -77,7 +76,7 @@ function overview() {
         el("small", { textContent: `${first.benchmark}, ${all.length.toLocaleString("en")} validation images` })),
       el("table", { className: "scores" }, el("tr", {}, el("th"), ...heads.map(textContent => el("th", { textContent }))), ...rows)),
     el("div", { id: "controls" }, el("form", { onsubmit: () => false },
-      choice("checkpoint", "prediction", [["", checkpoints.map(name => [name, name])]]),
+      choice("checkpoint", "prediction", [["", checkpoints.map(name => [name, title[name]])]]),
       choice("order", "order", [["", Object.entries(ORDERS).map(([value, [label]]) => [value, label])]]),
       choice("group", "classes", [["", [["", "seen and unseen"], ["seen", "seen"], ["unseen", "unseen"]]]]),
       choice("class", "class", [["", [["", "any class"]]], ["unseen", names("unseen")], ["seen", names("seen")]]),
@@ -117,7 +116,7 @@ const file = (view, folder, image) => `${view.base}${folder}/${String(image.id).
 
 function thumb(view, image, panel) {
   const place = 100 * first.panels.indexOf(panel) / (first.panels.length - 1);
-  return el("img", { loading: "lazy", decoding: "async", src: `${file(view, "thumbs", image)}.webp`, alt: title[panel] ?? `${view.run} ${panel}`,
+  return el("img", { loading: "lazy", decoding: "async", src: `${file(view, "thumbs", image)}.webp`, alt: checkpoints.includes(panel) ? `${view.run} ${title[panel]}` : title[panel],
     style: `aspect-ratio: ${image.width} / ${image.height}; object-position: ${place}% 0` });
 }
 
@@ -188,7 +187,7 @@ let turn = 0;
 
 async function draw() {
   const mine = ++turn, image = chosen[large.position];
-  const tabs = first.panels.map((panel, number) => el("button", { textContent: title[panel] ?? panel,
+  const tabs = first.panels.map((panel, number) => el("button", { textContent: title[panel],
     title: `key ${number + 1}`, "aria-pressed": large.panel === panel, onclick: () => { large.panel = panel; draw(); } }));
   const bar = el("div", { className: "bar" },
     el("h2", { textContent: `image ${image.id}` },
@@ -209,7 +208,7 @@ async function draw() {
       if (mine !== turn) return;
       const part = stage(view, image, content, shown, truth);
       const c = checkpoints.includes(large.panel) ? large.panel : state.checkpoint;
-      const head = `${two ? `${view.run}, ` : ""}${c}: ${measure} ${image.runs[run].quality[of(c)].toFixed(1)}`;
+      const head = `${two ? `${view.run}, ` : ""}${title[c]}: ${measure} ${image.runs[run].quality[of(c)].toFixed(1)}`;
       figures.push(el("figure", {}, el("figcaption", { textContent: head }), part.box));
       lists.push(list(image.runs[run], content, c, part));
     }

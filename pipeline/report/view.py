@@ -28,16 +28,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.report.page import SETTINGS
 from pipeline.report.pictures import places_png
 from pipeline.report.style import COLOURS
-from pipeline.scoring.records import CHECKPOINTS, HEADLINE, read_report
+from pipeline.scoring.records import CHECKPOINTS, HEADLINE, WITH_TEACHER, Settings, read_report
 from storage.atomic import replacing, write_text
 from storage.errors import UserError
 from storage.keys import Ref
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipeline.data.benchmarks import Benchmark
     from pipeline.inference.maps import Output, PredictedSegment
+    from pipeline.inference.teacher import MaskTokens
     from pipeline.runtime import Runtime
     from pipeline.scoring.metrics import Matches
     from pipeline.scoring.rows import GroundTruth, Map
@@ -45,11 +49,12 @@ if TYPE_CHECKING:
     from storage.store import Store
 
 # raised when the meaning of the files changes
-VERSION = 1
+VERSION = 2
 ABOUT, DATA, INDEX, FILES = "view.json", "data.js", "index.html", ("view.css", "view.js")
 # JavaScript: the URL of the script's own folder of pages
 BASE = 'document.currentScript.src.replace(/(maps\\/)?[^\\/]*$/, "")'
-MAPS = "truth", *CHECKPOINTS
+PREDICTIONS = *CHECKPOINTS, *WITH_TEACHER
+MAPS = "truth", *PREDICTIONS
 PANELS = "image", *MAPS
 SIDE, THUMB, QUALITY = 640, 160, 75  # pixels of a long side, and WebP's quality
 FILL = 0.55  # a class colour's share of a segment in a thumb
@@ -94,11 +99,11 @@ def write_view(folder: Path, *, name: str, store: Store, report: Ref, runtime: R
     Raises UserError where an input is missing or damaged, or the folder cannot be written.
     """
     manifest = store.require_intact(report)
-    for part in ("text", *CHECKPOINTS):
-        store.require_intact(Ref.parse(manifest.inputs[part]))
     numbers = read_report(store.path(report) / "report.json")
+    for part in ("text", "mask_tokens", *CHECKPOINTS):
+        store.require_intact(Ref.parse(manifest.inputs[part]))
     task = "panoptic" if numbers.losses is not None else "semantic"
-    rows = {key: {score: getattr(numbers.rows[key], score) for score in HEADLINE[task]} for key in CHECKPOINTS}
+    rows = {key: {score: getattr(numbers.rows[key], score) for score in HEADLINE[task]} for key in PREDICTIONS}
     runtime = replace(runtime, threads=runtime.threads or manifest.provenance.get("threads", 0))
     inputs = {part: store.path(Ref.parse(ref)) for part, ref in manifest.inputs.items()}
     content, batch = manifest.config["benchmark"], manifest.config["evaluate"]["batch"]
@@ -109,12 +114,12 @@ def write_view(folder: Path, *, name: str, store: Store, report: Ref, runtime: R
         with replacing(folder) as temporary:
             for part in ("images", "thumbs", "maps"):
                 (temporary / part).mkdir(parents=True)
-            recorder = _Recorder(_benchmark(content), inputs, runtime, task=task, batch=batch)
-            images = [recorder.write(temporary, *pair) for pair in recorder.pairs()]
+            recorder = _Recorder(_benchmark(content), inputs, runtime, numbers.settings, task=task, batch=batch)
+            images = [recorder.write(temporary, *seen) for seen in recorder.images()]
             _compare(rows, recorder.scores())
             data = {
                 "run": name, "benchmark": numbers.benchmark, "task": task, "rows": rows,
-                "panels": PANELS, "fates": list((FATES if task == "panoptic" else SEMANTIC_FATES).items()), "classes": recorder.class_rows(), "images": images,
+                "panels": PANELS, "titles": {key: SETTINGS[key].name for key in PREDICTIONS}, "fates": list((FATES if task == "panoptic" else SEMANTIC_FATES).items()), "classes": recorder.class_rows(), "images": images,
             }  # fmt: skip
             write_text(temporary / DATA, f"(window.VIEWS ??= []).push({{base: {BASE}, ...{_dumps(data)}}});\n")
             for file in FILES:
@@ -168,11 +173,20 @@ class _Recorder:
     """Maps, fates and files of one image after the other; counts what the report counts of them."""
 
     def __init__(
-        self, benchmark: Benchmark, inputs: Mapping[str, Path], runtime: Runtime, *, task: str, batch: int
+        self,
+        benchmark: Benchmark,
+        inputs: Mapping[str, Path],
+        runtime: Runtime,
+        settings: Settings,
+        *,
+        task: str,
+        batch: int,
     ) -> None:
         from pipeline.inference.maps import classes_of
         from pipeline.inference.model import load_model
+        from pipeline.scoring.config import EvaluateConfig
         from pipeline.scoring.metrics import PanopticQuality
+        from pipeline.scoring.teacher_rows import teacher_rows
         from pipeline.teacher.text_bank import open_text
 
         self.benchmark, self.inputs, self.runtime, self.batch = benchmark, inputs, runtime, batch
@@ -183,14 +197,20 @@ class _Recorder:
         self.classes = classes_of(bank.embedding, bank.classes(), device)
         self.seen = np.array(benchmark.seen)
         self.colours = _colours(len(benchmark.categories))
-        self.quality = {name: PanopticQuality([c.id for c in benchmark.categories]) for name in CHECKPOINTS}
+        self.quality = {name: PanopticQuality([c.id for c in benchmark.categories]) for name in PREDICTIONS}
+        self.teacher_rows = teacher_rows(EvaluateConfig(alpha=settings.alpha, beta=settings.beta))
+        self.thresholds = {name: model.meta.thresholds for name, model in self.models.items()}
+        for name in WITH_TEACHER if self.panoptic else ():
+            own = self.thresholds[self.teacher_rows[name].checkpoint]
+            self.thresholds[name] = replace(own, object_threshold=getattr(settings, f"object_threshold_{name}"))
 
-    def pairs(self) -> Iterator[tuple[Sample, Output]]:
-        """Every validation image with the segmenter's output for it."""
+    def images(self) -> Iterator[tuple[Sample, Output, MaskTokens]]:
+        """Every validation image with the segmenter's output for it, and the teacher's tokens of the masks in it."""
         from models.folding import for_inference
         from pipeline.data.ahead import mapped
         from pipeline.data.transforms import channels_first
         from pipeline.inference.forward import outputs
+        from pipeline.scoring.found_masks import validation_masks
         from storage.shards import Shards, decode_image, read_shard
 
         shards, stage_1 = Shards(self.inputs["shards"]), self.models["inductive"]
@@ -200,13 +220,16 @@ class _Recorder:
             lambda one: (one, channels_first(decode_image(one))), samples, workers=workers, count=4 * workers
         )
         with self.runtime.bar(sum(shards.counts("val")), "drawing pages", "image") as bar:
-            for pair in outputs(for_inference(stage_1.segmenter), views, stage_1.meta.resize, batch=self.batch):
-                yield pair
+            every = outputs(for_inference(stage_1.segmenter), views, stage_1.meta.resize, batch=self.batch)
+            tokens = validation_masks(shards, self.inputs["mask_tokens"], self.runtime.torch_device())
+            for (sample, output), (image, found) in zip(every, tokens, strict=True):
+                assert image == sample.image_id, (image, sample.image_id)
+                yield sample, output, found
                 bar.update()
 
-    def write(self, folder: Path, sample: Sample, output: Output) -> list[Any]:
-        """Write the files of one image; returns its entry of data.js: [id, width, height, quality of each checkpoint,
-        [class, fate of each checkpoint] of every true segment, classes of the spurious segments of each checkpoint]."""
+    def write(self, folder: Path, sample: Sample, output: Output, tokens: MaskTokens) -> list[Any]:
+        """Write the files of one image; returns its entry of data.js: [id, width, height, quality of each prediction,
+        [class, fate in each prediction] of every true segment, classes of the spurious segments of each prediction]."""
         import torch
 
         from pipeline.scoring.rows import GroundTruth
@@ -214,7 +237,8 @@ class _Recorder:
 
         gt, output = GroundTruth(sample, self.benchmark), output.kept()
         with torch.no_grad():
-            found = self._panoptic(gt, output) if self.panoptic else self._semantic(gt, output)
+            logits = self._logits(output, tokens)
+            found = self._panoptic(gt, output, logits) if self.panoptic else self._semantic(gt, output, logits)
         index, truth = self.benchmark.index, sample.segments
         maps = {"truth": _places(gt.ids, truth)} | {name: _places(*one.map) for name, one in found.items()}
         classes = {name: [index[s.category_id] for s in one.map[1]] for name, one in found.items()}
@@ -238,14 +262,21 @@ class _Recorder:
         quality = [round(one.quality, 2) for one in found.values()]
         return [sample.image_id, sample.width, sample.height, quality, fates, spurious]
 
-    def _panoptic(self, gt: GroundTruth, output: Output) -> dict[str, _Found]:
+    def _logits(self, output: Output, tokens: MaskTokens) -> dict[str, Tensor]:
+        """Class logits (Q, K) of every prediction."""
+        own = {name: model.logits(output.features, model.text) for name, model in self.models.items()}
+        log_t = tokens.log_scores(self.classes.text)
+        rows = {name: self.teacher_rows[name] for name in WITH_TEACHER}
+        return own | {name: row.logits(own, tokens, log_t, self.classes.seen) for name, row in rows.items()}
+
+    def _panoptic(self, gt: GroundTruth, output: Output, every: Mapping[str, Tensor]) -> dict[str, _Found]:
         from pipeline.inference.maps import panoptic_map
         from pipeline.scoring.waterfall import pair
 
         pairs = pair(gt, output)
         found: dict[str, _Found] = {}
-        for name, model in self.models.items():
-            logits, thresholds = model.logits(output.features, model.text), model.meta.thresholds
+        for name, logits in every.items():
+            thresholds = self.thresholds[name]
             # the steps of `Waterfall`, from the true classes to the prediction itself
             levels = [
                 panoptic_map(output, pairs.certain(names, logits), self.classes, thresholds)
@@ -261,13 +292,13 @@ class _Recorder:
             )  # fmt: skip
         return found
 
-    def _semantic(self, gt: GroundTruth, output: Output) -> dict[str, _Found]:
+    def _semantic(self, gt: GroundTruth, output: Output, every: Mapping[str, Tensor]) -> dict[str, _Found]:
         from pipeline.inference.maps import PredictedSegment, semantic_map
 
         truth, found = gt.sample.segments, {}
         position = {self.benchmark.index[segment.category_id]: i for i, segment in enumerate(truth)}
-        for name, model in self.models.items():
-            named = semantic_map(output, model.logits(output.features, model.text), self.classes)
+        for name, logits in every.items():
+            named = semantic_map(output, logits, self.classes)
             classes, annotated = np.unique(named).tolist(), gt.classes >= 0
             iou: dict[tuple[int, int], float] = {}
             for j, k in enumerate(classes):
@@ -285,7 +316,7 @@ class _Recorder:
         return found
 
     def scores(self) -> dict[str, dict[str, float]]:
-        """sPQ and uPQ by checkpoint, as counted; of a semantic benchmark nothing."""
+        """sPQ and uPQ by prediction, as counted; of a semantic benchmark nothing."""
         if not self.panoptic:
             return {}
         results = {name: quality.result() for name, quality in self.quality.items()}
@@ -333,7 +364,7 @@ class _Recorder:
 
 @dataclass(frozen=True, kw_only=True)
 class _Found:
-    """One checkpoint's map of an image beside its truth.
+    """One prediction of an image beside its truth.
 
     `fates`: of each true segment the number in `FATES`, or `CROWD`. `spurious`: positions of predicted segments.
     `quality`: the image's, in percent. `iou`: of (true, predicted) positions that are matched, in [0, 1].
