@@ -139,6 +139,13 @@ def test_with_the_teacher_it_gives_the_reports_rows(
     assert result["teacher"]["options"]["method"] == "pixels" and "teacher: alpha" in evaluate_checkpoint.about(result)
 
 
+def test_with_the_teacher_the_semantic_map_does_not_depend_on_the_object_threshold(run: Run) -> None:
+    low, high = (evaluate(run, run.benchmark, run.data, with_teacher=True, object_threshold=t) for t in (0.0, 0.9))
+    assert low["scores"]["PQ"] != high["scores"]["PQ"]
+    for name in ("sIoU", "uIoU"):
+        assert low["scores"][name] == high["scores"][name] > 0
+
+
 def test_the_command_tells_and_exports_what_it_scored(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ import sys
 import types
 import warnings
 import zipfile
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,12 @@ def test_the_teacher_at_prediction_encodes_a_mask_once(
         assert segment.category_id == other.category_id and abs(segment.score - other.score) < 1e-5
     with pytest.raises(zs_seg.UserError, match=r"--alpha and --beta must lie in 0..1"):
         seg(photo, with_teacher=True, beta=1.5)
+    model = predictor.model
+    architecture = {**model.meta.architecture, "projector": {"classes": 56}}
+    monkeypatch.setattr(predictor, "model", replace(model, meta=replace(model.meta, architecture=architecture)))
+    with pytest.raises(zs_seg.UserError, match="classifier is linear and has no class embeddings"):
+        predictor.chooser(with_teacher=True)
+    predictor.chooser()
 
 
 def test_masks_boxes_areas_and_coco_agree(seg: zs_seg.Segmenter, photo: Path, tmp_path: Path) -> None:

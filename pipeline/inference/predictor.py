@@ -30,6 +30,7 @@ from pipeline.inference.teacher import (
     can_be_chosen,
     logit_scale,
     mask_tokens,
+    require_embeddings,
     require_exponents,
     teacher_log_scores,
     with_teacher,
@@ -152,6 +153,8 @@ class Predictor:
         """The checkpoint's classes and `words`, or the words alone (`Lexicon.vocabulary`), and its own thresholds where
         none is given. Raises UserError as `Lexicon.vocabulary`, and for a number out of range."""
         require_exponents(alpha, beta)
+        if with_teacher:
+            require_embeddings(self.model.meta)
         vocabulary = self.lexicon.vocabulary(words, only=only)
         given = {"object_threshold": object_threshold, "overlap_threshold": overlap_threshold}
         for name, value in {**given, "min_score": min_score}.items():

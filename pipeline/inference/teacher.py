@@ -111,22 +111,14 @@ class TeacherAtPrediction:
         return logit_scale(self.teacher)
 
     @torch.no_grad()
-    def logits(
-        self, image: Tensor, output: Output, logits: Tensor, classes: Classes, *, threshold: float | None = None
-    ) -> Tensor:
-        """The logits of q, (Q, K) float32, for `panoptic_map` and `semantic_map`.
+    def logits(self, image: Tensor, output: Output, logits: Tensor, classes: Classes) -> Tensor:
+        """The logits of q, (Q, K) float32, for `panoptic_map` and `semantic_map`, which needs the tokens of all masks.
 
-        `image` (3, H, W) uint8 and `output` are of the same image; `logits` (Q, K) are those of p, over `classes`. With
-        `threshold`, the object threshold of a panoptic map, only queries that `can_be_chosen` are encoded; a semantic
-        map needs them all.
+        `image` (3, H, W) uint8 and `output` are of the same image; `logits` (Q, K) are those of p, over `classes`.
         """
-        weights = {"alpha": self.alpha, "beta": self.beta}
-        wanted = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        if threshold is not None:
-            wanted = can_be_chosen(logits, classes.seen, threshold, **weights)
-        queries, tokens = mask_tokens(self.teacher, image, output, self.options, among=wanted.nonzero()[:, 0])
+        queries, tokens = mask_tokens(self.teacher, image, output, self.options)
         queries, log_t = queries.to(logits.device), teacher_log_scores(tokens, classes.text, self.scale)
-        return with_teacher(logits, queries, log_t, classes.seen, **weights)
+        return with_teacher(logits, queries, log_t, classes.seen, alpha=self.alpha, beta=self.beta)
 
 
 def logit_scale(teacher: Teacher) -> float:
@@ -166,9 +158,11 @@ def load_for_prediction(
 ) -> TeacherAtPrediction:
     """The teacher of a checkpoint, ready for its masks; `weights` is its weights file where it was a local one.
 
-    Raises UserError when an exponent is outside of [0, 1], and when the teacher is not at hand, with what to pass.
+    Raises UserError when an exponent is outside of [0, 1], as `require_embeddings`, and when the teacher is not at hand,
+    with what to pass.
     """
     require_exponents(alpha, beta)
+    require_embeddings(meta)
     teacher = teacher_of(meta.classes.teacher, weights).load(runtime)
     options = cached_options(folder, store)
     return TeacherAtPrediction(teacher=teacher, options=options, alpha=alpha, beta=beta)
@@ -178,6 +172,15 @@ def require_exponents(alpha: float, beta: float) -> None:
     """Raises UserError unless both lie in [0, 1]."""
     if not (0 <= alpha <= 1 and 0 <= beta <= 1):
         raise UserError(f"--alpha and --beta must lie in 0..1, not {alpha:g} and {beta:g}")
+
+
+def require_embeddings(meta: CheckpointMeta) -> None:
+    """Raises UserError where the checkpoint has no class embeddings, with which the teacher's tokens are compared."""
+    if meta.linear:
+        raise UserError(
+            "the checkpoint's classifier is linear and has no class embeddings to compare the teacher's tokens with; "
+            "leave out --with-teacher, or take a checkpoint with a projector"
+        )
 
 
 def cached_options(folder: Path, store: Store) -> TokensConfig:

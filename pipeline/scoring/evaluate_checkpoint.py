@@ -100,9 +100,7 @@ def run(
         teacher = load_for_prediction(
             model.meta, folder, store, runtime, weights=teacher_weights, alpha=alpha, beta=beta
         )
-    predictor = _Predictor(
-        model=model, classes=classes, thresholds=thresholds, teacher=teacher, task=known.task, runtime=runtime
-    )
+    predictor = _Predictor(model=model, classes=classes, thresholds=thresholds, teacher=teacher, runtime=runtime)
     scores, counts = part.score(predictor, known, Path(out) if out else None)
     if counts["ignored_percent"] == 100:
         raise UserError(
@@ -135,7 +133,6 @@ class _Predictor:
     classes: Classes
     thresholds: Thresholds
     teacher: TeacherAtPrediction | None
-    task: str
     runtime: Runtime
 
     def __call__(self, views: Iterable[tuple[Tag, Tensor]], count: int) -> Iterator[tuple[Tag, Output, Tensor]]:
@@ -145,14 +142,12 @@ class _Predictor:
         from pipeline.inference.forward import outputs
 
         resize, batch = self.model.meta.resize, EvaluateConfig().batch
-        # a semantic map needs the tokens of all masks
-        threshold = self.thresholds.object_threshold if self.task == "panoptic" else None
         images = (((tag, image), image) for tag, image in ahead(iter(views)))
         with self.runtime.bar(count, "evaluating", "image") as bar:
             for (tag, image), found in outputs(for_inference(self.model.segmenter), images, resize, batch=batch):
                 output, logits = found.kept(), self.model.logits(found.features, self.classes.text)
                 if self.teacher:
-                    logits = self.teacher.logits(image, output, logits, self.classes, threshold=threshold)
+                    logits = self.teacher.logits(image, output, logits, self.classes)
                 yield tag, output, logits
                 bar.update()
 
