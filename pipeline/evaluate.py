@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.benchmarks import Benchmark
 from pipeline.data.samples import samples_with_tokens
 from pipeline.runtime import Runtime
 from pipeline.scoring.config import EvaluateConfig
+from pipeline.scoring.published import Beyond
 from pipeline.scoring.records import HEADLINE, Report
 from storage.errors import UserError, counted
 from storage.keys import Recipe, Ref
@@ -34,6 +35,8 @@ def recipe(
     *,
     benchmark: Benchmark,
     threshold_slack: float,
+    beyond: Sequence[Beyond],
+    min_area: int,
     shards: Ref,
     tokens: Ref,
     text: Ref,
@@ -46,19 +49,27 @@ def recipe(
         "shards": shards, "tokens": tokens, "text": text, "inductive": inductive, "generator": generator,
         "transductive": transductive, "mask_tokens": mask_tokens,
     }  # fmt: skip
-    return Recipe(
-        kind="report",
-        stage=STAGE,
-        version=VERSION,
-        config={"evaluate": config, "benchmark": benchmark.content, "threshold_slack": threshold_slack},
-        inputs=inputs,
-    )
+    content = {"evaluate": config, "benchmark": benchmark.content, "threshold_slack": threshold_slack}
+    # The report depends on them as well; where there is nothing of it, a key has no entry.
+    content |= {"beyond": list(beyond)} if beyond else {}
+    content |= {"min_area": min_area} if min_area else {}
+    return Recipe(kind="report", stage=STAGE, version=VERSION, config=content, inputs=inputs)
 
 
 def build(
-    build: Build, config: EvaluateConfig, runtime: Runtime, *, benchmark: Benchmark, threshold_slack: float
+    build: Build,
+    config: EvaluateConfig,
+    runtime: Runtime,
+    *,
+    benchmark: Benchmark,
+    threshold_slack: float,
+    beyond: Sequence[Beyond],
+    min_area: int,
 ) -> None:
-    """Score every validation image, of a semantic benchmark by IoU alone, and write the report's files."""
+    """Score every validation image, of a semantic benchmark by IoU alone, and write the report's files.
+
+    `beyond`: what makes the run incomparable with the paper's. Segments of fewer than `min_area` pixels have no token.
+    """
     from models.folding import for_inference
     from pipeline.inference.forward import outputs
     from pipeline.inference.maps import classes_of
@@ -101,7 +112,7 @@ def build(
             ):
                 pictures.append(_picture(sample, maps, benchmark))
             bar.update()
-    report = evaluator.report(bank.teacher)
+    report = evaluator.report(bank.teacher, beyond)
     trained = {"v2c": "inductive", "g2s": "generator", "cpa": "transductive"}
     curves = {stage: read_curves(build.open(name).path) for stage, name in trained.items()}
     build.add(
@@ -113,6 +124,12 @@ def build(
         counted(left_out.crowd_segments, "crowd segment"),
         left_out.segments_without_a_query,
     )
+    if left_out.segments_without_a_token:
+        log.info(
+            "the teacher's ceiling and accuracy leave out %s of fewer than %d pixels, which have no token",
+            counted(left_out.segments_without_a_token, "segment"),
+            min_area,
+        )
     build.counts |= counts(report, benchmark.task)
 
 

@@ -16,6 +16,7 @@ from pipeline.data.coco import coco_source
 from pipeline.data.config import CocoConfig, ShardConfig
 from pipeline.runtime import Runtime, torchrun_rank
 from pipeline.scoring.config import EvaluateConfig
+from pipeline.scoring.published import Beyond
 from pipeline.teacher.config import TeacherConfig, TextConfig, TokensConfig
 from pipeline.training.config import CPAConfig, G2SConfig, QueriesConfig, V2CConfig
 from pipeline.world.config import ScenesConfig
@@ -178,9 +179,20 @@ def line(config: Config) -> list[Stage]:
     )  # fmt: skip
     add(
         evaluate, config.evaluate, threads=networks, benchmark=benchmark, threshold_slack=config.v2c.threshold_slack,
-        **inputs, inductive=stage_1, generator=generator, transductive=stage_3, mask_tokens=masks,
+        beyond=_beyond_the_paper(config), min_area=config.tokens.min_area, **inputs, inductive=stage_1,
+        generator=generator, transductive=stage_3, mask_tokens=masks,
     )  # fmt: skip
     return stages
+
+
+def _beyond_the_paper(config: Config) -> tuple[Beyond, ...]:
+    """What makes the scores of a run incomparable with the paper's, whatever its images."""
+    found: list[Beyond] = []
+    if config.v2c.candidates:
+        found.append("regions")
+    if isinstance(config.data, CocoConfig) and config.data.protocol != "own":
+        found.append("protocol")
+    return tuple(found)
 
 
 def benchmark_of(config: Config) -> benchmarks.Benchmark:

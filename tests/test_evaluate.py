@@ -129,6 +129,18 @@ def test_crowds_are_no_predictions_in_the_ceiling() -> None:
         assert per_class(scores, "tp")["cat"] == 1 and sum(per_class(scores, "fp").values()) == 0
 
 
+def test_a_segment_without_a_token_is_no_prediction_in_the_ceiling() -> None:
+    """It is missed, and no class has a false alarm."""
+    shown = quarters()
+    guess = right(shown)
+    guess[4] = -1  # the sea
+    row = Row(BENCHMARK)
+    row.rename(GroundTruth(shown, BENCHMARK), guess)
+    scores = asdict(row.scores())
+    assert sum(per_class(scores, "fp").values()) == 0 and per_class(scores, "fn") == dict(cat=0, dog=0, sky=0, sea=1)
+    assert row.confusion.counts.sum() == HEIGHT * WIDTH - (decode_ids(shown) == shown.segments[4].id).sum()
+
+
 def test_void_pixels_count_nowhere_in_the_ceiling() -> None:
     ids = decode_ids(quarters()).copy()
     ids[:, :3] = 0
@@ -402,23 +414,52 @@ def judged(
     if request.param == "the teacher's own tokens":
         return good, report
 
-    def work(build: Build) -> None:
-        for path in sorted(store.path(good).glob("*.zarr")):
-            group = read_tokens(path)
-            arrays: dict[str, Any] = {
-                **group.arrays(),
-                "instance": group.instance[np.arange(len(group.instance)) // 2 * 2],
-            }
-            write_tokens(build.path / path.name, global_=arrays.pop("global"), **arrays)
-            build.add(*token_files(build.path / path.name))
-
-    bad = store.build(Recipe(kind="tokens", stage="cache-clip", version=0, config={}, inputs={}), work)
+    bad = with_instances(store, good, lambda rows: rows[np.arange(len(rows)) // 2 * 2])
     ref = evaluate_again(world, tokens=bad)
     return bad, json.loads((store.open(ref).path / "report.json").read_text())
 
 
+def with_instances(store: Store, tokens: Ref, change: Callable[[np.ndarray], np.ndarray]) -> Ref:
+    """The tokens with other rows of the instances (m, D) of every tar."""
+
+    def work(build: Build) -> None:
+        for path in sorted(store.path(tokens).glob("*.zarr")):
+            group = read_tokens(path)
+            arrays: dict[str, Any] = {**group.arrays(), "instance": change(group.instance)}
+            write_tokens(build.path / path.name, global_=arrays.pop("global"), **arrays)
+            build.add(*token_files(build.path / path.name))
+
+    return store.build(Recipe(kind="tokens", stage="cache-clip", version=0, config=change.__name__, inputs={}), work)
+
+
+@pytest.mark.slow
+def test_the_teachers_accuracy_and_ceiling_leave_out_what_is_too_small_for_a_token(
+    world: tuple[Store, dict[str, Stage]], report: dict[str, Any]
+) -> None:
+    store, steps = world
+
+    def every_third_is_zero(rows: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(len(rows))[:, None] % 3 == 0, 0, rows).astype(rows.dtype)
+
+    bad = with_instances(store, steps["cache-clip"].recipe.ref, every_third_is_zero)
+    other = json.loads((store.open(evaluate_again(world, tokens=bad, min_area=9)).path / "report.json").read_text())
+    names = [tar.stem for tar in Shards(store.path(steps["shard"].recipe.ref)).tars("val")]
+    rows = [len(read_tokens(store.path(bad) / f"{name}.zarr").instance) for name in names]
+    small = sum((count + 2) // 3 for count in rows)
+    assert other["teacher_accuracy"]["instances"] == sum(rows) - small > 0
+    assert report["teacher_accuracy"]["instances"] == sum(rows)
+    assert other["left_out"]["segments without a token"] == small
+    assert "segments without a token" not in report["left_out"]
+    total = {name: sum(one[name] for one in other["ceiling"]["per_class"]) for name in ("tp", "fp", "fn")}
+    assert total["tp"] + total["fp"] == sum(rows) - small and total["fn"] >= small
+
+
 def evaluate_again(
-    world: tuple[Store, dict[str, Stage]], config: evaluate.EvaluateConfig | None = None, **others: Ref
+    world: tuple[Store, dict[str, Stage]],
+    config: evaluate.EvaluateConfig | None = None,
+    *,
+    min_area: int = 0,
+    **others: Ref,
 ) -> Ref:
     """The last stage once more with other inputs or settings."""
     store, steps = world
@@ -428,7 +469,8 @@ def evaluate_again(
     }  # fmt: skip
     inputs: dict[str, Any] = {name: steps[stage].recipe.ref for name, stage in stages.items()} | others
     config = config or replace(tiny_config().evaluate, pictures=0)
-    return Stage.of(evaluate, config, benchmark=_world(), threshold_slack=0.5, **inputs).run(store, QUIET)
+    given: dict[str, Any] = {"benchmark": _world(), "threshold_slack": 0.5, "beyond": (), "min_area": min_area}
+    return Stage.of(evaluate, config, **given, **inputs).run(store, QUIET)
 
 
 @pytest.mark.slow

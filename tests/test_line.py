@@ -96,6 +96,23 @@ BELOW = {  # a stage and all that reads it, directly or not
 }
 
 
+def test_a_report_is_another_where_something_is_beyond_the_paper(coco: Path) -> None:
+    """And of what was there before, its key has no entry."""
+
+    def beyond(config: Config) -> list[str] | None:
+        return line(config)[-1].recipe.config.get("beyond")
+
+    assert beyond(DEMO) is None and beyond(preset("demo-regions")) == ["regions"]
+    config = preset("coco-zps-r50")
+    assert isinstance(config.data, CocoConfig)
+    config = replace(config, data=replace(config.data, root=str(coco)))
+    assert beyond(config) is None
+    assert beyond(replace(config, data=replace(config.data, protocol="pixel-ignore"))) == ["protocol"]
+    tokens = replace(DEMO.tokens, min_area=9)
+    assert line(replace(DEMO, tokens=tokens))[-1].recipe.config["min_area"] == 9
+    assert "min_area" not in line(DEMO)[-1].recipe.config
+
+
 def test_golden_keys(coco: Path) -> None:
     found = {"demo": keys(DEMO), "coco-sample": own_parts(preset("coco-sample"), coco)}
     table = "\n".join(

@@ -41,6 +41,8 @@ def test_a_full_run_fills_its_row() -> None:
     [
         ({"images": 4999}, "4,999 validation images were scored, and the paper's numbers are of all 5,000"),
         ({"marks": ["STAND-IN TEACHER"]}, "stand-in"),
+        ({"beyond": ["regions"]}, "stage 1 learned from regions that nobody labelled"),
+        ({"beyond": ["protocol"]}, "the training images are of another protocol than the paper's"),
     ],
 )
 def test_anything_less_stays_blank_and_says_why(benchmark: str, change: dict[str, Any], reason: str) -> None:

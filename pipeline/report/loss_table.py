@@ -94,6 +94,8 @@ def _in_words(losses: Mapping[str, Losses], names: Mapping[str, str]) -> str:
 
 def _left_out(left_out: LeftOut) -> str:
     crowds, alone = left_out.crowd_segments, left_out.segments_without_a_query
+    without = left_out.segments_without_a_token
     return (
         f"{crowds:,} crowd segments take no part; {alone:,} segments have no query over them and count as lost masks."
+        + (f" {without:,} segments are too small for a token, and the teacher's names miss them." if without else "")
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from pipeline.inference.maps import Classes, Output, Thresholds
 from pipeline.inference.model import Model
 from pipeline.inference.teacher import MaskTokens
 from pipeline.scoring.config import EvaluateConfig
-from pipeline.scoring.published import beside_the_paper, marks
+from pipeline.scoring.published import Beyond, beside_the_paper, marks, outlines
 from pipeline.scoring.records import (
     CHECKPOINTS,
     ROWS,
@@ -88,6 +88,7 @@ class Evaluator:
         pairs = pair(gt, output)
         logits = {name: model.logits(output.features, model.text) for name, model in self.models.items()}
         guess = class_products(own.to(self.classes.text.device), self.classes.text).argmax(1).cpu().numpy()
+        guess[~own.any(1).numpy()] = -1  # too small for the teacher
 
         stage_1 = self.models["inductive"].meta.thresholds
         self.rows["ceiling"].rename(gt, guess.tolist())
@@ -110,10 +111,13 @@ class Evaluator:
 
         self._update_with_teacher(gt, output, pairs, logits, found)
         for position, k in zip(pairs.classes, guess[pairs.segments], strict=True):
-            self._right[self.benchmark.seen[position]].append(bool(k == position))
+            if k >= 0:
+                self._right[self.benchmark.seen[position]].append(bool(k == position))
+        without = int((guess[pairs.segments] < 0).sum()) + (self.left_out.segments_without_a_token or 0)
         self.left_out = LeftOut(
             crowd_segments=self.left_out.crowd_segments + len(sample.segments) - len(pairs.segments),
             segments_without_a_query=self.left_out.segments_without_a_query + int((pairs.query < 0).sum()),
+            segments_without_a_token=without or None,
         )
         self.images += 1
         return maps
@@ -131,8 +135,9 @@ class Evaluator:
             for sweep in self.teacher_sweeps.values():
                 sweep.update(gt, output, own, found, self.classes)
 
-    def report(self, teacher: Mapping[str, Any]) -> Report:
-        """The report of the images so far; `teacher`: name and pretrained weights of the frozen CLIP."""
+    def report(self, teacher: Mapping[str, Any], beyond: Sequence[Beyond] = ()) -> Report:
+        """The report of the images so far; `teacher`: name and pretrained weights of the frozen CLIP; `beyond`: what the
+        training had that the paper's has not."""
         rows = {name: row.scores() for name, row in self.rows.items()}
         warnings = marks(teacher, self.benchmark)
         settings: dict[str, Any] = {
@@ -157,7 +162,7 @@ class Evaluator:
             }
         return Report(
             benchmark=self.benchmark.name,
-            marks=warnings,
+            marks=[*outlines(beyond), *warnings],
             rows=rows,
             losses=self._losses() if panoptic else None,
             sweeps=self._swept() if panoptic else None,
@@ -169,7 +174,7 @@ class Evaluator:
                     for name, flag in (("seen", True), ("unseen", False))
                 },
             ),
-            published=beside_the_paper(self.benchmark.name, rows, images=self.images, marks=warnings),
+            published=beside_the_paper(self.benchmark.name, rows, images=self.images, marks=warnings, beyond=beyond),
             settings=Settings(**settings),
         )
 

@@ -5,27 +5,34 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.data.benchmarks import Benchmark
 from pipeline.scoring.records import Published, Scores
 
 RESULTS = Path(__file__).parent / "paper_results.json"
+Beyond = Literal["regions", "protocol"]
+# what a run has that the paper's have not -> why its numbers do not stand beside the paper's
+REASONS: Mapping[Beyond, str] = {
+    "regions": "stage 1 learned from regions that nobody labelled",
+    "protocol": "the training images are of another protocol than the paper's",
+}
 
 
 def beside_the_paper(
-    benchmark: str, rows: Mapping[str, Scores], *, images: int, marks: Sequence[str]
+    benchmark: str, rows: Mapping[str, Scores], *, images: int, marks: Sequence[str], beyond: Sequence[Beyond] = ()
 ) -> Published | None:
     """The paper's table for `benchmark` and our rows in its columns; None where the paper has none.
 
-    Our numbers stand there only if they are comparable: every image of the benchmark's validation set was scored and
-    the report carries no mark. Else our rows are blank (None) and `note` names what was not measured.
+    Our numbers stand there only if they are comparable: every image of the benchmark's validation set was scored, with
+    a real teacher, and nothing is beyond the paper. Else our rows are blank (None) and `note` names what was not measured.
 
     Args:
         benchmark: its name, such as "coco-panoptic-zps".
         rows: the report's rows, "inductive" and "transductive" among them.
         images: how many validation images were scored.
-        marks: the report's warnings.
+        marks: warnings of the teacher.
+        beyond: what the training had that the paper's has not.
 
     Returns:
         the table with its name in the paper; numbers in percent; `note` is empty where ours are filled.
@@ -40,6 +47,7 @@ def beside_the_paper(
         )
     if marks:
         reasons.append("the teacher is a stand-in that knows nothing of these classes")
+    reasons += [REASONS[one] for one in beyond]
     note = f"This run's row is blank: {'; '.join(reasons)}." if reasons else ""
     return Published(
         table=table["table"],
@@ -51,6 +59,12 @@ def beside_the_paper(
         },
         note=note,
     )
+
+
+def outlines(beyond: Sequence[Beyond]) -> list[str]:
+    """What stands before any number of a run with candidate regions."""
+    return ["BEYOND THE PAPER: stage 1 used the outlines of what has no label in its images, as regions without a class. "
+            "No label, and no name of an unseen class, was used."] * ("regions" in beyond)  # fmt: skip
 
 
 def marks(teacher: Mapping[str, Any], benchmark: Benchmark) -> list[str]:

@@ -168,13 +168,14 @@ class SweepReport:
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
     """Ground-truth segments that the ceilings and losses leave out: crowds, and those that no query lies over (they
-    count as lost masks)."""
+    count as lost masks); where there are any, those too small for a token, which the teacher's ceiling misses."""
 
     crowd_segments: int
     segments_without_a_query: int
+    segments_without_a_token: int | None = None
 
     def content(self) -> dict[str, int]:
-        return {name.replace("_", " "): count for name, count in asdict(self).items()}
+        return {name.replace("_", " "): count for name, count in asdict(self).items() if count is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

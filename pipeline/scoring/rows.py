@@ -57,12 +57,12 @@ class Row:
 
     def rename(self, gt: GroundTruth, guess: list[int]) -> None:
         """Count one image's true masks, with the class index `guess` of every segment in place of its true class.
-        Crowds are no prediction, and their pixels are left out."""
+        Crowds, and segments with the guess -1, are no prediction, and their pixels are left out."""
         image = gt.sample.image_id
         named = [
             PredictedSegment(id=s.id, category_id=self.benchmark.categories[k].id, score=1.0)
             for s, k in zip(gt.sample.segments, guess, strict=True)
-            if not s.iscrowd
+            if not s.iscrowd and k >= 0
         ]
         ids = np.where(np.isin(gt.ids, [s.id for s in named]), gt.ids, 0)
         classes = class_map(ids, named, self.benchmark.index, image=image)
