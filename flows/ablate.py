@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
+from hashlib import sha256
 from pathlib import Path
 
-from flows.request import configure, open_request
+from flows.request import Request, configure, open_request
 from flows.runs import build, select, show_device
 from pipeline.ablation import rows
 from pipeline.ablation.page import page
@@ -19,6 +22,7 @@ from storage.errors import UserError, counted
 from storage.runs import RunRecord, Runs
 
 NAMES = *TABLES, "sweep"
+LONGEST = 40  # characters of what a request changes in names
 
 
 def ablate(options: argparse.Namespace) -> int:
@@ -28,6 +32,12 @@ def ablate(options: argparse.Namespace) -> int:
     request = open_request(options)
     config = configure(request)
     tables = _tables(options.tables or list(TABLES), config)
+    if config.tokens.regions != "none":
+        raise UserError(
+            f"preset {options.preset} has candidate regions, and rows are compared without them; take the preset that it "
+            "is made of, whose table `beyond` adds them"
+        )
+    name = _name(request)
     store = request.open_store()
     runs = rows.runs_of(tables, config, options.seeds)
     _print_plan(rows.plan(runs, store), len(runs), options.jobs)
@@ -39,17 +49,17 @@ def ablate(options: argparse.Namespace) -> int:
     with ExitStack() as under_way:  # noted in the store by name, so that `zs-seg gc` keeps what the tables are made of
         for run in runs:
             command = request.command("ablate", *(table.name for table in tables))
-            record = RunRecord.now(name=run.name(options.preset), command=command, refs=run.refs)
+            record = RunRecord.now(name=run.name(name), command=command, refs=run.refs)
             under_way.enter_context(Runs(store).running(record))
         for run in runs:
             # As of any run: images that a stage leaves out are warned of.
             for stage in select(run.stages, last=rows.SHARED):
                 build(stage, store, runtime)
         rows.build(runs, store, runtime, jobs=options.jobs)
-    folder = Path("runs") / f"ablate-{options.preset}"
+    folder = Path("runs") / name
     sections = {}
     for table in tables:
-        lines = rows.write_table(folder, table, runs, store)
+        lines = rows.write_table(folder, table, runs, store, of=shlex.join(request.arguments()))
         sections[f"{table.name}: {table.title}"] = html(lines)
         print(f"\n{table.name}: {table.title}\n\n{markdown(lines)}")
     if any(table.name == "table4" for table in tables):
@@ -58,9 +68,20 @@ def ablate(options: argparse.Namespace) -> int:
         first = {run.variant: run for run in runs if run.seed == 0}
         runtime = Runtime(device=options.device, threads=options.threads)
         sections |= draw_figures(folder, config, first, store=store, runtime=runtime)
-    write_text(folder / "report.html", page(f"{options.preset}, {options.seeds} seeds", sections))
+    title = ", ".join((options.preset, *request.overrides, counted(options.seeds, "seed")))
+    write_text(folder / "report.html", page(title, sections))
     print(f"every run's numbers, the figures and a page of all: {folder}")
     return 0
+
+
+def _name(request: Request) -> str:
+    """The folder of the tables, and the beginning of the runs' names: what differs from the preset has names of its own."""
+    changed = re.sub("[^a-z0-9]+", "-", " ".join(request.overrides).lower()).strip("-")
+    if request.max_steps:
+        changed = f"{changed}-max-steps-{request.max_steps}".strip("-")
+    if len(changed) > LONGEST:
+        changed = f"{changed[: LONGEST - 9]}-{sha256(' '.join(request.overrides).encode()).hexdigest()[:8]}"
+    return f"ablate-{request.preset}" + f"-{changed}" * bool(changed)
 
 
 def _tables(names: Sequence[str], config: Config) -> list[Table]:

@@ -16,7 +16,9 @@ from scipy import stats
 from tiny import tiny_config
 
 from flows import presets
+from flows.ablate import _name
 from flows.cli import main
+from flows.request import Request
 from pipeline.ablation.rows import runs_of
 from pipeline.ablation.tables import (
     ALIGNED,
@@ -102,7 +104,7 @@ def test_equal_configurations_have_one_name_and_one_run() -> None:
     for variant in (variant for table in tables for variant in table.variants):
         assert names.setdefault(canonical(variant.change(base)), variant.name) == variant.name
     runs = runs_of(tables, base, 2)
-    assert len(runs) == 2 * len(names) == len({run.name("scenes") for run in runs})
+    assert len(runs) == 2 * len(names) == len({run.name("ablate-scenes") for run in runs})
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
 
 
@@ -169,10 +171,33 @@ def test_a_single_run_has_no_deviation_and_a_sweep_no_paper() -> None:
     assert len(heads) == 11 and line[3] == f"{row['mean']['inductive']['hPQ']:.1f}"
 
 
-@pytest.mark.parametrize("words", [["table9"], ["table4", "--seeds", "0"], ["table4", "--jobs", "0"]])
-def test_what_cannot_be_asked_for(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["ablate", "--preset", "scenes", *words]) == 2
-    assert capsys.readouterr().err.startswith("zs-seg: ")
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["scenes", "table9"], "table 'table9' is unknown"),
+        (["scenes", "table4", "--seeds", "0"], "must be at least 1"),
+        (["scenes", "table4", "--jobs", "0"], "must be at least 1"),
+        (["demo-regions", "beyond", "--plan"], "preset demo-regions has candidate regions"),
+        (["coco-sample", "sweep", "--coco", "nowhere", "--plan"], "pass --data.unseen with other classes"),
+    ],
+)
+def test_what_cannot_be_asked_for(words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ablate", "--preset", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("zs-seg: ") and why in line
+
+
+def test_what_differs_from_the_preset_has_names_of_its_own() -> None:
+    def name(*overrides: str, max_steps: int = 0) -> str:
+        return _name(Request(preset="scenes", overrides=overrides, max_steps=max_steps))
+
+    assert name() == "ablate-scenes" and name(max_steps=3) == "ablate-scenes-max-steps-3"
+    assert name("--data.split", "validation") == "ablate-scenes-data-split-validation"
+    long = "--v2c.global-weight", "0", "--v2c.instance-weight", "0"
+    assert name(*long) != name(*long[:-1], "1") and len(name(*long)) <= 54
+    assert name(*long).startswith("ablate-scenes-v2c-global-weight-0-v2c")
+    (run,) = runs_of([replace(TABLES["table4"], variants=TABLES["table4"].variants[:1])], presets.preset("scenes"), 1)
+    assert run.name(name()) == "ablate-scenes.baseline-l-match-l-mmd.0"
 
 
 def small(name: str) -> Config:
@@ -197,6 +222,7 @@ def test_the_command_builds_tables_and_figures_and_goes_on(
         "table4.json", "table4.md", "figure4.png", "figure4.json", "figure5.png", "report.html",
     }  # fmt: skip
     content = json.loads((folder / "table4.json").read_text())
+    assert content["of"] == "--preset tiny --store store"
     store = Store(tmp_path / "store")
     entry = next(a for a in content["artefacts"] if a["variant"] == ALIGNED.name and a["seed"] == 1)
     scored = json.loads((store.root / "report" / entry["evaluate"] / "report.json").read_text())

@@ -33,9 +33,9 @@ class Run:
     seed: int
     stages: tuple[Stage, ...]
 
-    def name(self, preset: str) -> str:
-        """Its name in the store."""
-        return f"ablate-{preset}.{re.sub('[^a-z0-9]+', '-', self.variant.lower()).strip('-')}.{self.seed}"
+    def name(self, tables: str) -> str:
+        """Its name in the store, after that of all tables."""
+        return f"{tables}.{re.sub('[^a-z0-9]+', '-', self.variant.lower()).strip('-')}.{self.seed}"
 
     @property
     def refs(self) -> dict[str, Ref]:
@@ -129,8 +129,9 @@ def _log_all(lines: Sequence[str]) -> None:
         log.info("%s", text)
 
 
-def write_table(folder: Path, table: Table, runs: Sequence[Run], store: Store) -> list[list[str]]:
-    """`<table>.json` and `<table>.md` in `folder`, of the runs that are its rows; returns the table's cells."""
+def write_table(folder: Path, table: Table, runs: Sequence[Run], store: Store, *, of: str) -> list[list[str]]:
+    """`<table>.json` and `<table>.md` in `folder`, of the runs that are its rows; `of` names their configuration. Returns
+    the table's cells."""
     shown = {variant.name for variant in table.variants}
     runs = [run for run in runs if run.variant in shown]
     reports: dict[str, list[Report]] = {}
@@ -141,7 +142,7 @@ def write_table(folder: Path, table: Table, runs: Sequence[Run], store: Store) -
     keys = [{"variant": r.variant, "seed": r.seed, **{name: ref.key for name, ref in r.refs.items()}} for r in runs]
     lines = cells(table, rows)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"table": table.name, "title": table.title, "rows": rows, "artefacts": keys}
+    content = {"table": table.name, "title": table.title, "of": of, "rows": rows, "artefacts": keys}
     write_text(folder / f"{table.name}.json", json.dumps(content, indent=1, allow_nan=False))
     write_text(folder / f"{table.name}.md", markdown(lines))
     return lines

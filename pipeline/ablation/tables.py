@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.line import Config
 from pipeline.scoring.records import Report
 from pipeline.world.config import ScenesConfig
+from storage.errors import UserError
 
 PAPER = Path(__file__).parent / "paper.json"
 SETTINGS = "inductive", "control", "transductive", "inductive_teacher", "transductive_teacher"
@@ -72,7 +73,8 @@ def unlabelled(**changes: Any) -> Callable[[Config], Config]:
         if isinstance(data, ScenesConfig):
             data = replace(data, unseen_share=1.0)
         tokens = replace(config.tokens, regions="components" if changes else "none")
-        return replace(config, data=data, tokens=tokens, v2c=replace(config.v2c, **changes))
+        weights = {"candidate_mask_weight": 0.0, "candidate_token_weight": 0.0} | changes
+        return replace(config, data=data, tokens=tokens, v2c=replace(config.v2c, **weights))
 
     return change
 
@@ -156,7 +158,8 @@ TABLES = {
         ),
         Table(
             name="beyond",
-            title="beyond the paper: candidate regions (E3), the teacher at prediction (E1)",
+            title="beyond the paper: candidate regions (E3), for which the outline of the unlabelled area is used; the teacher at "
+            "prediction (E1)",
             variants=(
                 WHOLE,
                 Variant(name="pixel-ignore", change=unlabelled()),
@@ -200,9 +203,16 @@ SWEPT: dict[str, tuple[Any, ...]] = {
 
 
 def validated(config: Config) -> Config:
-    """On the generated world's validation split, by which settings are chosen; real images have none."""
+    """On the generated world's validation split, by which settings are chosen.
+
+    Real images have none: there, raises UserError unless other classes than the reported ones are unseen.
+    """
     if isinstance(config.data, ScenesConfig):
         return replace(config, data=replace(config.data, split="validation"))
+    if not config.data.unseen:
+        raise UserError(
+            "table sweep compares settings, and no reported class may decide one; pass --data.unseen with other classes"
+        )
     return config
 
 
