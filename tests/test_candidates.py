@@ -120,18 +120,28 @@ def test_a_batch_without_regions_has_candidate_losses_of_0() -> None:
     torch.stack([terms["candidate mask"], terms["candidate token"]]).sum().backward()
 
 
+@pytest.mark.parametrize("crowded", ["regions", "segments"])
 @pytest.mark.parametrize("negatives", ["image", "batch"])
-def test_candidate_losses_of_parts_are_those_of_the_whole(negatives: Any) -> None:
+def test_candidate_losses_of_parts_are_those_of_the_whole(negatives: Any, crowded: str) -> None:
     """Also where an image has more segments and regions than queries; so do their gradients add up."""
     config = replace(CANDIDATES, instance_negatives=negatives, segmenter=replace(V2C.segmenter, queries=QUERIES))
     data, generator = batch_with_regions(), rng(20)
     crowd = torch.rand(4, 32, 32, generator=generator) > 0.5
     more = unit(4, TEXT_DIM, seed=21)
-    data = replace(
-        data,
-        masks=[torch.cat((data.masks[0], crowd)), *data.masks[1:]],
-        region_tokens=[torch.cat((data.region_tokens[0], more)), *data.region_tokens[1:]],
-    )
+    if crowded == "regions":
+        data = replace(
+            data,
+            masks=[torch.cat((data.masks[0], crowd)), *data.masks[1:]],
+            region_tokens=[torch.cat((data.region_tokens[0], more)), *data.region_tokens[1:]],
+        )
+    else:
+        data = replace(
+            data,
+            labels=[torch.cat((torch.tensor([0, 2, 3, 6]), data.labels[0])), *data.labels[1:]],
+            masks=[torch.cat((crowd, data.masks[0])), *data.masks[1:]],
+            instance_tokens=[torch.cat((more, data.instance_tokens[0])), *data.instance_tokens[1:]],
+        )
+        assert len(data.labels[0]) > QUERIES
     whole, gradients = {}, []
     for parts in (1, 3):
         canned = given()

@@ -295,10 +295,17 @@ class V2CCriterion:
         """L_l (Eq. 4) of the last decoder output. Segments too small for the teacher have no token and are left out."""
         config, tokens, pairs = self.config, torch.cat(m.batch.instance_tokens), m.matched
         counted = (pairs.layer == len(m.target) - 1) & tokens.any(1)[pairs.row]
-        image, query, row = send(torch.stack((pairs.image, pairs.query, pairs.row))[:, counted], self.device)
+        image, query, row = torch.stack((pairs.image, pairs.query, pairs.row))[:, counted]
+        # Instances for which no query was left are negatives all the same, as they are for other parts.
+        rest = tokens.any(1)
+        rest[row] = False
+        own = send(torch.cat((tokens[row], tokens[rest])), self.device)
+        if config.instance_negatives == "batch":
+            elsewhere = torch.cat([own[len(row) :]] + ([] if elsewhere is None else [elsewhere]))
+        image, query = send(torch.stack((image, query)), self.device)
         return config.instance_weight * losses.instance_loss(
             m.v[-1][image, query],
-            send(tokens, self.device)[row],
+            own[: len(row)],
             image,
             tau=config.tau,
             negatives=config.instance_negatives,
