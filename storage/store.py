@@ -177,7 +177,8 @@ class Store:
         """Make the recipe's artefact by `work`, unless it is complete already.
 
         One writer at a time: while another process builds the same artefact this one waits, and then finds it complete.
-        When `work` raises, the partial folder stays for the next attempt and the exception passes on.
+        When `work` raises, the partial folder stays for the next attempt and the exception passes on. Where a push into
+        the store's folder completes the artefact meanwhile, that one stays and what `work` made is set aside.
 
         Raises UserError when the store's folder is full or cannot be written.
         """
@@ -251,26 +252,34 @@ class Store:
                 **build.provenance,
             },
         )
-        self._complete(manifest, partial, lock)
+        if not self._complete(manifest, partial, lock):
+            return
         # Only now, so that a kill a moment earlier costs no training.
         for file in (partial / NOTE, *build.scratch):
             delete(self.path(ref) / file.relative_to(partial))
         size = manifest.bytes / 1e6
         log.info("%s: %s complete, %s, %.1f MB", recipe.stage, ref, counted(len(files), "file"), size)
 
-    def _complete(self, manifest: Manifest, folder: Path, lock: Lock) -> None:
-        """A folder that holds all files becomes the artefact."""
-        ref = manifest.ref
+    def _complete(self, manifest: Manifest, folder: Path, lock: Lock) -> bool:
+        """A folder that holds all files becomes the artefact. Where a push, which takes no lock, has brought that
+        meanwhile, the folder is set aside instead: False."""
+        ref, path = manifest.ref, self.path(manifest.ref)
         lock.require()
         write_text(folder / MANIFEST, manifest.dumps())
-        if self.path(ref).exists():
-            aside = self._rename(ref, self.path(ref), ASIDE)
+        if (path / MANIFEST).is_file():
+            aside = self._rename(ref, folder, ASIDE)
+            log.warning("%s was pushed into %s meanwhile and is kept; ours is set aside as %s", ref, self.root, aside)
+            return False
+        if path.exists():
+            aside = self._rename(ref, path, ASIDE)
             log.warning("%s had lost its %s; what was left of it is set aside as %s", ref, MANIFEST, aside)
-        os.rename(folder, self.path(ref))
-        fsync(self.path(ref).parent)
+        os.rename(folder, path)
+        fsync(path.parent)
+        return True
 
     def receive(self, manifest: Manifest, fetch: Callable[[Path], None]) -> bool:
-        """Make the artefact of files that were built elsewhere, unless it is complete already; False if it is.
+        """Make the artefact of files that were built elsewhere, unless it is complete already, or a push completes it
+        meanwhile; False if so.
 
         `fetch` brings the manifest's files, each with its sha256, into a folder in which an earlier attempt may have
         left some of them, or parts. What a killed build left is set aside.
@@ -290,11 +299,11 @@ class Store:
                 for name in _names(folder):
                     if name not in (ELSEWHERE, *manifest.files):
                         delete(folder / name)
-                self._complete(manifest, folder, lock)
+                received = self._complete(manifest, folder, lock)
                 if self.partial(ref).is_dir():
                     aside = self._rename(ref, self.partial(ref), ASIDE)
                     log.warning("what a build of %s had made here is set aside as %s", ref, aside)
-        return True
+        return received
 
     def _list(self, build: Build) -> dict[str, dict[str, Any]]:
         """The files that a build has named, flushed to the disk and hashed, for its manifest; others are logged."""
