@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
-from storage.atomic import write_text
+from storage.atomic import delete, write_text
 from storage.errors import UserError
 from storage.keys import Ref
 from storage.remote import Remote
@@ -50,6 +50,9 @@ def leave(store: Store, remote: Remote, manifest: Manifest, *, size: int) -> Non
     small = {name: entry for name, entry in manifest.files.items() if not name.endswith(TARS)}
 
     def fetch(folder: Path) -> None:
+        # A cut-off pull may have left tars, which would count as they are, torn ones too.
+        for left in folder.iterdir():
+            delete(left)
         for name, entry in small.items():
             data = remote.read(f"{manifest.ref}/{name}")
             if data is None or hashlib.sha256(data).hexdigest() != entry["sha256"]:

@@ -164,6 +164,8 @@ def pull(store: Store, remote: Remote, manifests: Collection[Manifest], *, advan
                         flushes.popleft().result()
 
                 flushes: deque[Future[None]] = deque()
+                # Left where the tars were to be read through: here they come, too.
+                (folder / ELSEWHERE).unlink(missing_ok=True)
                 _spread(remote, files, bring, manifest.files)
                 _results(remote, list(flushes))
                 for parent in {(folder / name).parent for name in manifest.files}:

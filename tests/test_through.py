@@ -20,7 +20,7 @@ from storage.inputs import Inputs
 from storage.keys import Recipe
 from storage.remote import Remote
 from storage.shards import Sample, Shards, read_shard, write_index, write_shard
-from storage.store import ELSEWHERE, Build, Store
+from storage.store import ELSEWHERE, MANIFEST, Build, Store
 
 TARS, SIZE = 20, 20_480  # tars, and bytes of each
 RECIPE = Recipe(kind="shards", stage="shard", version=1, config=None, inputs={})
@@ -141,6 +141,33 @@ def test_a_cache_that_is_too_small_and_what_cannot_be_pushed(
     remote.delete(str(RECIPE.ref))
     with pytest.raises(UserError, match="read through"):
         transfer.push(here, remote, [manifest], advance=abs)
+
+
+def test_a_cut_off_pull_is_no_part_of_what_is_read_through_and_the_reverse(
+    source: tuple[Store, Remote], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, remote = source
+    here, ref, manifest = Store(tmp_path / "other"), RECIPE.ref, store.open(RECIPE.ref).manifest
+    here.arriving(ref).mkdir(parents=True)
+    for number, size in ((0, SIZE), (3, 1234)):  # a whole one and a torn one
+        tar = f"train-{number:06d}.tar"
+        (here.arriving(ref) / tar).write_bytes((store.path(ref) / tar).read_bytes()[:size])
+    through.leave(here, remote, manifest, size=8 * SIZE)
+    assert sorted(path.name for path in here.open(ref).path.iterdir()) == [ELSEWHERE, "index.json", MANIFEST]
+    tars = Shards(here.path(ref)).tars("train")
+    assert [sample.image_id for tar in tars for sample in read_shard(tar)] == list(range(1, TARS + 1))
+    here.remove(ref)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Store, "_complete", die)
+        through.leave(here, remote, manifest, size=8 * SIZE)
+    assert transfer.pull(here, remote, [manifest], advance=abs) == [ref]
+    assert {path.name for path in here.path(ref).iterdir()} == {*manifest.files, MANIFEST}
+    (here.path(ref) / tars[3].name).unlink()
+    assert here.verify(ref) == [f"{tars[3].name} is missing"]
 
 
 def test_a_remote_that_fails_for_a_while(here: Store, monkeypatch: pytest.MonkeyPatch) -> None:
