@@ -345,14 +345,26 @@ def _push_once(store: Store, remote: Remote, manifest: Manifest, files: ThreadPo
     for parent in {f"{folder}/{name}".rpartition("/")[0] for name in due if "/" in name}:
         remote.make_folder(parent)
 
+    # `_push` goes on from these; raised in `_spread` they would stop the other artefacts of the push for good.
+    gone: list[FileNotFoundError] = []
+
     def send(name: str) -> None:
+        if gone:
+            return
         source, sha256 = store.path(ref) / name, manifest.files[name]["sha256"]
         if not source.is_file() and store.path(ref).is_dir():
             raise UserError(f"{ref} is damaged ({name} is missing); {anew(ref.key)}")
-        if problem := remote.send(source, f"{folder}/{name}", sha256=sha256, advance=advance):
+        try:
+            problem = remote.send(source, f"{folder}/{name}", sha256=sha256, advance=advance)
+        except FileNotFoundError as error:
+            gone.append(error)
+            return
+        if problem:
             raise UserError(f"{ref} is damaged ({name} {problem}); {anew(ref.key)}")
 
     _spread(remote, files, send, due)
+    if gone:
+        raise gone[0]
     remote.write(f"{folder}/{MANIFEST}", manifest.dumps().encode())
     if remote.renames:
         _rename(remote, hidden, ref)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
-from remote_processes import make, recipe
+from remote_processes import FILES, make, recipe
 
 from storage import transfer
 from storage.keys import Ref
@@ -51,3 +53,29 @@ def test_a_push_into_a_store_that_makes_the_same_artefact(
     ours = {"build": "ours", "pull": "index.json"}[way]
     assert {MANIFEST, ours} <= {path.name for path in aside.iterdir()}
     assert "had lost its" not in caplog.text and f"ours is set aside as {aside}" in caplog.text
+
+
+def test_a_push_whose_artefact_another_push_completes_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its other artefacts, and with what the same remote sends later."""
+    store, remote = Store(tmp_path / "store"), Remote(address(tmp_path / "remote"), threads=2)
+    first, second, third = (make(store, number) for number in range(3))
+    begun, send_file, sent_files = threading.Event(), Remote.send, list[str]()
+
+    def overtaken(self: Remote, source: Path, path: str, **options: Any) -> str:
+        if self is remote:
+            sent_files.append(path)
+            if first.key in path and not begun.is_set():
+                begun.set()
+                assert send(store, remote.url, first) == [first]
+        return send_file(self, source, path, **options)
+
+    monkeypatch.setattr(Remote, "send", overtaken)
+    pushed = transfer.push(store, remote, [store.open(ref).manifest for ref in (first, second)], advance=abs)
+    assert pushed == [first, second] and begun.is_set()
+    assert sum(first.key in path for path in sent_files) < len(FILES)  # not all are tried when the folder is gone
+    assert transfer.push(store, remote, [store.open(third).manifest], advance=abs) == [third]
+    there = Store(tmp_path / "remote")
+    assert [there.verify(ref) for ref in (first, second, third)] == [[]] * 3
+    assert remote.sizes("tokens").keys() == {
+        f"{ref.key}/{name}" for ref in (first, second, third) for name in (MANIFEST, *FILES)
+    }
