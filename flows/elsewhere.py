@@ -84,11 +84,15 @@ class Elsewhere:
             transfer.push_run(self.store, self.remote, name)
 
     def leave(self, ref: Ref) -> None:
-        """With `push`, send what is complete here and not there. A failure is logged, and raised by `finish`."""
+        """With `push`, send what is complete here and not there. What is there with other bytes is logged and stays. A
+        failure is logged, and raised by `finish`."""
         if not (self.remote and self.push) or self.store.state(ref) != "fresh":
             return
         try:
-            send(self.store, self.remote, transfer.compare(self.store, self.remote, [ref]).here)
+            found = transfer.compare(self.store, self.remote, [ref])
+            if found.other:
+                log.warning("%s is in %s with other bytes of the same key; left out", ref, self.remote)
+            send(self.store, self.remote, found.here)
         except UserError as error:
             log.warning("%s was not sent: %s", ref, error)
             self.unsent[ref] = str(error)

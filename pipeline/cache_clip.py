@@ -58,13 +58,15 @@ def build(
     from storage.shards import Shards
     from storage.tokens import check_tokens, token_files
 
-    opened = Shards(build.open("shards").path)
+    shards = build.open("shards")
+    opened = Shards(shards.path)
     _require_targets(opened.tars("train"), benchmark)
     if config.regions != "none":
         _require_regions(opened.tars("train"), config, benchmark)
     jobs = [
         Job(
             tar=tar,
+            sha256=shards.manifest.files[tar.name]["sha256"],
             group=build.path / f"{tar.stem}.zarr",
             images=count,
             hide=split == "train",

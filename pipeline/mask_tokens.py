@@ -18,7 +18,7 @@ from pipeline.teacher.cluster import Progress
 from pipeline.teacher.config import TeacherConfig, TokensConfig
 from pipeline.teacher.pieces import TarJob, make_group, make_groups
 from storage import pieces
-from storage.keys import Recipe, Ref
+from storage.keys import Recipe, Ref, sha256_file
 from storage.remote import Remote
 from storage.store import Build
 
@@ -64,13 +64,18 @@ def recipe(
 @dataclass(frozen=True, kw_only=True)
 class Job(TarJob):
     """The first `images` samples of a tar, under `hide` of those that the training protocol leaves; the checkpoint's
-    folder."""
+    folder, and the sha256 of its files (`storage.checkpoints.FILES`)."""
 
     hide: bool
     checkpoint: Path
+    weights: tuple[str, ...]
     config: TokensConfig
     teacher: TeacherConfig
     benchmark: Benchmark
+
+    @property
+    def made_of(self) -> tuple[str, ...]:
+        return (*super().made_of, *self.weights)
 
 
 def build(
@@ -88,16 +93,19 @@ def build(
 
     Raises UserError as `make_groups` does, and if a tar is damaged.
     """
+    from storage.checkpoints import FILES
     from storage.mask_tokens import check_mask_tokens, mask_token_files
     from storage.shards import Shards
 
-    opened = Shards(build.open("shards").path)
+    shards, checkpoint = build.open("shards"), build.open("checkpoint")
+    opened = Shards(shards.path)
     wanted = build.recipe.config["calibration_images"]
     train = list(_left_for_training(opened.tars("train"), benchmark, most=wanted))
     val = list(zip(opened.tars("val"), opened.counts("val"), strict=True))
     shared: dict[str, Any] = {
         "artefact": build.recipe.ref,
-        "checkpoint": build.open("checkpoint").path,
+        "checkpoint": checkpoint.path,
+        "weights": tuple(checkpoint.manifest.files[name]["sha256"] for name in FILES),
         "config": config,
         "teacher": teacher,
         "benchmark": benchmark,
@@ -105,6 +113,7 @@ def build(
     jobs = [
         Job(
             tar=tar,
+            sha256=shards.manifest.files[tar.name]["sha256"],
             group=build.path / f"{tar.stem}.zarr",
             images=count,
             hide=hide,
@@ -156,7 +165,7 @@ def _encode(job: Job, runtime: Runtime, progress: Progress) -> str:
 
     def write(job: Job, path: Path) -> None:
         with _LOADING:
-            teacher, model = _load(job.teacher, job.checkpoint, runtime)
+            teacher, model = _load(job.teacher, job.checkpoint, job.weights, runtime)
         _write(path, job, teacher, model, runtime, progress)
 
     return make_group(job, write, runtime, progress, reads=(job.checkpoint,))
@@ -201,17 +210,27 @@ _LOADING = threading.Lock()  # a cluster's workers may have several threads
 
 
 @functools.lru_cache(maxsize=1)
-def _load(teacher: TeacherConfig, checkpoint: Path, runtime: Runtime) -> tuple[Teacher, Model]:
-    """The teacher, and the checkpoint with its segmenter folded for inference, loaded once per worker; on a machine
-    without the store from the remote."""
+def _load(
+    teacher: TeacherConfig, checkpoint: Path, weights: tuple[str, ...], runtime: Runtime
+) -> tuple[Teacher, Model]:
+    """The teacher, and the checkpoint with its segmenter folded for inference, loaded once per worker and `weights`,
+    the sha256 of the checkpoint's files: a worker may live through two builds of the same key, or have a store of its
+    own under the same path. With a remote, files that have others, or are not here, come from there."""
     from models.folding import for_inference
     from pipeline.inference.model import load_model
     from storage.checkpoints import FILES
 
     with tempfile.TemporaryDirectory(prefix="zs-seg-") as name:
         here = checkpoint
-        if runtime.remote and not checkpoint.exists():
+        if runtime.remote and _hashes(checkpoint) != weights:
             here = Path(name)
-            pieces.fetch(Remote(runtime.remote), checkpoint, here, *FILES)
+            pieces.fetch(Remote(runtime.remote), checkpoint, here, dict(zip(FILES, weights, strict=True)))
         model = load_model(here, runtime.torch_device())
     return teacher.load(runtime), replace(model, segmenter=for_inference(model.segmenter))
+
+
+def _hashes(checkpoint: Path) -> tuple[str, ...]:
+    """The sha256 of a checkpoint's files, () for no folder."""
+    from storage.checkpoints import FILES
+
+    return tuple(sha256_file(checkpoint / name) for name in FILES) if checkpoint.is_dir() else ()

@@ -2,7 +2,9 @@
 they make is left there, and the process that builds the artefact brings it home.
 
 A part is a folder. Whoever makes one sends it to `<kind>/.<key>.pieces/NAME.TOKEN/`, and then the list of its files with
-their hashes to `NAME.json`, unless there is one: of two that made the same part the first counts.
+their hashes to `NAME.json`, unless there is one: of two that made the same part the first counts. What a killed run
+left is used by the next, and two builds with one key may read other bytes: so a part's name holds a hash over the bytes
+that it is made of.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 
 from storage.errors import UserError
@@ -24,15 +27,22 @@ def folder_of(ref: Ref) -> str:
     return f"{ref.kind}/.{ref.key}{PIECES}"
 
 
-def fetch(remote: Remote, source: Path, folder: Path, *names: str) -> None:
+def fetch(remote: Remote, source: Path, folder: Path, hashes: Mapping[str, str]) -> None:
     """Bring files of a complete artefact, whose folder in the builder's store is `source`, into a folder of this machine.
+    `hashes`: the files' names, and the sha256 that each has in the builder's store.
 
-    Raises UserError where the artefact is not in the remote, or a file is damaged there, and as `Remote`.
+    Raises UserError where the artefact is not in the remote, or has other bytes there, or a file is damaged, and as
+    `Remote`.
     """
     ref = Ref(kind=source.parent.name, key=source.name)
     if (manifest := remote.manifest(ref)) is None:
         raise UserError(f"{ref} is not in {remote}, from which a worker without {source} reads; `zs-seg push {ref}`")
-    for name in names:
+    for name, sha256 in hashes.items():
+        if manifest.files.get(name, {}).get("sha256") != sha256:
+            raise UserError(
+                f"{ref} has other bytes in {remote} than in the run's store ({name}), and a worker without {source} "
+                "reads there; pass a --remote without it, or delete it in the store and run again, which fetches it"
+            )
         fetch_file(remote, manifest, folder, name)
 
 

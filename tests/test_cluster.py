@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,10 +34,11 @@ from pipeline.runtime import Runtime
 from pipeline.scenes import benchmark
 from pipeline.teacher import cluster
 from pipeline.teacher.cluster import device_of_worker, run_tasks, split_cores
+from pipeline.teacher.pieces import TarJob
 from pipeline.world.config import ScenesConfig
 from storage import pieces, transfer
 from storage.errors import UserError
-from storage.keys import Ref
+from storage.keys import Ref, sha256_file
 from storage.remote import Remote
 from storage.shards import Shards
 from storage.store import Artefact, Manifest, Store
@@ -164,10 +166,14 @@ def test_two_workers_on_other_disks_hand_their_tokens_over_in_a_remote(
             transfer.push(shards[0], remote, [shards[0].open(shards[1]).manifest], advance=abs)
             # What a worker of an earlier run has left is used: here a damaged group, which is found and made again.
             (name, *_) = (path.name for path in groups_in(shards[0].root))
-            pieces.leave(remote, calm.ref, calm.path / name)
+            job = TarJob(
+                tar=(tar := shards[0].path(shards[1]) / f"{name.removesuffix('.zarr')}.tar"), sha256=sha256_file(tar),
+                group=calm.path / name, images=8, artefact=calm.ref,
+            )  # fmt: skip
+            pieces.leave(remote, calm.ref, shutil.copytree(job.group, tmp_path / job.part))
             (left,) = (one for one in remote.sizes(pieces.folder_of(calm.ref)) if one.endswith("/global/c/0/0"))
             remote.write(f"{pieces.folder_of(calm.ref)}/{left}", b"x")
-            with pytest.raises(UserError, match=f"part {name} of {calm.ref} is damaged"):
+            with pytest.raises(UserError, match=f"part {job.part} of {calm.ref} is damaged"):
                 encode(shards, Path("/proc/self/cwd/store"), str(file), remote=remote.url)
             made = encode(shards, Path("/proc/self/cwd/store"), str(file), remote=remote.url)
             # The same of mask-tokens, whose workers fetch the checkpoint, too.
@@ -388,7 +394,7 @@ def test_one_tar_encoded_twice_at_the_same_time(shards: tuple[Store, Ref], calm:
     assert isinstance(CONFIG.data, ScenesConfig)
     tar = Shards(shards[0].path(shards[1])).tars("val")[0]
     job = cache_clip.Job(
-        tar=tar, group=tmp_path / "val-000000.zarr", images=8, hide=False, config=CONFIG.tokens, teacher=CONFIG.teacher,
+        tar=tar, sha256="", group=tmp_path / "val-000000.zarr", images=8, hide=False, config=CONFIG.tokens, teacher=CONFIG.teacher,
         benchmark=benchmark(CONFIG.data), artefact=calm.ref,
     )  # fmt: skip
     both = threading.Barrier(2, timeout=60)

@@ -22,9 +22,12 @@ from pipeline.data.transforms import channels_first
 from pipeline.inference.forward import outputs
 from pipeline.inference.model import load_model
 from pipeline.line import Stage
+from storage import transfer
+from storage.checkpoints import FILES, load_checkpoint, save_checkpoint
 from storage.errors import UserError
 from storage.kept_outputs import read_kept_outputs, write_kept_outputs
 from storage.mask_tokens import MaskTokenGroup, check_mask_tokens, read_mask_tokens, write_mask_tokens
+from storage.remote import Remote
 from storage.shards import Shards, decode_image, read_shard
 from storage.store import Artefact, Store
 
@@ -145,11 +148,39 @@ def test_two_workers_change_no_byte(
 
 def test_a_worker_that_does_not_see_the_store(steps: dict[str, Stage], tmp_path: Path) -> None:
     job = mask_tokens.Job(
-        tar=tmp_path / "val-000000.tar", group=tmp_path / "a.zarr", images=1, hide=False, checkpoint=tmp_path, artefact=stage(steps).recipe.ref,
-        config=CONFIG.tokens, teacher=CONFIG.teacher, benchmark=WORLD,
+        tar=tmp_path / "val-000000.tar", sha256="", group=tmp_path / "a.zarr", images=1, hide=False, checkpoint=tmp_path, weights=(),
+        artefact=stage(steps).recipe.ref, config=CONFIG.tokens, teacher=CONFIG.teacher, benchmark=WORLD,
     )  # fmt: skip
     with pytest.raises(UserError, match=r"a worker on .* does not find .*val-000000\.tar; pass --store"):
         mask_tokens._encode(job, QUIET, lambda *_: None)
+
+
+def test_a_worker_takes_the_checkpoint_with_the_bytes_of_the_run(
+    shared_store: Store, steps: dict[str, Stage], tmp_path: Path
+) -> None:
+    """From a remote where its own disk has others under that path, and not from an earlier run that it remembers."""
+    trained, here, other = steps["v2c"].recipe.ref, Store(tmp_path / "here"), Store(tmp_path / "other")
+    manifest, remote = shared_store.open(trained).manifest, Remote(f"file://{tmp_path}/remote")
+    remote.require(make=True)
+    transfer.push(shared_store, remote, [manifest], advance=abs)
+    copy_artefacts(shared_store, other, [trained])
+    tensors, meta = load_checkpoint(other.path(trained))
+    save_checkpoint(other.path(trained), {name: tensor + 1 for name, tensor in tensors.items()}, meta)
+    ours, theirs = (mask_tokens._hashes(store.path(trained)) for store in (shared_store, other))
+    assert ours == tuple(manifest.files[name]["sha256"] for name in FILES) and ours[0] != theirs[0]
+
+    def projector(store: Store, weights: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        runtime = replace(QUIET, remote=remote.url)
+        return mask_tokens._load(CONFIG.teacher, store.path(trained), weights, runtime)[1].projector.state_dict()
+
+    right = load_model(shared_store.path(trained)).projector.state_dict()
+    for store, shift in ((here, 0), (other, 0), (other, 1)):
+        found = projector(store, theirs if shift else ours)
+        assert right and all(torch.equal(found[name], tensor + shift) for name, tensor in right.items())
+    assert projector(here, ours).keys() == right.keys()
+    with pytest.raises(UserError, match=f"{trained} has other bytes in file://"):
+        projector(here, theirs)
+    mask_tokens._load.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------ the format

@@ -4,6 +4,7 @@ does around a group. The same job may run twice, even at the same time, on any m
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import socket
 import tempfile
 import time
@@ -19,7 +20,7 @@ from storage import pieces
 from storage.atomic import clean, delete
 from storage.errors import UserError
 from storage.inputs import vouch
-from storage.keys import Ref
+from storage.keys import KEY_LENGTH, Ref
 from storage.remote import Remote
 from storage.store import Build
 from storage.through import there
@@ -27,15 +28,26 @@ from storage.through import there
 
 @dataclass(frozen=True, kw_only=True)
 class TarJob:
-    """One tar, of which `images` samples get rows, and the group for them, a part of the artefact."""
+    """One tar, with its sha256, of which `images` samples get rows, and the group for them, a part of the artefact."""
 
     tar: Path
+    sha256: str
     group: Path
     images: int
     artefact: Ref
 
     def __str__(self) -> str:
         return str(self.tar)
+
+    @property
+    def made_of(self) -> tuple[str, ...]:
+        """The sha256 of every file of the build's inputs that the group is made of."""
+        return (self.sha256,)
+
+    @property
+    def part(self) -> str:
+        """The group's name in a remote, where groups made of other bytes have other names."""
+        return f"{self.group.name}.{hashlib.sha256(' '.join(self.made_of).encode()).hexdigest()[:KEY_LENGTH]}"
 
 
 Job = TypeVar("Job", bound=TarJob)
@@ -85,9 +97,9 @@ def make_groups(
 
 def _bring(job: TarJob, remote: Remote) -> bool:
     """Whether a worker had left the job's group in the remote; it is here now."""
-    if not pieces.is_there(remote, job.artefact, job.group.name):
+    if not pieces.is_there(remote, job.artefact, job.part):
         return False
-    write_once(job.group, lambda own: pieces.bring(remote, job.artefact, job.group.name, own))
+    write_once(job.group, lambda own: pieces.bring(remote, job.artefact, job.part, own))
     return True
 
 
@@ -108,12 +120,12 @@ def make_group(
     device = str(runtime.torch_device())
     if runtime.remote and not job.group.parent.exists():
         remote = Remote(runtime.remote)
-        if pieces.is_there(remote, job.artefact, job.group.name):
+        if pieces.is_there(remote, job.artefact, job.part):
             progress(job.images, 0)
             return device
         with tempfile.TemporaryDirectory(prefix="zs-seg-") as name:
-            own = replace(job, tar=Path(name) / job.tar.name, group=Path(name) / job.group.name)
-            pieces.fetch(remote, job.tar.parent, Path(name), job.tar.name)
+            own = replace(job, tar=Path(name) / job.tar.name, group=Path(name) / job.part)
+            pieces.fetch(remote, job.tar.parent, Path(name), {job.tar.name: job.sha256})
             write_once(own.group, lambda path: write(own, path))
             pieces.leave(remote, job.artefact, own.group)
         return device
