@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -162,11 +164,9 @@ def load_teacher(
     Raises ModelError where the model, its weights or its tokenizer cannot be had, naming what to fetch and where to put
     it.
     """
-    identifier = f"local-dir:{SMALL_CLIP}" if name == "small" else name
     if pretrained == "shipped" and name != "small":
         raise ModelError(f"teacher {name!r} with weights 'shipped': these are of the teacher 'small'")
-    own = name == "small" and pretrained not in ("shipped", "random")
-    if own and not Path(pretrained).is_file():
+    if name == "small" and pretrained not in ("shipped", "random") and not Path(pretrained).is_file():
         raise ModelError(
             f"teacher 'small' with weights {pretrained!r}: its weights are 'shipped', 'random', or a file that "
             "`python -m pipeline.world.train_teacher` made"
@@ -175,27 +175,36 @@ def load_teacher(
     folder = Path(pretrained) if is_teacher_folder(pretrained) else None
     preprocessing = None if name == "small" or pretrained == "random" else _preprocessing(name, pretrained, folder)
     # random weights are drawn without a change to the caller's random state
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _identifier(name, pretrained) as identifier:
         torch.manual_seed(seed)
         try:
             clip = open_clip.create_model(
                 identifier,
                 pretrained=None
-                if pretrained in ("shipped", "random")
+                if name == "small" or pretrained == "random"
                 else str(folder / WEIGHTS if folder else pretrained),
-                load_weights=pretrained != "random" and not own,
-                require_pretrained=pretrained != "random" and not own,
+                load_weights=pretrained != "random",
+                require_pretrained=pretrained != "random",
                 # else a text tower of the hub would load its own weights
                 pretrained_text=pretrained != "random",
                 force_preprocess_cfg=preprocessing,
                 device=torch.device(device),
             )
-            # beside a folder's config open_clip reads that folder's weights alone
-            if own:
-                open_clip.load_checkpoint(clip, pretrained)
         except Exception as error:  # a broken file raises whatever its reader raises
             raise ModelError(_advice(name, pretrained, error)) from error
     return Teacher(clip, load_tokenizer(name=name, pretrained=pretrained), fill=fill).to(device)
+
+
+@contextmanager
+def _identifier(name: str, pretrained: str) -> Iterator[str]:
+    """By which open_clip finds the model: of the small one a folder with its config, and with its weights, if any."""
+    if name != "small" or pretrained in ("shipped", "random"):
+        yield f"local-dir:{SMALL_CLIP}" if name == "small" else name
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / CONFIG).symlink_to(SMALL_CLIP / CONFIG)
+        (Path(folder) / WEIGHTS).symlink_to(Path(pretrained).resolve())
+        yield f"local-dir:{folder}"
 
 
 def load_tokenizer(*, name: str, pretrained: str) -> Tokenizer:
