@@ -58,9 +58,11 @@ def survey(remote: Remote, *, keep: int = 1, forget: Collection[str] = (), parti
         for ref, manifest in manifests.items()
         if ref not in reached
     ]
-    broken = [ref for ref in refs if ref not in manifests and ref not in pushes]
+    broken = [ref for ref in refs if ref not in manifests and ref not in pushes and ref not in reached]
     waste += [_folder(remote, str(ref), ref, "has no manifest that can be used") for ref in broken]
-    waste += _cut_off(remote, {ref: age for ref, (age, _) in pushes.items() if age > partial_age}, manifests)
+    old = {ref: age for ref, (age, _) in pushes.items() if age > partial_age}
+    # A push that has met a damaged manifest leaves its note, too.
+    waste += _cut_off(remote, old, [ref for ref in old if ref in manifests or remote.has_manifest(ref)])
     aged = [(path, min((remote.age(f"{path}/{name}") for name in remote.sizes(path)), default=0.0)) for path in asides]
     waste += [
         _folder(remote, path, None, f"untouched for {age / 86400:.0f} days") for path, age in aged if age > partial_age

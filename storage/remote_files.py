@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -349,8 +349,22 @@ class RemoteFiles:
 
     def delete(self, path: str) -> None:
         """A file or a folder with all in it; nothing happens where there is none."""
+        whole = self._path(path)
         with suppress(FileNotFoundError, NotADirectoryError):
-            self._tried(lambda: self._fs.rm(self._path(path), recursive=True))
+            if self.protocol == "s3":
+                self._delete_objects(whole)
+            else:
+                self._tried(lambda: self._fs.rm(whole, recursive=True))
+
+    def _delete_objects(self, whole: str) -> None:
+        """The files below, or the one of this name. Those that S3 refuses to delete among the many of a request s3fs passes
+        over; asked for one by one, it raises."""
+        files = self._tried(lambda: self._fs.find(whole))
+        if len(files) > 1:
+            self._tried(lambda: self._fs.rm(files))
+            files = self._tried(lambda: self._fs.find(whole))
+        for file in files:
+            self._tried(partial(self._fs.rm_file, file))
 
     @contextmanager
     def _aside(self, path: str) -> Iterator[str]:

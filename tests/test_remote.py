@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 from children import ENVIRONMENT, command
 from fault_remote import kill_at_random, now
@@ -562,6 +563,45 @@ def test_gc_of_a_remote_keeps_what_its_runs_reach(
     assert says(capsys, store, "gc", "--remote", url, "--delete")[-1].startswith("0 folders with 0 B removed")
     # What it removed can be pushed again.
     assert set(sent(store, url, *earlier)) == earlier
+
+
+def test_gc_of_a_remote_keeps_what_a_run_reaches_though_it_is_damaged(store: Store, url: str) -> None:
+    """And though a push has stopped at the damaged manifest and left its note, long ago. What no run reaches goes."""
+    last, earlier = two_lines(store, url)
+    remote, (edited, lost, pushed, *_), (stray, *_) = Remote(url), sorted(last, key=str), sorted(earlier, key=str)
+    for ref in (edited, pushed, stray):
+        remote.write(f"{ref}/{MANIFEST}", b"[]")
+    remote_care.set_aside(remote, lost)
+    with pytest.raises(UserError, match="cannot be used"):
+        sent(store, url, pushed)
+    before = {ref: remote.sizes(str(ref)) for ref in (edited, lost, pushed)}
+    time.sleep(1.1)
+    assert stray in {one.ref for one in remote_care.collect(remote, partial_age=1).waste}
+    assert {ref: remote.sizes(str(ref)) for ref in before} == before and not remote.sizes(str(stray))
+
+
+def test_what_s3_does_not_let_go_is_an_error(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many files deleted in one request S3 refuses single ones in an answer of success."""
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    remote, client = Remote("s3://bucket/denied"), boto3.client("s3")
+    for name in ("tokens/x/a", "tokens/x/b", "tokens/x/c"):
+        remote.write(name, b"x")
+    held = {
+        "Effect": "Deny",
+        "Principal": "*",
+        "Action": "s3:DeleteObject",
+        "Resource": "arn:aws:s3:::bucket/denied/tokens/x/b",
+    }
+    client.put_bucket_policy(Bucket="bucket", Policy=json.dumps({"Version": "2012-10-17", "Statement": [held]}))
+    try:
+        with pytest.raises(UserError, match="denies access"):
+            remote.delete("tokens/x")
+        assert remote.sizes("") == {"tokens/x/b": 1}
+    finally:
+        client.delete_bucket_policy(Bucket="bucket")
+    remote.delete("tokens/x")
+    assert remote.sizes("") == {}
 
 
 def test_gc_of_a_remote_leaves_a_push_under_way_alone(store: Store, url: str) -> None:
