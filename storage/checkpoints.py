@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from storage.atomic import replacing, write_text
-from storage.errors import UserError, anew
+from storage.errors import NO_FILE, UserError, anew
 
 WEIGHTS = "weights.safetensors"
 META = "meta.json"
@@ -37,10 +37,12 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], meta: Map
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors, on the CPU, and the meta data. Raises UserError, naming the folder, when either is damaged."""
+    """The tensors, on the CPU, and the meta data. Raises UserError, naming the folder, when either is missing or damaged,
+    OSError when one cannot be read."""
     try:
+        _require_readable(folder / WEIGHTS)
         return load_file(folder / WEIGHTS), json.loads((folder / META).read_bytes())
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+    except (*NO_FILE, ValueError, RecursionError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"checkpoint {folder} is missing or damaged ({reason}); {anew()}") from error
 
@@ -60,19 +62,26 @@ def save_training_state(folder: Path, state: Mapping[Any, Any]) -> None:
 
 
 def load_training_state(folder: Path) -> Any | None:
-    """The last saved state, tensors on the CPU; None when there is none. Raises UserError when it is damaged."""
+    """The last saved state, tensors on the CPU; None when there is none. Raises UserError when it is damaged, OSError
+    when it cannot be read."""
     path = folder / STATE
     if not path.exists():
         return None
     try:
+        _require_readable(path)
         with safe_open(path, framework="pt") as file:
             structure, checksum = json.loads(file.metadata()["structure"])
             tensors = [file.get_tensor(name) for name in sorted(file.keys())]
         if checksum != _checksum(structure, tensors):
             raise UserError("its checksum differs")
         return _unflatten(structure, tensors)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, SafetensorError) as error:
+    except (*NO_FILE, ValueError, KeyError, TypeError, IndexError, RecursionError, SafetensorError) as error:
         raise UserError(f"training state {path} is damaged; delete it to train from the start") from error
+
+
+def _require_readable(path: Path) -> None:
+    """Raises OSError. safetensors takes any file that it cannot open for one that is missing."""
+    path.open("rb").close()
 
 
 def _save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+# Where a file is missing, or is none. Any other OSError (of the disk, the network, the rights, the number of open files) is
+# no sign of damage: it passes, and nothing is made again or set aside for it.
+NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
 
 class UserError(ValueError):
     """A mistake that the user can mend, as one line that names the thing and the cure.

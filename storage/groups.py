@@ -18,7 +18,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
 from storage.atomic import replacing
-from storage.errors import UserError, anew
+from storage.errors import NO_FILE, UserError, anew
 
 
 def write_group(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -76,7 +76,8 @@ def map_array(path: Path, name: str, dtype: np.dtype | type) -> np.ndarray:
 def read_group(path: Path, dtypes: Mapping[str, np.dtype | type]) -> dict[str, np.ndarray]:
     """The arrays of those names.
 
-    Raises UserError, naming the group, when one is missing, damaged or of another dtype.
+    Raises UserError, naming the group, when one is missing, damaged or of another dtype, and OSError where that cannot
+    be found out.
     """
     arrays = {}
     for name, dtype in dtypes.items():
@@ -104,5 +105,7 @@ def _damage_named(path: Path, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # zarr and its codecs raise many unrelated types
+        if isinstance(error, MemoryError | OSError) and not isinstance(error, NO_FILE):
+            raise
         what = f"{path}: array {name} is missing or damaged" if path.is_dir() else f"{path} is missing"
         raise UserError(f"{what} ({' '.join(str(error).split())}); {anew()}") from error

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from storage.errors import NO_FILE
 from storage.keys import Recipe, Ref, canonical
-from storage.store import MANIFEST, Store
+from storage.store import MANIFEST, UNPARSABLE, Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,8 @@ class Lineage:
         self._lines: dict[Ref, dict[str, Node]] = {}
 
     def node(self, ref: Ref) -> Node | None:
-        """None when the artefact is not there, or its manifest cannot be read."""
+        """None when the artefact is not there, or its manifest is damaged or not for this user. Raises OSError where
+        that cannot be found out."""
         if ref not in self._nodes:
             self._nodes[ref] = _read(self.store, ref)
         return self._nodes[ref]
@@ -124,5 +126,5 @@ def _read(store: Store, ref: Ref) -> Node | None:
             bytes=sum(file["bytes"] for file in data["files"].values()),
             files=len(data["files"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (*NO_FILE, PermissionError, *UNPARSABLE):
         return None

@@ -117,12 +117,11 @@ def _store(remote: Remote) -> Store | None:
 
 
 def _manifest(remote: Remote, ref: Ref) -> Manifest | None:
-    """None for a damaged one, too."""
+    """None for a damaged one, too. Raises UserError as `Remote.read`."""
+    text = remote.read(f"{ref}/{MANIFEST}")
     try:
-        return remote.manifest(ref)
+        return remote.parsed(text, ref) if text is not None else None
     except UserError:
-        if remote.read(f"{ref}/{MANIFEST}") is None:
-            raise
         return None
 
 
@@ -187,13 +186,15 @@ def _folder(remote: Remote, path: str, ref: Ref | None, reason: str) -> Waste:
 def verify(remote: Remote, ref: Ref, *, files: Collection[str] | None = None) -> list[str]:
     """Compare an artefact there with its manifest: which of its files are there, their sizes, and every byte of those in
     `files` (None = of all). One line a problem, [] = intact.
+
+    Raises UserError as `Remote.read`.
     """
+    if (text := remote.read(f"{ref}/{MANIFEST}")) is None:
+        return [f"it has no {MANIFEST}"]
     try:
-        manifest = remote.manifest(ref)
+        manifest = remote.parsed(text, ref)
     except UserError as error:
         return [str(error)]
-    if manifest is None:
-        return [f"it has no {MANIFEST}"]
     sizes, problems = remote.sizes(str(ref)), {}
     for name, entry in manifest.files.items():
         if name not in sizes:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from storage.atomic import clean, delete, fsync, write_text
-from storage.errors import UserError, anew, counted
+from storage.errors import NO_FILE, UserError, anew, counted
 from storage.inputs import NOTE, Inputs
 from storage.keys import KEY_LENGTH, Recipe, Ref, canonical, recipe_key, sha256_file
 from storage.lock import Lock
@@ -523,7 +523,7 @@ class Store:
         path = self.path(ref) / MANIFEST
         try:
             return Manifest.parse(path.read_bytes(), ref)
-        except (OSError, *UNPARSABLE) as error:
+        except (*NO_FILE, *UNPARSABLE) as error:
             reason = f"{ref} is damaged, its {MANIFEST} cannot be used"
             raise UserError(f"{reason}; {anew(ref.key)}") from error
 
