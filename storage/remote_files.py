@@ -348,9 +348,14 @@ class RemoteFiles:
             self._tried(lambda: self._fs.mv(path, other))
 
     def delete(self, path: str) -> None:
-        """A file or a folder with all in it; nothing happens where there is none."""
+        """A file or a folder with all in it; nothing happens where there is none. Where `renames` a folder goes at once: of
+        one that is deleted in part nothing is taken for a whole."""
         whole = self._path(path)
         with suppress(FileNotFoundError, NotADirectoryError):
+            if self.renames and self._tried(lambda: self._fs.isdir(whole)):
+                aside = self._free(path)
+                self._move(whole, aside)
+                whole = aside
             if self.protocol == "s3":
                 self._delete_objects(whole)
             else:
@@ -366,13 +371,17 @@ class RemoteFiles:
         for file in files:
             self._tried(partial(self._fs.rm_file, file))
 
+    def _free(self, path: str) -> str:
+        """A free name beside the artefacts of the kind, of what `gc` takes for set aside."""
+        return self._path(f"{path.partition('/')[0]}/.{secrets.token_hex(8)}{ASIDE}")
+
     @contextmanager
     def _aside(self, path: str) -> Iterator[str]:
         """A free name beside the artefacts of the kind, for a file on its way to `path`; removed after an error.
 
         What a killed process leaves there goes with what is set aside, and not into the artefact.
         """
-        temporary = self._path(f"{path.partition('/')[0]}/.{secrets.token_hex(8)}{ASIDE}")
+        temporary = self._free(path)
         try:
             yield temporary
         except BaseException:

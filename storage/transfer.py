@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -322,7 +323,9 @@ def _push_once(store: Store, remote: Remote, manifest: Manifest, files: ThreadPo
     hidden = f"{ref.kind}/.{ref.key}{PUSHING}"
     folder, note = hidden if remote.renames else str(ref), f"{hidden}/{NOTE}"
     remote.make_folder(hidden)
-    begun = not remote.create(note, manifest.dumps().encode())
+    # Of this push alone: `create` takes a note of the same text for ours.
+    text = replace(manifest, provenance={**manifest.provenance, "push": secrets.token_hex(8)}).dumps()
+    begun = not remote.create(note, text.encode())
     if begun and (text := remote.read(note)) is not None:
         if text == REMOVING:
             raise UserError(
@@ -340,6 +343,8 @@ def _push_once(store: Store, remote: Remote, manifest: Manifest, files: ThreadPo
     if (there := remote.manifest(ref)) is not None:
         return _settle(remote, hidden, manifest, there)
     have = remote.sizes(folder) if begun else {}
+    if any(name.startswith(MANIFEST + ASIDE) for name in have):
+        have = {}  # among what was sent lies what is left of a damaged artefact
     due = [name for name, entry in manifest.files.items() if have.get(name) != entry["bytes"]]
     advance(sum(entry["bytes"] for name, entry in manifest.files.items() if name not in due))
     for parent in {f"{folder}/{name}".rpartition("/")[0] for name in due if "/" in name}:

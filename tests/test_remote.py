@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -272,6 +274,62 @@ def test_what_cannot_arrive_leaves_nothing_behind(store: Store, tmp_path: Path) 
     assert "has changed" in remote.send(source, "tokens/there/x", sha256="0" * 64, advance=none)
     assert remote.create("tokens/there/y", b"y") and not remote.create("tokens/there/y", b"z")
     assert remote.sizes("") == {"tokens/there/y": 1}
+
+
+def cut_off(store: Store, url: str, ref: Ref, monkeypatch: pytest.MonkeyPatch, *, after: int) -> list[str]:
+    """A push that ends after so many files; their names."""
+    remote, arrived = Remote(url, threads=1), list[str]()
+
+    def send(source: Path, path: str, **options: Any) -> str:
+        if len(arrived) == after:
+            raise UserError("cut off")
+        arrived.append(path.partition(ref.key)[2].partition("/")[2])
+        return Remote.send(remote, source, path, **options)
+
+    monkeypatch.setattr(remote, "send", send)
+    with pytest.raises(UserError, match="cut off"):
+        transfer.push(store, remote, [store.open(ref).manifest], advance=none)
+    return arrived
+
+
+def test_a_cut_off_push_goes_on_with_the_files_that_are_missing(
+    store: Store, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = make(store, 1)
+    first = cut_off(store, url, ref, monkeypatch, after=4)
+    second = cut_off(store, url, ref, monkeypatch, after=3)
+    moved, remote, manifest = list[int](), Remote(url), store.open(ref).manifest
+    transfer.push(store, remote, [manifest], advance=moved.append)
+    assert len({*first, *second}) == 7 and sum(moved) == manifest.bytes
+    assert moved[0] == sum(manifest.files[name]["bytes"] for name in (*first, *second))
+    assert remote_care.verify(remote, ref) == []
+
+
+def test_a_push_after_a_set_aside_trusts_none_of_the_files_that_lie_there(
+    store: Store, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does one that goes on with it."""
+    ref, remote = make(store, 1), Remote(url)
+    sent(store, url, ref)
+    remote.write(f"{ref}/train-000001.tar", bytes(FILES["train-000001.tar"]))
+    remote_care.set_aside(remote, ref)
+    cut_off(store, url, ref, monkeypatch, after=1)
+    assert sent(store, url, ref) == [ref] and remote_care.verify(remote, ref) == []
+
+
+def test_a_folder_goes_at_once_where_folders_can_be_renamed(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its note what a push had sent would be taken for what the next one sends."""
+    remote = Remote(f"file://{tmp_path}/remote")
+    remote.make_folder("tokens/.x.pushing")
+    remote.write("tokens/.x.pushing/a", b"x")
+    monkeypatch.setattr(remote._fs, "rm", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        remote.delete("tokens/.x.pushing")
+    assert remote.sizes("tokens/.x.pushing") == {}
+    (left,) = remote.sizes("tokens")
+    assert re.fullmatch(r"\.[0-9a-f]{16}\.aside/a", left)
 
 
 def test_a_cut_off_pull_goes_on_in_the_file(
