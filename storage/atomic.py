@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+ASIDE = ".aside"  # the end of a hidden name that nobody uses, until `zs-seg gc` or a person deletes it
 _SUFFIX = ".writing"
 
 

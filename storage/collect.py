@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 
-from storage.atomic import delete
+from storage.atomic import ASIDE, delete
 from storage.errors import UserError
 from storage.keys import KEY_LENGTH, Ref
 from storage.lineage import Lineage
 from storage.runs import RunRecord, Runs
-from storage.store import ASIDE, MANIFEST, PIECES, PULLING, PUSHING, REMOVED, UNPARSABLE, Manifest, Store
+from storage.store import MANIFEST, PIECES, PULLING, PUSHING, REMOVED, UNPARSABLE, Manifest, Store
 from storage.transfer import NOTE
 
 

@@ -60,11 +60,11 @@ def parse(data: bytes | None) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def alive(data: bytes | None) -> bool:
+def alive(data: bytes | None, written: float = 0.0) -> bool:
     """Whether a lease was renewed of late, by the clocks of its owner and of this machine, which may differ by half a
-    minute. What has just been created may still be empty."""
-    when = parse(data).get("time", 0)
-    return data == b"" or (isinstance(when, float) and time.time() - when < 2 * DEAD)
+    minute. For one that is still empty the time counts at which its file was `written`."""
+    when = written if data == b"" else parse(data).get("time", 0)
+    return isinstance(when, float) and time.time() - when < 2 * DEAD
 
 
 class Lease:
@@ -77,6 +77,7 @@ class Lease:
         self.place, self.what, self.wait = place, what, wait
         self._text: dict[str, Any] = {"token": secrets.token_hex(8), "beat": 0, **(note or {})}
         self._end = threading.Event()
+        self._thread = threading.Thread(target=self._renew, daemon=True)
         self._lost = False
 
     def __enter__(self) -> Self:
@@ -98,11 +99,13 @@ class Lease:
                 if self._ours():
                     break
             time.sleep(BEAT / 10)
-        threading.Thread(target=self._renew, daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
+        # A renewal under way would put back what is deleted here, or the next owner's.
+        self._thread.join()
         if not self._lost and self._ours():
             self.place.delete()
 

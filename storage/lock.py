@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
+from storage.atomic import ASIDE
 from storage.lease import Lease, alive, holder, owner_now, parse
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Lock:
             return False
         try:
             if _leased(self.path.parents[1]):
-                return alive(_File(self.path).read())
+                return alive(_File(self.path).read(), os.fstat(descriptor).st_mtime)
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
@@ -135,8 +136,12 @@ class _File:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+        except BaseException:
+            self.delete()
+            raise
         return True
 
     def read(self) -> bytes | None:
@@ -146,9 +151,12 @@ class _File:
             return None
 
     def write(self, data: bytes) -> None:
-        temporary = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}")
-        temporary.write_bytes(data)
-        os.replace(temporary, self.path)
+        temporary = self.path.with_name(f".{secrets.token_hex(8)}{ASIDE}")
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def delete(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -9,12 +9,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 from storage import collect as local
+from storage.atomic import ASIDE
 from storage.collect import Survey, Waste
 from storage.errors import UserError
 from storage.keys import Ref
 from storage.remote import Remote
 from storage.runs import RunRecord
-from storage.store import ASIDE, MANIFEST, PIECES, PUSHING, Manifest, Store
+from storage.store import MANIFEST, PIECES, PUSHING, Manifest, Store
 from storage.transfer import BLOCK, NOTE, REMOVING, each
 
 

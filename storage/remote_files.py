@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from storage.atomic import ASIDE
 from storage.errors import UserError
-from storage.store import ASIDE
 
 log = logging.getLogger(__name__)
 

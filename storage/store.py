@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from storage.atomic import clean, delete, fsync, write_text
+from storage.atomic import ASIDE, clean, delete, fsync, write_text
 from storage.errors import NO_FILE, UserError, anew, counted
 from storage.inputs import NOTE, Inputs
 from storage.keys import KEY_LENGTH, Recipe, Ref, canonical, recipe_key, sha256_file
@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 State = Literal["fresh", "partial", "missing", "locked"]
 MANIFEST = "manifest.json"
 REMOVED = ".removed"  # the end of a folder's name that is on its way out
-ASIDE = ".aside"  # the same of one that no build uses, until `zs-seg gc` or a person deletes it
 PULLING = ".pulling"  # the same of one whose files arrive from a remote
 PUSHING = ".pushing"  # the same on a remote, while they are sent there
 PIECES = ".pieces"  # the same of parts that machines without the store's disk have made (`storage/pieces.py`)

@@ -21,13 +21,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from storage.atomic import fsync
+from storage.atomic import ASIDE, fsync
 from storage.errors import UserError, anew
 from storage.keys import Ref
 from storage.remote import Remote
 from storage.remote_files import PIECE, Stopped
 from storage.runs import Runs
-from storage.store import ASIDE, ELSEWHERE, MANIFEST, PUSHING, Manifest, Store
+from storage.store import ELSEWHERE, MANIFEST, PUSHING, Manifest, Store
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,9 @@ import errno
 import json
 import logging
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -18,6 +20,7 @@ from children import ENVIRONMENT, command
 from store_processes import TOKENS, build_two_files
 
 from storage import lease
+from storage.atomic import ASIDE
 from storage.errors import UserError
 from storage.lock import LEASES, Lock, _File, one_machine
 from storage.store import Build, Store
@@ -178,6 +181,58 @@ def test_of_two_who_take_over_in_the_same_moment_one_has_it(leases: Path) -> Non
     for thread in threads:
         thread.join(20)
     assert most == [1, 1]
+
+
+def test_a_lease_that_is_renewed_as_it_ends_does_not_come_back(leases: Path) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    class Slow(_File):
+        def write(self, data: bytes) -> None:
+            begun.set()
+            go.wait(20)
+            super().write(data)
+
+    with lease.Lease(Slow(leases), what="x") as held:
+        assert begun.wait(20)
+        threading.Timer(0.2, go.set).start()
+    assert not leases.exists() and list(leases.parent.iterdir()) == []
+    with Lock(leases, what="x") as next_one:
+        time.sleep(0.3)
+        next_one.require()
+    assert not held._lost
+
+
+def test_an_empty_lease_is_held_by_nobody_for_long(leases: Path) -> None:
+    """As its owner was killed before it wrote, or the disk was full."""
+    leases.touch()
+    assert Lock(leases, what="x").held()
+    os.utime(leases, (0, 0))
+    assert not Lock(leases, what="x").held()
+    began = time.monotonic()
+    with Lock(leases, what="x", wait=False):
+        assert time.monotonic() - began > lease.DEAD and Lock(leases, what="x").held()
+
+
+@pytest.mark.parametrize("operation", ["create", "write"])
+def test_a_lease_that_cannot_be_written_leaves_nothing(leases: Path, operation: str) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            getattr(_File(leases), operation)(b"x" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(leases.parent.iterdir()) == []
+
+
+def test_gc_finds_what_a_killed_owner_of_a_lease_leaves(leases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    leases.mkdir()
+    with pytest.raises(OSError):
+        _File(leases).write(b"x")
+    (left,) = (path for path in leases.parent.iterdir() if path.is_file())
+    assert left in leases.parents[1].glob(f"*/.*{ASIDE}")
 
 
 def test_an_owner_that_stood_still_completes_nothing(leases: Path) -> None:

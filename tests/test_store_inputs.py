@@ -16,12 +16,12 @@ from pipeline.inference.model import checkpoint_folder
 from pipeline.runtime import Runtime
 from pipeline.training.config import Schedule
 from pipeline.training.curves import CURVES, Record
-from storage.atomic import write_text
+from storage.atomic import ASIDE, write_text
 from storage.errors import UserError
 from storage.inputs import NOTE, Inputs, vouch
 from storage.keys import Recipe, Ref
 from storage.shards import Sample, check_shard, write_shard
-from storage.store import ASIDE, Build, Store
+from storage.store import Build, Store
 
 SHARDS = Recipe(kind="shards", stage="shard", version=1, config=None, inputs={})
 TOKENS = Recipe(kind="tokens", stage="cache-clip", version=1, config=None, inputs={"shards": SHARDS.ref})

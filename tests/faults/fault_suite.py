@@ -19,10 +19,11 @@ from tiny import tiny_config
 from flows import runs
 from pipeline.line import STAGES, Config, Stage, line
 from pipeline.runtime import Runtime
+from storage.atomic import ASIDE
 from storage.checkpoints import STATE
 from storage.keys import Ref, sha256_file
 from storage.provenance import provenance
-from storage.store import ASIDE, MANIFEST, Store
+from storage.store import MANIFEST, Store
 
 RUNTIME = Runtime(device="cpu", threads=1, progress=False, dask="none", checkpoint_every=1)
 MEASURED = re.compile(r"(.*/)?(curves\.jsonl|events\.out\.tfevents\..*)")  # hold seconds: no two runs agree
