@@ -166,18 +166,15 @@ def _partials(store: Store, reached: Collection[Ref], age: float) -> list[Waste]
 
 def _asides(store: Store, age: float) -> list[Waste]:
     """What was set aside long ago, and nobody has fetched back."""
-    return [
-        Waste(
-            path=path,
-            ref=None,
-            name=f"{path.parent.name}/{path.name}",
-            bytes=_size(path),
-            reason=f"set aside, untouched for {idle / 86400:.0f} days",
-        )
-        for path in sorted(store.root.glob(f"*/.*{ASIDE}"))
-        # its own st_ctime is that of the rename, when what is in it may have been old
-        if (idle := _idle(path, path.stat().st_ctime)) > age
-    ]
+    found = []
+    for path in sorted(store.root.glob(f"*/.*{ASIDE}")):
+        # What a push sends here bears such a name for a moment.
+        with suppress(FileNotFoundError):
+            # its own st_ctime is that of the rename, when what is in it may have been old
+            if (idle := _idle(path, path.stat().st_ctime)) > age:
+                name, reason = f"{path.parent.name}/{path.name}", f"set aside, untouched for {idle / 86400:.0f} days"
+                found.append(Waste(path=path, ref=None, name=name, bytes=_size(path), reason=reason))
+    return found
 
 
 def _idle(folder: Path, *times: float) -> float:

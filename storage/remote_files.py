@@ -202,8 +202,8 @@ class RemoteFiles:
         try:
             if self.protocol == "file":
                 with self._aside(path) as temporary:
-                    self._fs.pipe_file(temporary, data)
-                    os.link(temporary, whole)
+                    self._tried(lambda: self._fs.pipe_file(temporary, data))
+                    self._tried(lambda: os.link(temporary, whole))
                     os.unlink(temporary)
             elif self.protocol == "ssh":
                 if self._tried(lambda: self._fs.exists(whole)):

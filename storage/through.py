@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 CACHE = ".cache"  # below the store
 TARS = ".tar"  # the end of the names of files that stay in the remote
 THREADS = 4  # files fetched ahead at a time
+ABANDONED = 600.0  # seconds without a write after which nobody is fetching a file any more
 # Tars that must fit at once: those that a training reads and those that it reads next, four of each.
 AT_ONCE = 8
 
@@ -136,7 +137,7 @@ class _Elsewhere:
         return self.cache / self.files[name]["sha256"]
 
     def _fetch(self, name: str) -> None:
-        path, entry = self._path(name), self.files[name]
+        path = self._path(name)
         if path.exists():
             return
         self.cache.mkdir(exist_ok=True)
@@ -147,8 +148,10 @@ class _Elsewhere:
                 raise UserError(
                     f"{self.ref} is damaged in {self.remote} ({name} {problem}); {self.remote.anew(self.ref)}"
                 )
-            self._make_room(entry["bytes"])
-            os.replace(temporary, path)
+            self._make_room()
+            # After a machine's sleep it may have counted as abandoned: `open` then fetches it again.
+            with suppress(FileNotFoundError):
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -164,17 +167,21 @@ class _Elsewhere:
                 file.write(block)
         return "" if digest.hexdigest() == entry["sha256"] else "has changed (sha256 differs)"
 
-    def _make_room(self, need: int) -> None:
-        """Let the least recently used files go until `need` more bytes fit. A file that is open stays readable."""
-        files = []
+    def _make_room(self) -> None:
+        """Let the least recently used files go until all fit, with what is on its way. A file that is open stays readable.
+        What a killed process was fetching goes."""
+        files, full = [], 0
         for entry in os.scandir(self.cache):
             with suppress(FileNotFoundError):
+                stat = entry.stat()
+                if entry.name.startswith(".") and time.time() - stat.st_mtime > ABANDONED:
+                    os.unlink(entry.path)
+                    continue
+                full += stat.st_size
                 if not entry.name.startswith("."):
-                    stat = entry.stat()
                     files.append((stat.st_mtime_ns, stat.st_size, entry.path))
-        full = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
-            if full + need <= self.size:
+            if full <= self.size:
                 return
             with suppress(FileNotFoundError):
                 os.unlink(path)

@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -138,9 +138,12 @@ def missing(store: Store, remote: Remote, refs: Collection[Ref]) -> tuple[list[M
 
 def arrived(store: Store, manifests: Iterable[Manifest]) -> int:
     """Bytes that a cut-off pull of these artefacts has left."""
-    folders = [(store.arriving(manifest.ref), manifest) for manifest in manifests]
-    paths = [folder / name for folder, manifest in folders if folder.is_dir() for name in manifest.files]
-    return sum(path.stat().st_size for path in paths if path.is_file())
+    folders, size = [(store.arriving(manifest.ref), manifest) for manifest in manifests], 0
+    for path in (folder / name for folder, manifest in folders if folder.is_dir() for name in manifest.files):
+        # Another process that receives it may complete it meanwhile.
+        with suppress(FileNotFoundError, NotADirectoryError):
+            size += path.stat().st_size
+    return size
 
 
 # -------------------------------------------------------------------------------------------------------------- pull

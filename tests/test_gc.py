@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from many_artefacts import demo_line, fill, note
 from store_processes import hold_build, hold_run
 
+from storage.atomic import ASIDE
 from storage.collect import collect, survey
 from storage.keys import Recipe, Ref
 from storage.runs import RunRecord, Runs
@@ -169,6 +170,24 @@ def test_a_removal_cut_off_and_a_folder_without_manifest_are_cleared(tmp_path: P
     assert {one.reason for one in collect(store).waste} == {"an interrupted removal", "has no manifest"}
     assert not aside.exists() and not store.path(recipe(2).ref).exists()
     assert store.refs() == [recipe(0).ref]
+
+
+def test_what_is_set_aside_may_vanish_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file that a push sends into a store lies there for a moment under such a name."""
+    store = Store(tmp_path)
+    record(store, "demo", store.build(recipe(0), work))
+    gone, old, glob = tmp_path / "text" / f".1{ASIDE}", tmp_path / "text" / f".2{ASIDE}", Path.glob
+    gone.write_text("x")
+    old.mkdir()
+
+    def listed(folder: Path, pattern: str) -> Iterator[Path]:
+        found = list(glob(folder, pattern))
+        if pattern.endswith(ASIDE):
+            gone.unlink()
+        return iter(found)
+
+    monkeypatch.setattr(Path, "glob", listed)
+    assert [waste.path for waste in survey(store, partial_age=-1).waste] == [old]
 
 
 @contextmanager

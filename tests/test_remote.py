@@ -3,9 +3,12 @@ or half sent is never taken for whole."""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -510,6 +513,27 @@ def test_a_server_that_fails_is_tried_again_and_then_named(
         remote._tried(fails(3))  # type: ignore[arg-type]
     with pytest.raises(ZeroDivisionError):  # a fault of ours
         remote._tried(lambda: 1 / 0)
+
+
+def test_a_folder_without_room_is_a_remote_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_files, "WAITS", ())
+    limits, remote = resource.getrlimit(resource.RLIMIT_FSIZE), Remote(f"file://{tmp_path}")
+    remote.make_folder("tokens")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        for write in (remote.write, remote.create):
+            with pytest.raises(UserError, match=r"fails \(OSError.*File too large"):
+                write("tokens/x", bytes(100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    def link(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no hard links here")
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(UserError, match="no hard links here"):
+        remote.create("tokens/x", b"x")
+    assert remote.sizes("") == {}
 
 
 def test_a_server_that_is_gone_or_denies_and_a_bucket_that_is_not_there(

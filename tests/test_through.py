@@ -3,8 +3,10 @@ bounded size; a training comes to the same bytes."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +110,20 @@ def test_damage_in_the_cache_is_fetched_again_and_damage_there_is_an_error(
     with pytest.raises(UserError, match=r"train-000001.tar has changed .*zs-seg verify"):
         list(read_shard(tars[1]))
     assert [path.name for path in (here.root / through.CACHE).iterdir()] == [kept.name]
+
+
+def test_what_killed_readers_left_in_the_cache(here: Store) -> None:
+    """It counts, and goes when nobody has written it for a while: what comes now lies there, too, under such a name."""
+    tars, cache = Shards(here.path(RECIPE.ref)).tars("train"), here.root / through.CACHE
+    cache.mkdir()
+    dead, living = (cache / f".{name}.writing" for name in ("dead", "living"))
+    for path in (dead, living):
+        path.write_bytes(bytes(2 * SIZE))
+    os.utime(dead, (0, time.time() - 1000))
+    for tar in tars:
+        assert len(list(read_shard(tar))) == 1
+        assert cached(here) <= 8 * SIZE
+    assert not dead.exists() and living.exists() and cached(here) == 8 * SIZE
 
 
 def test_many_readers_at_once(here: Store, source: tuple[Store, Remote]) -> None:
