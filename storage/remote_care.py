@@ -64,7 +64,8 @@ def survey(remote: Remote, *, keep: int = 1, forget: Collection[str] = (), parti
     old = {ref: age for ref, (age, _) in pushes.items() if age > partial_age}
     # A push that has met a damaged manifest leaves its note, too.
     waste += _cut_off(remote, old, [ref for ref in old if ref in manifests or remote.has_manifest(ref)])
-    aged = [(path, min((remote.age(f"{path}/{name}") for name in remote.sizes(path)), default=0.0)) for path in asides]
+    # A folder that a killed removal has emptied has the age of its own.
+    aged = [(path, min(remote.age(f"{path}/{name}") for name in remote.sizes(path) or [""])) for path in asides]
     waste += [
         _folder(remote, path, None, f"untouched for {age / 86400:.0f} days") for path, age in aged if age > partial_age
     ]

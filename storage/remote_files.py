@@ -17,8 +17,8 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from functools import cached_property, partial
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,12 +98,21 @@ class RemoteFiles:
         self.protocol = url.partition("://")[0]
         self.renames = self.protocol in RENAMING
         self.stop = threading.Event()
+        self._turn = threading.RLock()
+        self._connection: tuple[Any, str] | None = None
 
     def __str__(self) -> str:
         return self.name
 
-    @cached_property
+    @property
     def _opened(self) -> tuple[Any, str]:
+        """The file system, and the path of the root there."""
+        with self._turn:
+            if self._connection is None:
+                self._connection = self._open()
+            return self._connection
+
+    def _open(self) -> tuple[Any, str]:
         module, package, settings = PROTOCOLS[self.protocol]
         try:
             import_module(module)
@@ -128,12 +137,24 @@ class RemoteFiles:
     def _path(self, path: str) -> str:
         return f"{self._opened[1].rstrip('/')}/{path}".rstrip("/")
 
+    def _alone(self) -> AbstractContextManager[object]:
+        """Inside, no other thread uses a connection of ssh: of paramiko's threads one takes the other's answer, which then
+        waits for ever."""
+        return self._turn if self.protocol == "ssh" else nullcontext()
+
+    def _leave_closed(self) -> None:
+        """A connection of ssh that has ended does not come back by itself: the next call makes another."""
+        with self._alone():
+            if self.protocol == "ssh" and self._connection and self._connection[0].ftp.get_channel().closed:
+                self._connection = None
+
     def _tried(self, call: Callable[[], Result]) -> Result:
         """FileNotFoundError, NotADirectoryError and FileExistsError pass through."""
         waits = iter(WAITS)
         while True:
             try:
-                return call()
+                with self._alone():
+                    return call()
             except (FileNotFoundError, NotADirectoryError, FileExistsError, UserError):
                 raise
             except Exception as error:
@@ -145,6 +166,7 @@ class RemoteFiles:
                     ) from None
                 if not _of_the_remote(error):
                     raise
+                self._leave_closed()
                 if (wait := next(waits, None)) is None:
                     raise UserError(
                         f"remote {self} ({self.url}) fails ({reason}); mend the address or the connection and run the "
@@ -206,10 +228,9 @@ class RemoteFiles:
                     self._tried(lambda: os.link(temporary, whole))
                     os.unlink(temporary)
             elif self.protocol == "ssh":
-                if self._tried(lambda: self._fs.exists(whole)):
-                    return False
-                with self._tried(lambda: self._fs.ftp.open(whole, "wx")) as file:
-                    file.write(data)
+                with self._aside(path) as temporary:
+                    self._tried(lambda: self._fs.pipe_file(temporary, data))
+                    self._move(temporary, whole, over=False)
             elif self.protocol == "hf":
                 if self._tried(lambda: self._fs.exists(whole)):
                     return False
@@ -246,6 +267,8 @@ class RemoteFiles:
             digest, done = hashlib.sha256(), 0
             try:
                 with source.open("rb") as file, self._fs.open(temporary, "wb") as target:
+                    if self.protocol == "ssh":
+                        target.set_pipelined(True)  # the answers to its pieces of 32 kB are read at the end
                     while block := file.read(1 << 20):
                         if self.stop.is_set():
                             raise Stopped()
@@ -263,7 +286,7 @@ class RemoteFiles:
         with self._aside(path) as temporary:
             self._tried(copy)
             if digest.hexdigest() != sha256:
-                self._fs.rm_file(temporary)
+                self._tried(lambda: self._fs.rm_file(temporary))
                 return "has changed (sha256 differs)"
             self._move(temporary, self._path(path))
         return ""
@@ -278,24 +301,44 @@ class RemoteFiles:
             if self.protocol == "s3":
                 yield from _stream(self._fs, self._path(path))
             elif self.renames:
-                with self._fs.open(self._path(path), "rb") as file:
+                with self._alone():
+                    file = self._fs.open(self._path(path), "rb")
                     if self.protocol == "ssh":
                         file.prefetch()
-                    while piece := file.read(PIECE):
+                try:
+                    while piece := self._next(file):
                         yield piece
+                finally:
+                    with self._alone():
+                        file.close()
         except Exception as error:
             if not _of_the_remote(error):
                 raise
             log.debug("remote %s: %s ended early (%s)", self, path, type(error).__name__)
 
+    def _next(self, file: Any) -> bytes:
+        with self._alone():
+            return file.read(PIECE)
+
     def sizes(self, folder: str) -> dict[str, int]:
-        """The files below a folder, by their paths from there -> bytes. A listing, page by page."""
+        """The files below a folder, by their paths from there -> bytes; of a file its own, by "". A listing, page by page."""
         root = self._path(folder)
         try:
-            found = self._tried(lambda: self._fs.find(root, detail=True))
+            found = self._tried(lambda: self._below(root) if self.renames else self._fs.find(root, detail=True))
         except (FileNotFoundError, NotADirectoryError):
             return {}
         return {name[len(root) :].lstrip("/"): int(info["size"]) for name, info in found.items()}
+
+    def _below(self, root: str) -> dict[str, Any]:
+        """As `find`, which passes over folders that cannot be listed, and on ssh gives no size of a file."""
+        found, waiting = {}, [self._fs.info(root)]
+        for info in waiting:
+            if info["type"] == "directory":
+                with suppress(FileNotFoundError):  # removed meanwhile
+                    waiting += self._fs.ls(info["name"], detail=True)
+            else:
+                found[info["name"]] = info
+        return found
 
     def size(self, path: str) -> int | None:
         """Bytes of one file, None for no file."""
@@ -336,23 +379,31 @@ class RemoteFiles:
             self._tried(lambda: self._fs.cp_file(self._path(path), self._path(other)))
             self.delete(path)
 
-    def _move(self, path: str, other: str) -> None:
-        if self.protocol == "file":
+    def _move(self, path: str, other: str, *, over: bool = True) -> None:
+        """Rename. Raises FileExistsError where a folder is in the way, or on ssh, with `over` false, a file."""
+
+        def move() -> None:
             try:
-                os.rename(path, other)
+                if self.protocol == "file":
+                    os.rename(path, other)
+                elif over:
+                    self._fs.mv(path, other)
+                else:
+                    self._fs.ftp.rename(path, other)
             except OSError as error:
-                if os.path.isdir(other):
+                # ssh has one word for all that fails
+                if self._fs.isdir(other) or (not over and self._fs.isfile(other)):
                     raise FileExistsError(other) from error
                 raise
-        else:
-            self._tried(lambda: self._fs.mv(path, other))
+
+        self._tried(move)
 
     def delete(self, path: str) -> None:
         """A file or a folder with all in it; nothing happens where there is none. Where `renames` a folder goes at once: of
         one that is deleted in part nothing is taken for a whole."""
         whole = self._path(path)
         with suppress(FileNotFoundError, NotADirectoryError):
-            if self.renames and self._tried(lambda: self._fs.isdir(whole)):
+            if self.renames and self._tried(lambda: self._fs.info(whole))["type"] == "directory":
                 aside = self._free(path)
                 self._move(whole, aside)
                 whole = aside
@@ -385,7 +436,7 @@ class RemoteFiles:
         try:
             yield temporary
         except BaseException:
-            with suppress(Exception):
+            with suppress(Exception), self._alone():
                 self._fs.rm_file(temporary)
             raise
 
