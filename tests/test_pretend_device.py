@@ -110,8 +110,8 @@ def stage_1_bytes(batch: Batch, variant: str) -> int:
     assert max(segments) <= queries
     parts = [segments[i : i + images // own.accumulate] for i in range(0, images, images // own.accumulate)]
     padded = sum(len(part) * max(part) for part in parts)
-    # labels and places for the costs; layer, image, query and segment of the matches; image, query, segment of the last
-    integers = padded + 2 * sum(segments) + 4 * layers * sum(segments) + 3 * sum(segments)
+    # labels and places for the costs; layer, image, query and segment of the matches; image and query of the last
+    integers = padded + 2 * sum(segments) + 4 * layers * sum(segments) + 2 * sum(segments)
     # targets, rows of the global tokens, and the three totals
     integers += layers * images * queries + images + 3
     tokens = sum(segments) * dim * (2 if own.instance_negatives == "batch" else 1)

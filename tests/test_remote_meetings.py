@@ -57,7 +57,7 @@ def test_a_push_into_a_store_that_makes_the_same_artefact(
 
 def test_a_push_whose_artefact_another_push_completes_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With its other artefacts, and with what the same remote sends later."""
-    store, remote = Store(tmp_path / "store"), Remote(address(tmp_path / "remote"), threads=2)
+    store, remote = Store(tmp_path / "store"), Remote(address(tmp_path / "remote"), threads=1)
     first, second, third = (make(store, number) for number in range(3))
     begun, send_file, sent_files = threading.Event(), Remote.send, list[str]()
 
